@@ -1,0 +1,61 @@
+"""graphwright compiles PyTorch models to machine code: fx passes, hardware facts, Apache TVM, verified numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    ArtifactError,
+    CaptureError,
+    GraphwrightError,
+    InputError,
+    NumericMismatch,
+    PassError,
+    ToolMissing,
+    UnknownTarget,
+    UnsupportedOp,
+)
+
+if TYPE_CHECKING:
+    from .compiler.api import compile as compile
+    from .compiler.artifact import load as load
+    from .compiler.compiled import Compiled as Compiled
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that `import graphwright` imports neither torch nor tvm.
+_LAZY = {
+    "compile": ("compiler.api", "compile"),
+    "load": ("compiler.artifact", "load"),
+    "Compiled": ("compiler.compiled", "Compiled"),
+}
+
+__all__ = [
+    "ArtifactError",
+    "CaptureError",
+    "Compiled",
+    "GraphwrightError",
+    "InputError",
+    "NumericMismatch",
+    "PassError",
+    "ToolMissing",
+    "UnknownTarget",
+    "UnsupportedOp",
+    "compile",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _LAZY[name]
+    value = getattr(importlib.import_module(f".{module}", __name__), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

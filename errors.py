@@ -1,0 +1,48 @@
+"""The errors a user can meet. Every message says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GraphwrightError(Exception):
+    """Base of everything graphwright raises on purpose."""
+
+
+class UnknownTarget(GraphwrightError):
+    """The target is not in the hardware database."""
+
+
+class CaptureError(GraphwrightError):
+    """The model could not be turned into one graph."""
+
+
+class UnsupportedOp(GraphwrightError):
+    """Operators that cannot be compiled for a target where PyTorch cannot take over."""
+
+
+class PassError(GraphwrightError):
+    """A pass failed or left a malformed graph; names the pass."""
+
+
+class NumericMismatch(GraphwrightError):
+    """The compiled numbers differ from PyTorch's; names the guilty pass and node."""
+
+
+class InputError(GraphwrightError, ValueError):
+    """A compiled model was called with inputs it was not compiled for."""
+
+
+class ArtifactError(GraphwrightError):
+    """A saved artifact is damaged, from another version, or made for another machine."""
+
+
+class ToolMissing(GraphwrightError):
+    """An optional program or package is needed for what was asked."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'a' or 'b'?` for the known names nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
