@@ -1,0 +1,28 @@
+"""The files that hold TE definitions, and how to fill `LOWERINGS` from all of them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+FAMILIES = (
+    "convolution_te",
+    "creation",
+    "elementwise",
+    "indexing",
+    "matmul_te",
+    "movement",
+    "normalisation",
+    "pooling",
+    "reduction",
+    "resize",
+    "scan",
+    "sort",
+)
+
+
+def load() -> None:
+    """Import every family, which enters its definitions in `registry.LOWERINGS`."""
+    for family in FAMILIES:
+        if importlib.util.find_spec(f"{__package__}.{family}") is not None:
+            importlib.import_module(f".{family}", __package__)
