@@ -1,0 +1,334 @@
+"""The fused operators that passes introduce, namespace `graphwright`.
+
+Each has an eager body in plain torch, which is its meaning (`activation(convolution + bias + residual)`,
+every operation rounded as torch rounds it), and a fake kernel that gives shape and dtype. A rewritten graph
+therefore still runs in PyTorch, and any pass can be checked alone.
+
+Layouts: "NCHW", or "NHWC" for tensors whose logical shape is [N, H, W, C]. Convolution weights are always
+OIHW. Padding is always (top, bottom, left, right). Results are contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor, Sequence[float]], Tensor]] = {
+    "none": lambda x, args: x,
+    "relu": lambda x, args: F.relu(x),
+    "relu6": lambda x, args: F.relu6(x),
+    "silu": lambda x, args: F.silu(x),
+    "gelu": lambda x, args: F.gelu(x),
+    "gelu_tanh": lambda x, args: F.gelu(x, approximate="tanh"),
+    "hardswish": lambda x, args: F.hardswish(x),
+    "hardsigmoid": lambda x, args: F.hardsigmoid(x),
+    "sigmoid": lambda x, args: torch.sigmoid(x),
+    "tanh": lambda x, args: torch.tanh(x),
+    "clamp": lambda x, args: torch.clamp(x, args[0], args[1]),  # either end may be infinite; NaN stays NaN
+    "leaky_relu": lambda x, args: F.leaky_relu(x, args[0]),
+}
+
+
+def _epilogue(x: Tensor, residual: Tensor | None, activation: str, args: Sequence[float]) -> Tensor:
+    if residual is not None:
+        x = x + residual
+    return ACTIVATIONS[activation](x, args)
+
+
+def _owned(result: Tensor, *sources: Tensor | None) -> Tensor:
+    # An operator's result may not share memory with its inputs.
+    shared = any(
+        s is not None and s.untyped_storage()._cdata == result.untyped_storage()._cdata for s in sources
+    )
+    return result.clone(memory_format=torch.contiguous_format) if shared else result.contiguous()
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    activation_args: Sequence[float],
+    layout: str,
+) -> Tensor:
+    x = input.permute(0, 3, 1, 2) if layout == "NHWC" else input
+    top, bottom, left, right = padding
+    if (top, left) == (bottom, right):
+        y = torch.conv2d(x, weight, bias, list(stride), [top, left], list(dilation), groups)
+    else:
+        x = F.pad(x, (left, right, top, bottom))
+        y = torch.conv2d(x, weight, bias, list(stride), [0, 0], list(dilation), groups)
+    y = y.permute(0, 2, 3, 1) if layout == "NHWC" else y
+    return _epilogue(y, residual, activation, activation_args).contiguous()
+
+
+def _conv2d_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    activation_args: Sequence[float],
+    layout: str,
+) -> Tensor:
+    batch, *spatial = _spatial(input, layout)
+    ends = (padding[0] + padding[1], padding[2] + padding[3])
+    reach = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
+    height, width = ((spatial[i] + ends[i] - reach[i]) // stride[i] + 1 for i in (0, 1))
+    return input.new_empty(_image(batch, weight.shape[0], height, width, layout))
+
+
+def _linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    return _epilogue(F.linear(input, weight, bias), residual, activation, activation_args).contiguous()
+
+
+def _linear_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+def _matmul(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    transpose_a: bool,
+    transpose_b: bool,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    y = torch.matmul(a.mT if transpose_a else a, b.mT if transpose_b else b)
+    if bias is not None:
+        y = y + bias
+    return _epilogue(y, residual, activation, activation_args).contiguous()
+
+
+def _matmul_fake(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    transpose_a: bool,
+    transpose_b: bool,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    rows = a.shape[-1] if transpose_a else a.shape[-2]
+    columns = b.shape[-2] if transpose_b else b.shape[-1]
+    leading: torch.Size = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])  # type: ignore[no-untyped-call]
+    return a.new_empty((*leading, rows, columns))
+
+
+def _permute(input: Tensor, in_shape: Sequence[int], dims: Sequence[int], out_shape: Sequence[int]) -> Tensor:
+    return _owned(input.reshape(in_shape).permute(list(dims)).reshape(out_shape), input)
+
+
+def _permute_fake(
+    input: Tensor, in_shape: Sequence[int], dims: Sequence[int], out_shape: Sequence[int]
+) -> Tensor:
+    return input.new_empty(out_shape)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    grouped = q.shape[-3] != k.shape[-3]
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped
+    ).contiguous()
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+def _max_pool2d(
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    layout: str,
+) -> Tensor:
+    x = input.permute(0, 3, 1, 2) if layout == "NHWC" else input
+    x, pad = _pool_padding(x, padding, ceil_mode, -math.inf)
+    y = F.max_pool2d(x, list(kernel), list(stride), pad, list(dilation), ceil_mode)
+    return _owned(y.permute(0, 2, 3, 1) if layout == "NHWC" else y, input)
+
+
+def _avg_pool2d(
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+    layout: str,
+) -> Tensor:
+    if not count_include_pad and (padding[0], padding[2]) != (padding[1], padding[3]):
+        raise ValueError(
+            f"avg_pool2d: padding {list(padding)} is uneven and not counted; pad the input first"
+        )
+    x = input.permute(0, 3, 1, 2) if layout == "NHWC" else input
+    x, pad = _pool_padding(x, padding, ceil_mode, 0.0)
+    y = F.avg_pool2d(x, list(kernel), list(stride), pad, ceil_mode, count_include_pad, divisor)
+    return _owned(y.permute(0, 2, 3, 1) if layout == "NHWC" else y, input)
+
+
+def _pool_padding(
+    x: Tensor, padding: Sequence[int], ceil_mode: bool, fill: float
+) -> tuple[Tensor, list[int]]:
+    # torch pools with even padding only; uneven padding is written out, which floor mode cannot tell apart.
+    top, bottom, left, right = padding
+    if (top, left) == (bottom, right):
+        return x, [top, left]
+    if ceil_mode:
+        raise ValueError(f"pooling: padding {list(padding)} is uneven under ceil_mode; pad the input first")
+    return F.pad(x, (left, right, top, bottom), value=fill), [0, 0]
+
+
+def _max_pool2d_fake(
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    layout: str,
+) -> Tensor:
+    return _pooled(input, kernel, stride, padding, dilation, ceil_mode, layout)
+
+
+def _avg_pool2d_fake(
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+    layout: str,
+) -> Tensor:
+    return _pooled(input, kernel, stride, padding, (1, 1), ceil_mode, layout)
+
+
+def _pooled(
+    input: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+    layout: str,
+) -> Tensor:
+    batch, *spatial = _spatial(input, layout)
+    sizes = []
+    for i in (0, 1):
+        before, after = padding[2 * i], padding[2 * i + 1]
+        room = spatial[i] + before + after - dilation[i] * (kernel[i] - 1) - 1
+        size = (room + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
+        # torch drops a last window that would start in the padding behind the image.
+        sizes.append(size - 1 if ceil_mode and (size - 1) * stride[i] >= spatial[i] + before else size)
+    channels = input.shape[3] if layout == "NHWC" else input.shape[1]
+    return input.new_empty(_image(batch, channels, sizes[0], sizes[1], layout))
+
+
+def _spatial(input: Tensor, layout: str) -> tuple[int, int, int]:
+    if layout == "NHWC":
+        return input.shape[0], input.shape[1], input.shape[2]
+    return input.shape[0], input.shape[2], input.shape[3]
+
+
+def _image(batch: int, channels: int, height: int, width: int, layout: str) -> tuple[int, int, int, int]:
+    if layout == "NHWC":
+        return batch, height, width, channels
+    return batch, channels, height, width
+
+
+_EPILOGUE = "str activation, float[] activation_args"
+_OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "conv2d": (
+        "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+        f"int[] dilation, int groups, {_EPILOGUE}, str layout) -> Tensor",
+        _conv2d,
+        _conv2d_fake,
+    ),
+    "linear": (
+        f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
+        _linear,
+        _linear_fake,
+    ),
+    "matmul": (
+        "(Tensor a, Tensor b, Tensor? bias, Tensor? residual, bool transpose_a, bool transpose_b, "
+        f"{_EPILOGUE}) -> Tensor",
+        _matmul,
+        _matmul_fake,
+    ),
+    "permute": (
+        "(Tensor input, int[] in_shape, int[] dims, int[] out_shape) -> Tensor",
+        _permute,
+        _permute_fake,
+    ),
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale) -> Tensor",
+        _attention,
+        _attention_fake,
+    ),
+    "max_pool2d": (
+        "(Tensor input, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode, "
+        "str layout) -> Tensor",
+        _max_pool2d,
+        _max_pool2d_fake,
+    ),
+    "avg_pool2d": (
+        "(Tensor input, int[] kernel, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad, "
+        "int? divisor, str layout) -> Tensor",
+        _avg_pool2d,
+        _avg_pool2d_fake,
+    ),
+}
+
+for _name, (_schema, _body, _fake) in _OPERATORS.items():
+    # A second copy of this module (a reload, a notebook's autoreload) finds the operators already there.
+    if not hasattr(torch.ops.graphwright, _name):
+        torch.library.define(f"graphwright::{_name}", _schema)
+        torch.library.impl(f"graphwright::{_name}", "default", _body)
+        torch.library.register_fake(f"graphwright::{_name}", _fake)
+
+conv2d = torch.ops.graphwright.conv2d.default
+linear = torch.ops.graphwright.linear.default
+matmul = torch.ops.graphwright.matmul.default
+permute = torch.ops.graphwright.permute.default
+attention = torch.ops.graphwright.attention.default
+max_pool2d = torch.ops.graphwright.max_pool2d.default
+avg_pool2d = torch.ops.graphwright.avg_pool2d.default
+
+OPERATORS = frozenset({conv2d, linear, matmul, permute, attention, max_pool2d, avg_pool2d})
