@@ -1,0 +1,395 @@
+"""A region of the fx graph -> Relax -> fused PrimFuncs -> the program that the ahead-of-time path compiles.
+
+Operators with a kernel of ours become opaque calls; the others become tensor expressions that TVM's FuseOps and
+FuseTIR join, and that the generic schedule turns into parallel, vectorised loops.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from tvm import ir, relax, te
+
+from ...errors import GraphwrightError
+from ...hwdb import Hardware
+from ..aot.program import Buffer, Program, Step
+from ..cpu.expand_math import expand_math
+from ..cpu.schedule import schedule
+from .operators import KERNELS, LOWERINGS
+from .registry import KernelCall, Out, Packed
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+# Operators that keep the elements and their order: the result reuses the operand's bytes.
+RESHAPES = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.alias.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.contiguous.default,
+}
+# Also reshapes, unless they change the dtype.
+COPIES = {aten.clone.default, aten._to_copy.default}
+
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int8: "int8",
+    torch.int16: "int16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected, convex part of the graph that is compiled as one."""
+
+    name: str
+    nodes: tuple[fx.Node, ...]  # call_function nodes in order
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class KernelInfo:
+    """What the report says of one kernel call."""
+
+    name: str
+    operators: str
+    algorithm: str
+    choice: str
+    predicted_us: float | None
+
+
+@dataclass
+class Lowered:
+    """A region as a program, the weights it reads, and what was chosen."""
+
+    program: Program
+    weights: dict[str, torch.Tensor]
+    kernels: list[KernelInfo] = field(default_factory=list)
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """TVM's name of a torch dtype, or None where kernels do not compute in it (complex, quantised, float8)."""
+    return _DTYPES.get(dtype)
+
+
+def out_of(node: fx.Node) -> Out | tuple[Out, ...]:
+    """The shapes and dtypes a node promises."""
+    value = node.meta["val"]
+    if isinstance(value, (tuple, list)):
+        return tuple(_out(v) for v in value)
+    return _out(value)
+
+
+def why_not(node: fx.Node, hw: Hardware) -> str | None:
+    """None where the node can be compiled for `hw`, else the reason it is left to PyTorch."""
+    if node.target is operator.getitem:
+        return None
+    for related in (node, *node.all_input_nodes):
+        values = related.meta.get("val")
+        for value in values if isinstance(values, (tuple, list)) else (values,):
+            if value is None:
+                if related is node and isinstance(values, (tuple, list)):
+                    continue
+                return f"{related.name} is not a tensor"
+            if not isinstance(value, torch.Tensor):
+                return f"{related.name} is a {type(value).__name__}, not a tensor"
+            if dtype_name(value.dtype) is None or value.layout != torch.strided:
+                return f"{related.name} has dtype {value.dtype} and layout {value.layout}"
+            if any(not isinstance(d, int) for d in value.shape):
+                return f"{related.name} has a shape known only at run time"
+    if is_reshape(node):
+        return None
+    target = node.target
+    refused = "no lowering"
+    if target in KERNELS:
+        call = KERNELS[target](node, hw)
+        if isinstance(call, KernelCall):
+            node.meta["kernel_call"] = call
+            return None
+        refused = call.reason
+    if target in LOWERINGS:
+        return LOWERINGS[target].can(node)
+    return f"{target}: {refused}"
+
+
+def is_reshape(node: fx.Node) -> bool:
+    """Whether the node only renames the shape of its operand."""
+    if node.target in RESHAPES:
+        return isinstance(node.args[0], fx.Node)
+    if node.target in COPIES and isinstance(node.args[0], fx.Node):
+        return bool(node.meta["val"].dtype == node.args[0].meta["val"].dtype)
+    return False
+
+
+def lower(region: Region, graph: fx.GraphModule, hw: Hardware) -> Lowered:
+    """Compile the region's operators to scheduled PrimFuncs and the order of their calls."""
+    builder = _Builder(region, graph, hw)
+    module = builder.build()
+    module = ir.transform.Sequential(
+        [
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(),
+        ]
+    )(module)
+    return _Extractor(builder, module).extract()
+
+
+def _out(value: torch.Tensor) -> Out:
+    name = dtype_name(value.dtype)
+    assert name is not None, value.dtype
+    return Out(tuple(int(d) for d in value.shape), name)
+
+
+def _type(out: Out) -> Any:
+    return relax.TensorType(out.shape, out.dtype)
+
+
+class _Builder:
+    """Builds the Relax function of one region; parameters are the region's inputs, then the constants it reads."""
+
+    def __init__(self, region: Region, graph: fx.GraphModule, hw: Hardware) -> None:
+        self.region, self.graph, self.hw = region, graph, hw
+        self.block = relax.BlockBuilder()
+        self.values: dict[fx.Node, Any] = {}
+        self.parameters: list[Any] = []
+        self.input_names: list[str] = []
+        self.weights: dict[str, torch.Tensor] = {}
+        self.weight_vars: dict[str, Any] = {}
+        self.calls: dict[str, tuple[KernelCall, str]] = {}
+        self.outputs: list[Any] = []
+
+    def build(self) -> Any:
+        for i, node in enumerate(self.region.inputs):
+            out = out_of(node)
+            assert isinstance(out, Out)
+            var = relax.Var(f"input_{i}", _type(out))
+            self.values[node] = var
+            self.parameters.append(var)
+            self.input_names.append(var.name_hint)
+        self._declare_constants()
+        with self.block.function("main", list(self.parameters)):
+            with self.block.dataflow():
+                for node in self.region.nodes:
+                    try:
+                        self.values[node] = self._node(node)
+                    except GraphwrightError:
+                        raise
+                    except Exception as error:
+                        raise GraphwrightError(
+                            f"lowering {node.format_node()} failed: {error}{_where(node)}"
+                        ) from error
+                results = [self._value(n) for n in self.region.outputs]
+                result = self.block.emit_output(relax.Tuple(results))
+            self.block.emit_func_output(result)
+        return self.block.get()
+
+    def _declare_constants(self) -> None:
+        """Relax wants parameters before the body: find every constant the nodes will read."""
+        for node in self.region.nodes:
+            call: KernelCall | None = node.meta.get("kernel_call")
+            operands: Sequence[fx.Node | Packed] = call.operands if call else node.all_input_nodes
+            for operand in operands:
+                if isinstance(operand, Packed):
+                    name = f"{operand.constant.target}.{operand.layout}"
+                    if name not in self.weight_vars:
+                        stored = getattr(self.graph, str(operand.constant.target))
+                        self._declare(name, operand.pack(stored).contiguous())
+                elif operand.op == "get_attr" and operand not in self.values:
+                    name = str(operand.target)
+                    if name not in self.weight_vars:
+                        self._declare(name, getattr(self.graph, name).contiguous())
+                    self.values[operand] = self.weight_vars[name]
+        for node in self.region.outputs:
+            if node.op == "get_attr" and node not in self.values:
+                name = str(node.target)
+                if name not in self.weight_vars:
+                    self._declare(name, getattr(self.graph, name).contiguous())
+                self.values[node] = self.weight_vars[name]
+
+    def _declare(self, name: str, tensor: torch.Tensor) -> None:
+        var = relax.Var(f"weight_{len(self.weights)}", _type(_out(tensor)))
+        self.weights[name] = tensor
+        self.weight_vars[name] = var
+        self.parameters.append(var)
+
+    def _value(self, node: fx.Node) -> Any:
+        return self.values[node]
+
+    def _node(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            source, index = node.args
+            assert isinstance(source, fx.Node)
+            assert isinstance(index, int)
+            return self.block.emit(relax.TupleGetItem(self._value(source), index))
+        if is_reshape(node):
+            out = out_of(node)
+            assert isinstance(out, Out)
+            return self.block.emit(relax.op.reshape(self._value(node.args[0]), relax.ShapeExpr(out.shape)))  # type: ignore[arg-type]
+        if "kernel_call" in node.meta:
+            return self._kernel(node, node.meta["kernel_call"])
+        return self._tensor_expression(node)
+
+    def _kernel(self, node: fx.Node, call: KernelCall) -> Any:
+        name = call.algorithm.replace(" ", "_")
+        function = self.block.add_func(call.func.with_attr("op_pattern", 8), name)
+        self.calls[function.name_hint] = (call, str(node.target))
+        operands = [
+            self.weight_vars[f"{o.constant.target}.{o.layout}"] if isinstance(o, Packed) else self._value(o)
+            for o in call.operands
+        ]
+        out = out_of(node)
+        types = [_type(o) for o in out] if isinstance(out, tuple) else _type(out)
+        return self.block.emit(relax.call_tir(function, operands, types))
+
+    def _tensor_expression(self, node: fx.Node) -> Any:
+        lowering = LOWERINGS[node.target]  # type: ignore[index]
+        out = out_of(node)
+        tensors = list(dict.fromkeys(node.all_input_nodes))
+
+        def compute(*operands: Any) -> Any:
+            given = dict(zip(tensors, operands, strict=True))
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])  # type: ignore[misc]
+            result = lowering.compute(out, *args, **kwargs)
+            # TVM names a value by its producer, and refuses to return a placeholder.
+            if isinstance(result, te.Tensor) and any(result.same_as(o) for o in operands):
+                result = te.compute(result.shape, lambda *i: operands[0](*i), name="copy")
+            return tuple(result) if isinstance(result, list) else result
+
+        hint = str(node.target).split(".")[1]
+        return self.block.emit_te(compute, *[self._value(t) for t in tensors], primfunc_name_hint=hint)
+
+
+def _where(node: fx.Node) -> str:
+    trace = node.meta.get("stack_trace")
+    return f"\nwhere the model says:\n{trace}" if trace else ""
+
+
+class _Extractor:
+    """Reads the fused Relax function back as buffers and steps."""
+
+    def __init__(self, builder: _Builder, module: Any) -> None:
+        self.builder, self.module, self.hw = builder, module, builder.hw
+        self.buffers: dict[str, Buffer] = {}
+        self.steps: list[Step] = []
+        self.kernels: dict[str, Any] = {}
+        self.names: dict[Any, Any] = {}  # relax variable -> buffer name, or a tuple of them
+        self.infos: list[KernelInfo] = []
+
+    def extract(self) -> Lowered:
+        main = self.module["main"]
+        weights: dict[str, str] = {}
+        originals = {v.name_hint: n for n, v in self.builder.weight_vars.items()}
+        for var in main.params:
+            name = str(var.name_hint)
+            kind = "weight" if name in originals else "input"
+            self._add(var, name, var.ty, kind)
+            if name in originals:
+                weights[name] = originals[name]
+        for block in main.body.blocks:
+            for binding in block.bindings:
+                self.names[binding.var] = self._bind(binding.var, binding.value)
+        outputs = self._outputs(self._operand(main.body.body))
+        inputs = tuple(self.builder.input_names)
+        program = Program(
+            self.builder.region.name, self.kernels, self.buffers, tuple(self.steps), inputs, outputs, weights
+        )
+        return Lowered(program, self.builder.weights, self.infos)
+
+    def _add(self, var: Any, name: str, type_: Any, kind: Any, alias: str | None = None) -> str:
+        shape = tuple(int(d) for d in type_.shape)
+        self.buffers[name] = Buffer(name, shape, str(type_.dtype), kind, alias)
+        self.names[var] = name
+        return name
+
+    def _new(self, type_: Any, alias: str | None = None) -> str:
+        name = f"t{len(self.buffers)}"
+        shape = tuple(int(d) for d in type_.shape)
+        self.buffers[name] = Buffer(name, shape, str(type_.dtype), "temporary", alias)
+        return name
+
+    def _operand(self, expression: Any) -> Any:
+        if isinstance(expression, relax.Tuple):
+            return tuple(self._operand(f) for f in expression.fields)
+        if isinstance(expression, relax.TupleGetItem):
+            return self._operand(expression.tuple_value)[expression.index]
+        return self.names[expression]
+
+    def _bind(self, var: Any, value: Any) -> Any:
+        if not isinstance(value, relax.Call):
+            return self._operand(value)
+        if value.op.same_as(ir.Op.get("relax.reshape")):
+            return self._new(var.ty, alias=self._operand(value.args[0]))
+        assert value.op.same_as(ir.Op.get("relax.call_tir")), value
+        name = str(value.args[0].name_hint)
+        args = [self._operand(a) for a in value.args[1].fields]
+        is_tuple = isinstance(var.ty, ir.TupleType)
+        results = tuple(self._new(t) for t in var.ty.fields) if is_tuple else (self._new(var.ty),)
+        if name not in self.kernels:
+            self.kernels[name] = self._scheduled(name)
+        self.steps.append(Step(name, (*args, *results)))
+        self.infos.append(self._info(name))
+        return results if is_tuple else results[0]
+
+    def _scheduled(self, name: str) -> Any:
+        function = self.module[name]
+        if name in self.builder.calls:
+            return function
+        return schedule(expand_math(function), self.hw)
+
+    def _info(self, name: str) -> KernelInfo:
+        if name not in self.builder.calls:
+            return KernelInfo(name, name.removeprefix("fused_"), "generic", "fused loops", None)
+        from ...hwdb.cost import predict_seconds
+
+        call, target = self.builder.calls[name]
+        seconds = predict_seconds(self.hw, call.work)
+        return KernelInfo(
+            name, target, call.algorithm, call.choice, None if seconds is None else seconds * 1e6
+        )
+
+    def _outputs(self, results: tuple[str, ...]) -> tuple[str, ...]:
+        """Let results be written where the caller wants them; an input, a weight or a repeated result is copied."""
+        outputs: list[str] = []
+        for i, name in enumerate(results):
+            storage = self._storage(name)
+            buffer = self.buffers[storage]
+            if buffer.kind == "temporary":
+                self.buffers[storage] = Buffer(storage, buffer.shape, buffer.dtype, "output")
+                outputs.append(storage)
+                continue
+            copy = f"output_{i}"
+            self.buffers[copy] = Buffer(copy, buffer.shape, buffer.dtype, "output")
+            self.steps.append(Step(None, (name, copy)))
+            outputs.append(copy)
+        return tuple(outputs)
+
+    def _storage(self, name: str) -> str:
+        """The buffer that owns the bytes of `name`."""
+        while (alias := self.buffers[name].alias) is not None:
+            name = alias
+        return name

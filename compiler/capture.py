@@ -1,0 +1,289 @@
+"""nn.Module -> one flat, functional torch.fx graph, through torch.export.
+
+Composite operators (linear, conv2d, layer_norm, attention, ...) stay whole so that passes see what was meant.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    InputKind,
+    OutputKind,
+    TensorArgument,
+)
+from torch.utils import _pytree as pytree
+
+from ..errors import CaptureError, InputError
+
+log = logging.getLogger(__name__)
+
+Model: TypeAlias = "torch.nn.Module | Callable[..., Any] | ExportedProgram | str | os.PathLike[str]"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, shape and dtype of one tensor that goes in or comes out."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A leaf of the arguments or results that is not a tensor: its value is part of the compiled model."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a call's arguments flatten into tensors, and how result tensors unflatten into what the model returns.
+
+    `inputs` has one entry per flat leaf of (args, kwargs); `outputs` one per flat leaf of the result.
+    """
+
+    inputs: tuple[TensorSpec | Constant, ...]
+    outputs: tuple[TensorSpec | Constant, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    parameters: tuple[str, ...]  # names of the model's forward parameters, for keyword calls
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """The tensor inputs in order."""
+        return tuple(leaf for leaf in self.inputs if isinstance(leaf, TensorSpec))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A model as a flat graph, with the calling convention it had."""
+
+    graph: fx.GraphModule
+    signature: Signature
+
+
+def export(
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+) -> ExportedProgram:
+    """Export `model` for these arguments.
+
+    Raises CaptureError with torch's reason and the user's source line where the model cannot be one graph, and
+    InputError for a model or an argument that is not on the CPU.
+    """
+    if isinstance(model, ExportedProgram):
+        return model
+    if isinstance(model, (str, os.PathLike)):
+        return _load_exported(Path(model))
+    module = _as_module(model)
+    _require_cpu(module)
+    arguments, keywords = _separate((tuple(args), dict(kwargs or {})))
+    with torch.no_grad():
+        try:
+            return torch.export.export(module, arguments, keywords, dynamic_shapes=dynamic_shapes, strict=False)
+        except Exception as error:
+            raise CaptureError(_explain(module, error)) from error
+
+
+def capture(exported: ExportedProgram, parameters: tuple[str, ...] = ()) -> Captured:
+    """Turn an exported program into the flat graph that the passes rewrite.
+
+    Raises CaptureError where the model changes its buffers or inputs, or takes symbolic shapes.
+    """
+    _refuse_mutation(exported)
+    from ..backends.lowering import decompositions
+
+    with torch.no_grad():
+        core = exported.run_decompositions(decompositions.table())
+    _refuse_mutation(core)
+    graph, signature = _flatten(core, parameters)
+    return Captured(graph, signature)
+
+
+def parameters_of(model: Model) -> tuple[str, ...]:
+    """The names of the model's positional parameters, for calls with keywords; empty where they are unknown."""
+    if isinstance(model, (ExportedProgram, str, os.PathLike)):
+        return ()
+    function = model.forward if isinstance(model, torch.nn.Module) else model
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, p in signature.parameters.items() if p.kind in positional)
+
+
+class _Function(torch.nn.Module):
+    """A plain function as a module: torch.export takes modules only."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def _as_module(model: Any) -> torch.nn.Module:
+    if isinstance(model, torch.nn.Module):
+        return model
+    if callable(model):
+        return _Function(model)
+    raise CaptureError(
+        f"cannot compile a {type(model).__name__}: pass an nn.Module, a function, an ExportedProgram or a .pt2 path"
+    )
+
+
+def _load_exported(path: Path) -> ExportedProgram:
+    if not path.exists():
+        raise CaptureError(f"no such file: {path}")
+    try:
+        return torch.export.load(path)
+    except Exception as error:
+        raise CaptureError(f"{path} is not a program saved by torch.export.save: {error}") from error
+
+
+def _require_cpu(module: torch.nn.Module) -> None:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.device.type != "cpu":
+            raise InputError(f"{name} is on device {tensor.device}; move the model to the CPU first: model.cpu()")
+
+
+def _separate(tree: Any) -> Any:
+    """Give repeated or overlapping tensors storage of their own: export would merge them into one input."""
+    leaves, spec = pytree.tree_flatten(tree)
+    seen: set[int] = set()
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor):
+            continue
+        if leaf.device.type != "cpu":
+            raise InputError(f"an example input is on device {leaf.device}; move it to the CPU first: x.cpu()")
+        if leaf.layout == torch.strided and leaf.numel():
+            if (address := leaf.untyped_storage().data_ptr()) in seen:
+                leaves[i] = leaf.detach().clone()
+            seen.add(address)
+        if leaf.requires_grad:
+            leaves[i] = leaves[i].detach()
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _explain(module: torch.nn.Module, error: Exception) -> str:
+    name = type(module.function).__name__ if isinstance(module, _Function) else type(module).__name__
+    if isinstance(module, _Function):
+        name = getattr(module.function, "__name__", name)
+    reason = str(error).strip() or type(error).__name__
+    return (
+        f"torch.export cannot capture {name} as one graph: {reason}\n"
+        'Where control flow depends on data, use torch.cond or torch.compile(model, backend="graphwright"), '
+        "which splits the model at such places."
+    )
+
+
+def _refuse_mutation(exported: ExportedProgram) -> None:
+    signature = exported.graph_signature
+    if changed := sorted(set(signature.buffers_to_mutate.values())):
+        raise CaptureError(
+            f"the forward changes the buffers {', '.join(changed)}, and a compiled model has no state; "
+            "call model.eval() (BatchNorm and dropout stop changing state), or return the new value instead"
+        )
+    if changed := sorted(set(signature.user_inputs_to_mutate.values())):
+        raise CaptureError(
+            f"the forward changes its inputs {', '.join(changed)} in place; work on a copy (x = x.clone()) instead"
+        )
+
+
+def _flatten(exported: ExportedProgram, parameters: tuple[str, ...]) -> tuple[fx.GraphModule, Signature]:
+    """Copy the exported graph with parameters, buffers and constants as attributes and user tensors as placeholders."""
+    root = torch.nn.Module()
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder"]
+    inputs: list[TensorSpec | Constant] = []
+    constants: dict[int, str] = {}
+    for old, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
+        if spec.kind is not InputKind.USER_INPUT:
+            nodes[old] = _attribute(graph, root, old, _stored(exported, spec), constants)
+        elif isinstance(spec.arg, TensorArgument):
+            inputs.append(_tensor_spec(old, old.name))
+            nodes[old] = graph.node_copy(old)
+        elif isinstance(spec.arg, ConstantArgument):
+            inputs.append(Constant(spec.arg.value))
+        else:
+            raise CaptureError(f"input {old.name} is a {type(spec.arg).__name__}, which cannot be compiled")
+    for old in exported.graph.nodes:
+        if old.op == "placeholder" or old.op == "output":
+            continue
+        if old.op == "get_attr":
+            value = getattr(exported.graph_module, str(old.target))
+            if isinstance(value, torch.Tensor):
+                nodes[old] = _attribute(graph, root, old, value, constants)
+                continue
+            raise CaptureError(
+                f"{old.target} is a nested graph (torch.cond or another control-flow operator), "
+                'which graphwright does not compile; use torch.compile(model, backend="graphwright")'
+            )
+        nodes[old] = graph.node_copy(old, lambda n: nodes[n])
+        nodes[old].meta = dict(old.meta)
+    outputs: list[TensorSpec | Constant] = []
+    results: list[fx.Node] = []
+    output = next(n for n in exported.graph.nodes if n.op == "output")
+    for spec, leaf in zip(exported.graph_signature.output_specs, output.args[0], strict=True):
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(f"the model has an output of kind {spec.kind.name}, which graphwright does not compile")
+        if isinstance(spec.arg, TensorArgument):
+            outputs.append(_tensor_spec(leaf, leaf.name))
+            results.append(nodes[leaf])
+        elif isinstance(spec.arg, ConstantArgument):
+            outputs.append(Constant(spec.arg.value))
+        else:
+            raise CaptureError(f"output {leaf} is a {type(spec.arg).__name__}, which cannot be compiled")
+    graph.output(tuple(results))
+    call = exported.module_call_graph[0].signature
+    assert call is not None
+    return fx.GraphModule(root, graph), Signature(
+        tuple(inputs), tuple(outputs), call.in_spec, call.out_spec, parameters
+    )
+
+
+def _stored(exported: ExportedProgram, spec: Any) -> torch.Tensor:
+    """The tensor behind a parameter, buffer or lifted constant."""
+    name = str(spec.target)
+    value = exported.state_dict.get(name, exported.constants.get(name))
+    if not isinstance(value, torch.Tensor):
+        raise CaptureError(f"{name} is a {type(value).__name__}; only tensors can be constants of a compiled model")
+    return value
+
+
+def _attribute(
+    graph: fx.Graph, root: torch.nn.Module, old: fx.Node, value: torch.Tensor, constants: dict[int, str]
+) -> fx.Node:
+    """A get_attr node for a constant; one tensor used under two names is stored once."""
+    name = constants.get(id(value))
+    if name is None:
+        name = old.name
+        constants[id(value)] = name
+        root.register_buffer(name, value.detach())
+    node = graph.get_attr(name)
+    node.meta = dict(old.meta)
+    return node
+
+
+def _tensor_spec(node: fx.Node, name: str) -> TensorSpec:
+    value = node.meta["val"]
+    if any(not isinstance(d, int) for d in value.shape):
+        raise CaptureError(f"{name} has the symbolic shape {tuple(value.shape)}; compile it with fixed shapes")
+    return TensorSpec(name, tuple(value.shape), value.dtype)

@@ -1,0 +1,273 @@
+"""A compiled model: called like the module it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..errors import ArtifactError, InputError
+from .capture import Constant, Signature, TensorSpec
+from .plan import OperatorCall, Plan, RegionCall, decode, resolve
+
+if TYPE_CHECKING:
+    from ..backends.aot.library import Library
+    from .report import Report
+
+
+class Compiled:
+    """A model as machine code for one set of input shapes.
+
+    Called with the model's positional and keyword arguments; tensors may have any strides and results are fresh
+    tensors. Safe to call from several threads at once; the GIL is released while machine code runs.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        signature: Signature,
+        library: Library | None,
+        constants: Mapping[str, torch.Tensor],
+        directory: Path,
+        report: Report,
+        graph: Callable[[], fx.GraphModule] | None = None,
+        keep_alive: object = None,
+    ) -> None:
+        self._plan = plan
+        self._signature = signature
+        self._library = library
+        self._directory = directory
+        self._report = report
+        self._make_graph = graph
+        self._graph: fx.GraphModule | None = None
+        self._keep_alive = keep_alive
+        self._specs = signature.tensors
+        self._checks = tuple((torch.Size(s.shape), s.dtype) for s in self._specs)
+        self._run = self._runner(constants)
+        spec = signature.in_spec
+        self._positional = len(self._specs) if spec == _positional_spec(len(self._specs)) else None
+        leaf = pytree.tree_structure(0)
+        self._single = signature.out_spec == leaf and isinstance(signature.outputs[0], TensorSpec)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model. Raises InputError for arguments that differ from what it was compiled for."""
+        tensors: Sequence[Any]
+        if not kwargs and len(args) == self._positional:
+            tensors = args
+        else:
+            tensors = self._flatten(args, kwargs)
+        for tensor, (shape, dtype) in zip(tensors, self._checks, strict=True):
+            if (
+                not isinstance(tensor, torch.Tensor)
+                or tensor.shape != shape
+                or tensor.dtype != dtype
+                or tensor.requires_grad
+                or not tensor.is_cpu
+            ):
+                tensors = self._refuse(tensors)
+                break
+        results = self._run(tensors)
+        if self._single:
+            return results[0]
+        return self._unflatten(results)
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The rewritten fx graph: runs in plain PyTorch, and prints what the passes made of the model."""
+        if self._graph is None:
+            if self._make_graph is None:
+                raise ArtifactError("a loaded artifact holds machine code only; its graph is in the process that compiled it")
+            self._graph = self._make_graph()
+        return self._graph
+
+    @property
+    def threads(self) -> int:
+        """Threads that one call uses; may be set."""
+        return self._library.threads if self._library is not None else 1
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        if count < 1:
+            raise InputError(f"threads must be at least 1, got {count}")
+        if self._library is not None:
+            self._library.threads = count
+
+    def report(self) -> Report:
+        """What the passes did, which kernels were chosen, the error measured, sizes and compile time."""
+        return self._report
+
+    def save(self, path: str | Path) -> Path:
+        """Write the artifact to `path`: a directory, or one file where the name ends in .gw. Returns the path."""
+        from .artifact import save
+
+        return save(self._directory, Path(path))
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(f"{s.name}: {_describe(s)}" for s in self._specs)
+        return f"Compiled({inputs})"
+
+    def _runner(self, constants: Mapping[str, torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], list[Any]]:
+        """The function from tensor inputs to tensor results; one region and nothing else is the fast path."""
+        plan = self._plan
+        calls = plan.calls
+        if len(calls) == 1 and isinstance(calls[0], RegionCall):
+            call = calls[0]
+            if plan.outputs == call.outputs:
+                return self._region(call, call.inputs)
+        steps = [
+            self._region(c, range(len(c.inputs))) if isinstance(c, RegionCall) else resolve(c.operator) for c in calls
+        ]
+        fixed = {slot: constants[name] for slot, name in plan.constants.items()}
+
+        def run(tensors: Sequence[torch.Tensor]) -> list[Any]:
+            slots: list[Any] = [None] * plan.slots
+            slots[: plan.inputs] = tensors
+            for slot, tensor in fixed.items():
+                slots[slot] = tensor
+            with torch.no_grad():
+                for call, step in zip(calls, steps, strict=True):
+                    if isinstance(call, OperatorCall):
+                        slots[call.output] = step(*decode(call.args, slots), **decode(call.kwargs, slots))
+                        continue
+                    for slot, value in zip(call.outputs, step([slots[i] for i in call.inputs]), strict=True):
+                        slots[slot] = value
+                return self._fresh(slots)
+
+        return run
+
+    def _fresh(self, slots: list[Any]) -> list[torch.Tensor]:
+        """The results, copied where they share memory with an input, a constant or an earlier result."""
+        plan = self._plan
+        held = {_address(slots[i]) for i in (*range(plan.inputs), *plan.constants)}
+        results: list[torch.Tensor] = []
+        for slot in plan.outputs:
+            value = slots[slot]
+            if (address := _address(value)) in held:
+                value = value.clone()
+            held.add(address)
+            results.append(value)
+        return results
+
+    def _region(
+        self, call: RegionCall, order: Sequence[int]
+    ) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
+        """The function that calls one region with the tensors at `order` of those it is given."""
+        library = self._library
+        assert library is not None
+        region, run, empty = call.region, library.run, torch.empty
+        outputs = tuple(zip(call.shapes, call.dtypes, strict=True))
+
+        def invoke(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            # Held until the call returns: `contiguous` may have made a copy.
+            operands = [tensors[i].contiguous() for i in order]
+            results = [empty(shape, dtype=dtype) for shape, dtype in outputs]
+            run(region, [t.data_ptr() for t in operands], [t.data_ptr() for t in results])
+            return results
+
+        return invoke
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The tensor leaves of a call, in the order of the captured call."""
+        spec = self._signature.in_spec
+        expected_args, expected_kwargs = pytree.tree_unflatten([None] * spec.num_leaves, spec)
+        args, kwargs = self._bind(args, kwargs, len(expected_args), list(expected_kwargs))
+        leaves, given = pytree.tree_flatten((args, kwargs))
+        if given != spec:
+            raise InputError(
+                f"the arguments have another structure than those the model was compiled for: "
+                f"expected {_sketch(spec)}, got {_sketch(given)}"
+            )
+        tensors: list[Any] = []
+        for leaf, expected in zip(leaves, self._signature.inputs, strict=True):
+            if isinstance(expected, TensorSpec):
+                tensors.append(leaf)
+            elif not _same(leaf, expected.value):
+                raise InputError(
+                    f"an argument that is not a tensor is part of the compiled model: it was compiled with "
+                    f"{expected.value!r} and called with {leaf!r}; compile it again for the new value"
+                )
+        return tensors
+
+    def _bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int, keywords: list[str]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Move arguments between positions and keywords as they were at capture, and order the keywords."""
+        names = self._signature.parameters
+        kwargs = dict(kwargs)
+        for name in names[len(args) : count]:
+            if name not in kwargs:
+                break
+            args = (*args, kwargs.pop(name))
+        for position in range(count, min(len(args), len(names))):
+            if names[position] in kwargs:
+                raise InputError(f"{names[position]} was given twice: by position and by keyword")
+            kwargs[names[position]] = args[position]
+        if len(args) > count and len(names) >= len(args):
+            args = args[:count]
+        if set(kwargs) == set(keywords):
+            kwargs = {k: kwargs[k] for k in keywords}
+        return args, kwargs
+
+    def _refuse(self, tensors: Sequence[Any]) -> Sequence[Any]:
+        """Say what is wrong with the inputs; returns them (as plain tensors) where nothing is."""
+        fixed = []
+        for tensor, spec in zip(tensors, self._specs, strict=True):
+            if not isinstance(tensor, torch.Tensor):
+                raise InputError(f"{spec.name}: expected a tensor, got {type(tensor).__name__}")
+            if not tensor.is_cpu:
+                raise InputError(f"{spec.name}: is on device {tensor.device}; the model is compiled for the CPU: x.cpu()")
+            if tensor.dtype != spec.dtype:
+                raise InputError(
+                    f"{spec.name}: expected {_describe(spec)}, got dtype {tensor.dtype}; convert it: x.to({spec.dtype})"
+                )
+            if tuple(tensor.shape) != spec.shape:
+                raise InputError(
+                    f"{spec.name}: expected {_describe(spec)}, got shape {tuple(tensor.shape)}; "
+                    "a compiled model has fixed shapes: compile it again with example inputs of the new shape, "
+                    "or pass dynamic_shapes="
+                )
+            if tensor.requires_grad:
+                if torch.is_grad_enabled():
+                    raise InputError(
+                        f"{spec.name}: requires a gradient, and a compiled model only infers; "
+                        "call it under torch.no_grad(), or with x.detach()"
+                    )
+                tensor = tensor.detach()
+            fixed.append(tensor)
+        return fixed
+
+    def _unflatten(self, results: Sequence[torch.Tensor]) -> Any:
+        leaves: list[Any] = []
+        tensors = iter(results)
+        for leaf in self._signature.outputs:
+            leaves.append(leaf.value if isinstance(leaf, Constant) else next(tensors))
+        return pytree.tree_unflatten(leaves, self._signature.out_spec)
+
+
+def _positional_spec(count: int) -> pytree.TreeSpec:
+    return pytree.tree_structure((tuple(range(count)), {}))
+
+
+def _address(tensor: Any) -> object:
+    if not isinstance(tensor, torch.Tensor) or not tensor.numel():
+        return object()
+    return tensor.untyped_storage().data_ptr()
+
+
+def _same(given: Any, expected: Any) -> bool:
+    return type(given) is type(expected) and bool(given == expected)
+
+
+def _sketch(spec: pytree.TreeSpec) -> str:
+    args, kwargs = pytree.tree_unflatten(["*"] * spec.num_leaves, spec)
+    parts = [*(str(a) for a in args), *(f"{k}={v}" for k, v in kwargs.items())]
+    return f"({', '.join(parts)})".replace("'*'", "*")
+
+
+def _describe(spec: TensorSpec) -> str:
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return f"{dtype}[{', '.join(map(str, spec.shape))}]"

@@ -1,0 +1,119 @@
+"""What a compilation did: passes, kernels, errors, sizes and seconds, as text and as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .pipeline import PassRun
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """One kernel call of the compiled model."""
+
+    name: str
+    operators: str
+    algorithm: str
+    choice: str
+    predicted_us: float | None
+
+
+@dataclass(frozen=True)
+class EagerRow:
+    """An operator left to PyTorch, and why."""
+
+    operator: str
+    count: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """The error of one output against float64: ours, and that of PyTorch eager beside it."""
+
+    output: str
+    relative_l2: float
+    max_absolute: float
+    eager_relative_l2: float
+    eager_max_absolute: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compilation in figures. Errors are empty where the model was compiled with verify=False."""
+
+    target: str
+    precision: str
+    threads: int
+    passes: tuple[PassRun, ...] = ()
+    kernels: tuple[KernelRow, ...] = ()
+    eager: tuple[EagerRow, ...] = ()
+    errors: tuple[ErrorRow, ...] = ()
+    compile_seconds: float = 0.0
+    cached: bool = False
+    weights_bytes: int = 0
+    code_bytes: int = 0
+    arena_bytes: int = 0  # activation memory of one call
+    arena_lower_bound_bytes: int = 0  # the most that is live at once
+    activations_bytes: int = 0  # what the activations would take without sharing
+    stages: dict[str, float] = field(default_factory=dict)  # seconds by stage
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON data."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Report:
+        """The report that `to_dict` wrote."""
+        rows = {
+            "passes": tuple(PassRun(**r) for r in data["passes"]),
+            "kernels": tuple(KernelRow(**r) for r in data["kernels"]),
+            "eager": tuple(EagerRow(**r) for r in data["eager"]),
+            "errors": tuple(ErrorRow(**r) for r in data["errors"]),
+        }
+        return Report(**{**data, **rows})
+
+    def text(self) -> str:
+        """The report for reading."""
+        lines = [
+            f"target {self.target}, precision {self.precision}, {self.threads} threads; "
+            + (f"from the cache, first compiled in {self.compile_seconds:.1f} s" if self.cached else f"compiled in {self.compile_seconds:.1f} s"),
+            f"weights {_bytes(self.weights_bytes)}, code {_bytes(self.code_bytes)}, activations {_bytes(self.arena_bytes)} "
+            f"(at most {_bytes(self.arena_lower_bound_bytes)} live at once, {_bytes(self.activations_bytes)} without sharing)",
+        ]
+        if self.stages:
+            lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.stages.items()))
+        lines.append("passes:")
+        lines += [f"  {p.name:28s} {p.rewrites:5d} rewrites  {p.seconds * 1e3:8.1f} ms" for p in self.passes]
+        lines.append(f"kernels: {len(self.kernels)} calls")
+        lines += [f"  {row}" for row in self._kernel_lines()]
+        if self.eager:
+            lines.append("left to PyTorch:")
+            lines += [f"  {r.operator} x{r.count}: {r.reason}" for r in self.eager]
+        for row in self.errors:
+            lines.append(
+                f"error of {row.output} against float64: relative L2 {row.relative_l2:.1e}, max {row.max_absolute:.1e} "
+                f"(PyTorch eager: {row.eager_relative_l2:.1e}, {row.eager_max_absolute:.1e})"
+            )
+        return "\n".join(lines)
+
+    def _kernel_lines(self) -> list[str]:
+        """Equal kernels on one line, with how often they are called."""
+        counts: dict[KernelRow, int] = {}
+        for row in self.kernels:
+            key = dataclasses.replace(row, name="")
+            counts[key] = counts.get(key, 0) + 1
+        lines = []
+        for row, count in counts.items():
+            predicted = "" if row.predicted_us is None else f"  predicted {row.predicted_us:.1f} us"
+            lines.append(f"{count:3d} x {row.algorithm}: {row.operators} ({row.choice}){predicted}")
+        return lines
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
