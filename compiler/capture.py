@@ -28,6 +28,9 @@ from ..errors import CaptureError, InputError
 
 log = logging.getLogger(__name__)
 
+# Checks of dtype and device that export has already decided.
+_STATIC_CHECKS = {torch.ops.aten._assert_tensor_metadata.default}
+
 Model: TypeAlias = "torch.nn.Module | Callable[..., Any] | ExportedProgram | str | os.PathLike[str]"
 
 
@@ -225,7 +228,7 @@ def _flatten(exported: ExportedProgram, parameters: tuple[str, ...]) -> tuple[fx
         else:
             raise CaptureError(f"input {old.name} is a {type(spec.arg).__name__}, which cannot be compiled")
     for old in exported.graph.nodes:
-        if old.op == "placeholder" or old.op == "output":
+        if old.op in ("placeholder", "output") or old.target in _STATIC_CHECKS:
             continue
         if old.op == "get_attr":
             value = getattr(exported.graph_module, str(old.target))

@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# One stamp a set of extras: pip runs only when pyproject.toml or constraints.txt changed.
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+demo: $(VENV)/.models  ## compile ResNet-18 and MiniLM, check the numbers, time them beside PyTorch
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.models,test  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint build/types/graphwright  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.models,peers  ## compare with eager, inductor, onnxruntime and openvino
+	$(BIN)/python benchmarks/models.py
+
+# mypy finds the package by its name through this link: the repository root is the package.
+build/types/graphwright:
+	mkdir -p build/types
+	ln -sfn ../.. $@
+
+.PHONY: help demo test lint bench
+.PRECIOUS: $(VENV)/.%
