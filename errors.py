@@ -14,6 +14,10 @@ class UnknownTarget(GraphwrightError):
     """The target is not in the hardware database."""
 
 
+class RecordError(GraphwrightError):
+    """A record of the hardware database is malformed; names the file and the record."""
+
+
 class CaptureError(GraphwrightError):
     """The model could not be turned into one graph."""
 

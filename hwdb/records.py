@@ -8,13 +8,63 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from . import isa as instruction_set
+
+# Bytes of one element, by the dtype names of torch, TVM and common speech.
+_ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+_SPELLINGS = {
+    "fp64": "float64",
+    "f64": "float64",
+    "double": "float64",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "i8": "int8",
+    "u8": "uint8",
+}
+
+# Multiply-adds of one dot-product instruction, as a multiple of the float32 multiply-adds of one vector. AMX: a
+# TDPBSSD does 16 x 16 x 64 int8 products in 16 cycles (Intel optimization manual, chapter on AMX), which is
+# 1024 a cycle against 32 of two 512-bit float32 FMAs; bfloat16 half of that.
+_DOT_RATE = {
+    ("int8", "vnni"): 4.0,
+    ("int8", "sdot"): 4.0,
+    ("int8", "i8mm"): 8.0,
+    ("int8", "amx"): 32.0,
+    ("bfloat16", "bf16"): 2.0,
+    ("bfloat16", "amx"): 16.0,
+}
+
+
+def dtype_name(dtype: str) -> str:
+    """Return the full name of `dtype`: "fp32" and "torch.float32" are "float32"."""
+    name = dtype.removeprefix("torch.")
+    return _SPELLINGS.get(name, name)
+
 
 @dataclass(frozen=True)
 class Source:
     """Where a fact comes from."""
 
     id: str
-    kind: Literal["vendor_datasheet", "vendor_doc", "driver_dump", "measured", "press", "derived", "memory", "system"]
+    kind: Literal[
+        "vendor_datasheet", "vendor_doc", "driver_dump", "measured", "press", "derived", "memory", "system"
+    ]
     title: str
     url: str | None = None
     date: str | None = None
@@ -56,28 +106,59 @@ class Hardware:
 
     def lanes(self, dtype: str = "float32") -> int:
         """Elements of `dtype` in one vector register."""
-        raise NotImplementedError
+        return self.vector_bits // (8 * _ITEM_BYTES[dtype_name(dtype)])
 
     def peak_flops(self, dtype: str = "float32") -> float | None:
         """FLOP/s of all cores together for `dtype` multiply-adds, or None where the clock is unknown."""
-        raise NotImplementedError
+        if self.clock_mhz is None:
+            return None
+        name = dtype_name(dtype)
+        fp32 = 2.0 * self.lanes("float32") * self.fma_per_cycle * self.cores * self.clock_mhz * 1e6
+        family = self.dot_product(name)
+        if family is not None:
+            return fp32 * _DOT_RATE[("int8" if name == "uint8" else name), family]
+        if name in ("float64", "int64"):
+            return fp32 / 2
+        # Narrow types without arithmetic of their own are widened to float32 and computed there.
+        return fp32 * 2 if name == "float16" and self.supports(name) else fp32
 
     def cache(self, level: int) -> Cache | None:
         """The data (or unified) cache of that level."""
-        raise NotImplementedError
+        return next((cache for cache in self.caches if cache.level == level), None)
 
     def bandwidth_gbs(self, level: int) -> float | None:
         """Sustained GB/s of all cores together from cache `level`; level 0 is DRAM."""
-        raise NotImplementedError
+        if level == 0:
+            return self.dram_gbs
+        if self.clock_mhz is None or self.cache(level) is None:
+            return None
+        # Cores are built with as many vector loads as FMAs per cycle from L1; each level outwards sustains about half,
+        # and a shared cache no more than 16 bytes per core and cycle (chips measured in Agner Fog's and uops.info's
+        # tables lie within a factor of two of this).
+        core = self.fma_per_cycle * self.vector_bits / 8 / 2 ** (level - 1)
+        if level >= 3:
+            core = min(core, 16.0)
+        return core * self.cores * self.clock_mhz / 1e3
 
     def dot_product(self, dtype: str = "int8") -> str | None:
         """The instruction family that multiplies and accumulates `dtype` (vnni, sdot, i8mm, bf16, amx), or None."""
-        raise NotImplementedError
+        return instruction_set.dot_product(self.features, dtype_name(dtype))
 
     def supports(self, dtype: str) -> bool:
         """Whether arithmetic in `dtype` runs in hardware."""
-        raise NotImplementedError
+        name = dtype_name(dtype)
+        if name == "float16":
+            return bool(self.features & {"fullfp16", "avx512fp16"})
+        if name == "bfloat16":
+            return self.dot_product(name) is not None
+        return name in _ITEM_BYTES
 
     def tvm_target(self) -> dict[str, Any]:
         """The description TVM's Target takes: kind, mtriple, mcpu, mattr, num-cores."""
-        raise NotImplementedError
+        return {
+            "kind": "llvm",
+            "mtriple": self.triple,
+            "mcpu": self.llvm_cpu,
+            "mattr": instruction_set.attributes(self.isa, self.features),
+            "num-cores": self.cores,
+        }

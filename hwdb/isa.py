@@ -1,0 +1,191 @@
+"""What an instruction set's features mean: vector shape, dot products, and the LLVM attributes that say exactly them.
+
+Features carry LLVM's names. Only those that change the code LLVM generates are listed; each is turned on or off by
+name in the target description, so that the cpu given to LLVM decides scheduling and nothing else. That matters on
+virtual machines, which often mask features of the processor underneath.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# LLVM feature -> flag of /proc/cpuinfo (Linux arch/x86/include/asm/cpufeatures.h), the basic ones first.
+X86_FLAGS = {
+    "sse": "sse",
+    "sse2": "sse2",
+    "sse3": "pni",
+    "ssse3": "ssse3",
+    "sse4.1": "sse4_1",
+    "sse4.2": "sse4_2",
+    "popcnt": "popcnt",
+    "cx16": "cx16",
+    "sahf": "lahf_lm",
+    "aes": "aes",
+    "pclmul": "pclmulqdq",
+    "avx": "avx",
+    "f16c": "f16c",
+    "fma": "fma",
+    "avx2": "avx2",
+    "bmi": "bmi1",
+    "bmi2": "bmi2",
+    "lzcnt": "abm",
+    "movbe": "movbe",
+    "adx": "adx",
+    "prfchw": "3dnowprefetch",
+    "sha": "sha_ni",
+    "gfni": "gfni",
+    "vaes": "vaes",
+    "vpclmulqdq": "vpclmulqdq",
+    "sse4a": "sse4a",
+    "fma4": "fma4",
+    "xop": "xop",
+    "tbm": "tbm",
+    "avx512f": "avx512f",
+    "avx512bw": "avx512bw",
+    "avx512cd": "avx512cd",
+    "avx512dq": "avx512dq",
+    "avx512vl": "avx512vl",
+    "avx512ifma": "avx512ifma",
+    "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2",
+    "avx512vnni": "avx512_vnni",
+    "avx512bitalg": "avx512_bitalg",
+    "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avx512vp2intersect": "avx512_vp2intersect",
+    "avx512bf16": "avx512_bf16",
+    "avx512fp16": "avx512_fp16",
+    "avxvnni": "avx_vnni",
+    "avxifma": "avx_ifma",
+    "avxvnniint8": "avx_vnni_int8",
+    "avxvnniint16": "avx_vnni_int16",
+    "avxneconvert": "avx_ne_convert",
+    "amx-tile": "amx_tile",
+    "amx-int8": "amx_int8",
+    "amx-bf16": "amx_bf16",
+    "amx-fp16": "amx_fp16",
+}
+
+# LLVM feature -> hardware capability in /proc/cpuinfo (Linux Documentation/arch/arm64/elf_hwcaps.rst).
+ARM_FLAGS = {
+    "fp-armv8": "fp",
+    "neon": "asimd",
+    "aes": "aes",
+    "sha2": "sha2",
+    "crc": "crc32",
+    "lse": "atomics",
+    "rdm": "asimdrdm",
+    "fullfp16": "asimdhp",
+    "fp16fml": "asimdfhm",
+    "dotprod": "asimddp",
+    "rcpc": "lrcpc",
+    "rcpc-immo": "ilrcpc",
+    "lse2": "uscat",
+    "jsconv": "jscvt",
+    "complxnum": "fcma",
+    "fptoint": "frint",
+    "flagm": "flagm",
+    "altnzcv": "flagm2",
+    "sha3": "sha3",
+    "sm4": "sm4",
+    "bf16": "bf16",
+    "i8mm": "i8mm",
+    "sve": "sve",
+    "sve2": "sve2",
+    "sve-bitperm": "svebitperm",
+    "mops": "mops",
+    "cssc": "cssc",
+}
+
+FLAGS = {"x86_64": X86_FLAGS, "aarch64": ARM_FLAGS}
+
+# Features every processor of the family has: never turned off.
+BASELINE = {"x86_64": frozenset({"sse", "sse2"}), "aarch64": frozenset({"fp-armv8", "neon"})}
+
+# A hypervisor may mask a feature and leave those built on it visible.
+_NEEDS = {
+    "avx2": "avx",
+    "fma": "avx",
+    "f16c": "avx",
+    "fma4": "avx",
+    "xop": "avx",
+    "vaes": "avx",
+    "vpclmulqdq": "avx",
+    "avx512f": "avx2",
+    "sve2": "sve",
+    "sve-bitperm": "sve2",
+    "fp16fml": "fullfp16",
+}
+
+
+def from_flags(isa: str, flags: Iterable[str]) -> frozenset[str]:
+    """Return the LLVM features that the flags of /proc/cpuinfo mean, leaving out those whose base is masked."""
+    present = set(flags)
+    return closed(llvm for llvm, flag in FLAGS[isa].items() if flag in present)
+
+
+def closed(features: Iterable[str]) -> frozenset[str]:
+    """Return `features` without those that cannot run because what they build on is absent."""
+    kept = set(features)
+    for name in sorted(kept, key=_depth):
+        need = _need(name)
+        if need is not None and need not in kept:
+            kept.discard(name)
+    return frozenset(kept)
+
+
+def _need(name: str) -> str | None:
+    if name in _NEEDS:
+        return _NEEDS[name]
+    if name.startswith("avx512"):
+        return "avx512f"
+    if name.startswith("avx") and name != "avx":
+        return "avx2"
+    if name.startswith("amx-") and name != "amx-tile":
+        return "amx-tile"
+    return None
+
+
+def _depth(name: str) -> int:
+    need = _need(name)
+    return 0 if need is None else 1 + _depth(need)
+
+
+def vector_shape(isa: str, features: frozenset[str]) -> tuple[int, int]:
+    """Return (bits, registers) of the vector registers the kernels may use.
+
+    AVX-512 counts only with its VL and BW parts, which narrow vectors and byte data need. SVE machines are
+    used through NEON, whose registers are the low 128 bits.
+    """
+    if isa == "aarch64":
+        return 128, 32
+    if {"avx512f", "avx512vl", "avx512bw"} <= features:
+        return 512, 32
+    return (256, 16) if "avx" in features else (128, 16)
+
+
+def dot_product(features: frozenset[str], dtype: str) -> str | None:
+    """Return the widest instruction family that multiplies and accumulates `dtype` ("int8", "bfloat16"), or None."""
+    if dtype in ("int8", "uint8"):
+        families = (
+            ("amx-int8", "amx"),
+            ("avx512vnni", "vnni"),
+            ("avxvnni", "vnni"),
+            ("i8mm", "i8mm"),
+            ("dotprod", "sdot"),
+        )
+    elif dtype == "bfloat16":
+        families = (("amx-bf16", "amx"), ("avx512bf16", "bf16"), ("bf16", "bf16"))
+    else:
+        return None
+    return next((family for feature, family in families if feature in features), None)
+
+
+def attributes(isa: str, features: frozenset[str]) -> list[str]:
+    """Return LLVM's attribute list: every present feature on, then every absent one off.
+
+    Off comes last because turning a feature off also turns off what builds on it.
+    """
+    known = FLAGS[isa]
+    return [f"+{name}" for name in known if name in features] + [
+        f"-{name}" for name in known if name not in features and name not in BASELINE[isa]
+    ]
