@@ -1,0 +1,282 @@
+"""Transcendental functions as straight-line arithmetic on float32 expressions, scalar or vector.
+
+LLVM has no vector exp, so `T.exp` in a vectorised loop becomes a libm call per lane (8 to 48 times slower). The functions
+here are branch free: range reduction by bit tricks, one minimax polynomial, `Select` for the edges. They follow IEEE:
+infinities, NaN, signed zero, overflow to inf and gradual underflow, except where a docstring says otherwise.
+
+The polynomials come from `benchmarks/fit_polynomials.py`, which prints them with their error bound. The bounds in ulp are
+measured over all 2^32 floats (`tests/backends/test_vector_math.py --every-float`) with fused multiply-add.
+
+A magic constant M = 1.5 * 2^23 (plus a bias) rounds to the nearest integer: in `t = x + M` the low bits of t's pattern
+hold that integer, and `t - M` is the integer as a float. It needs no rounding instruction and no conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import tirx
+
+PrimExpr = Any  # tvm.ir expression of dtype float32 or float32xN
+
+_LOG2_E = 1.4426950408889634
+_LN2_HIGH = 0.693359375  # 9 bits: exact when multiplied by an exponent
+_LN2_LOW = -2.12194440054690583e-4
+_ROUND = 12582912.0  # 1.5 * 2^23
+_SMALLEST_NORMAL = 2.0**-126
+_INFINITY = float("inf")
+
+# e^r = 1 + r + r^2 q(r), |r| <= ln2 / 2; 0.05 ulp
+_EXP = (0.4999999403953552, 0.1666652113199234, 0.04166826233267784, 0.008368670009076595, 0.0013820987660437822)
+# as above, but relative to e^r - 1; 0.01 ulp
+_EXPM1 = (
+    *(0.5, 0.1666666567325592, 0.04166649281978607),
+    *(0.008333546109497547, 0.0013932320289313793, 0.00019761716248467565),
+)
+# log(1 + f) = f - f^2/2 + f^3 p(f), 1/sqrt(2) <= 1 + f <= sqrt(2); 0.1 ulp
+_LOG = (
+    *(0.3333333134651184, -0.2500081956386566, 0.2000124156475067, -0.166234090924263),
+    *(0.14201581478118896, -0.1315961331129074, 0.12762197852134705, -0.0763639509677887),
+)
+# erf(x) = x p(x^2) / q(x^2), |x| <= 3.92, beyond which erf rounds to 1; 0.9 ulp
+_ERF_P = (
+    *(1.1283791065216064, 0.1904054582118988, 0.052748579531908035),
+    *(0.0037655720952898264, 0.0002848814765457064, 2.0500910977716558e-06),
+)
+_ERF_Q = (
+    *(1.0, 0.5020751953125, 0.11410868912935257),
+    *(0.014969125390052795, 0.0011625243350863457, 3.809169356827624e-05),
+)
+# normal_cdf(-t) = e^(-t^2/2) p(t) / q(t), 0 <= t <= 14.2; 0.6 ulp
+_TAIL_P = (0.5, 0.43767568469047546, 0.18277616798877716, 0.040478434413671494, 0.004093308933079243)
+_TAIL_Q = (
+    *(1.0, 1.67323637008667, 1.2005971670150757),
+    *(0.46825888752937317, 0.10147105157375336, 0.010260279290378094),
+)
+
+
+class _Lets:
+    """Names for shared subexpressions, so that the expression stays a chain and never grows into a tree."""
+
+    def __init__(self) -> None:
+        self._bound: list[tuple[Any, PrimExpr]] = []
+
+    def __call__(self, value: PrimExpr) -> PrimExpr:
+        if isinstance(value, tirx.Var | tirx.FloatImm):
+            return value
+        var = tirx.Var(f"m{len(self._bound)}", value.ty)
+        self._bound.append((var, value))
+        return var
+
+    def around(self, result: PrimExpr) -> PrimExpr:
+        for var, value in reversed(self._bound):
+            result = tirx.Let(var, value, result)
+        return result
+
+
+def _like(x: PrimExpr, value: float) -> PrimExpr:
+    return tirx.const(value, str(x.ty.dtype))
+
+
+def _bits_dtype(x: PrimExpr) -> str:
+    return str(x.ty.dtype).replace("float", "int")
+
+
+def _bits(x: PrimExpr) -> PrimExpr:
+    return tirx.reinterpret(_bits_dtype(x), x)
+
+
+def _float(x: PrimExpr) -> PrimExpr:
+    return tirx.reinterpret(str(x.ty.dtype).replace("int", "float"), x)
+
+
+def _int_like(x: PrimExpr, value: int) -> PrimExpr:
+    return tirx.const(value, _bits_dtype(x))
+
+
+def _abs(x: PrimExpr) -> PrimExpr:
+    return _float(_bits(x) & _int_like(x, 0x7FFFFFFF))
+
+
+def _with_sign_of(magnitude: PrimExpr, x: PrimExpr) -> PrimExpr:
+    """`magnitude` (not negative) with the sign of `x`, signed zero included."""
+    return _float(_bits(magnitude) | (_bits(x) & _int_like(x, -0x80000000)))
+
+
+def maximum(x: PrimExpr, low: PrimExpr) -> PrimExpr:
+    """max(x, low), where a NaN in `x` stays: the compare is false for it."""
+    return tirx.Select(x < low, low, x)
+
+
+def minimum(x: PrimExpr, high: PrimExpr) -> PrimExpr:
+    """min(x, high), where a NaN in `x` stays."""
+    return tirx.Select(x > high, high, x)
+
+
+def _polynomial(x: PrimExpr, coefficients: Sequence[float]) -> PrimExpr:
+    """Horner's rule, lowest order first; every step one fused multiply-add."""
+    result = _like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        result = result * x + _like(x, coefficient)
+    return result
+
+
+def _reduce(x: PrimExpr, bias: int, let: _Lets) -> tuple[PrimExpr, PrimExpr]:
+    """(r, shifted) with x = n ln2 + r, |r| <= ln2 / 2, and n + bias in the low bits of shifted's pattern."""
+    magic = _like(x, _ROUND + bias)
+    shifted = let(x * _like(x, _LOG2_E) + magic)
+    n = let(shifted - magic)
+    return let(x - n * _like(x, _LN2_HIGH) - n * _like(x, _LN2_LOW)), shifted
+
+
+def _exp_reduced(r: PrimExpr, let: _Lets) -> PrimExpr:
+    return let(_polynomial(r, _EXP) * (r * r) + r + _like(r, 1.0))
+
+
+def exp(x: PrimExpr) -> PrimExpr:
+    """e^x: 1.0 ulp; overflows to inf above 88.72, underflows gradually to 0 below -103.97."""
+    let = _Lets()
+    x = let(minimum(maximum(let(x), _like(x, -104.0)), _like(x, 89.0)))
+    # 2^n leaves the exponent's range at both ends: 2^n = 2^h 2^(n-h). The bias 2*127 makes both halves' fields positive.
+    r, shifted = _reduce(x, 254, let)
+    pattern = let(_bits(shifted))
+    half = let(tirx.shift_right(pattern, _int_like(x, 1)))
+    low = _float(tirx.shift_left(half, _int_like(x, 23)))
+    high = _float(tirx.shift_left(pattern - half, _int_like(x, 23)))
+    return let.around(_exp_reduced(r, let) * low * high)
+
+
+def exp_nonpositive(x: PrimExpr) -> PrimExpr:
+    """e^x for x <= 0, as softmax needs it: 1.0 ulp; results below 2^-126 become 0; one multiplication less than `exp`."""
+    let = _Lets()
+    x = let(maximum(let(x), _like(x, -88.0)))  # n >= -127, whose exponent field is 0: a factor of 0
+    r, shifted = _reduce(x, 127, let)
+    scale = _float(tirx.shift_left(_bits(shifted), _int_like(x, 23)))
+    return let.around(_exp_reduced(r, let) * scale)
+
+
+def expm1(x: PrimExpr) -> PrimExpr:
+    """e^x - 1: 1.6 ulp."""
+    let = _Lets()
+    x = let(x)
+    clamped = let(minimum(maximum(x, _like(x, -18.0)), _like(x, 89.0)))
+    r, shifted = _reduce(clamped, 126, let)
+    small = let(_polynomial(r, _EXPM1) * (r * r) + r)
+    half = let(_float(tirx.shift_left(_bits(shifted), _int_like(x, 23))))  # 2^(n-1): 2^128 has no float
+    doubled = let((small * half + (half - _like(x, 0.5))) * _like(x, 2.0))
+    return let.around(tirx.Select(x == _like(x, 0.0), x, doubled))  # keeps -0.0
+
+
+def log(x: PrimExpr) -> PrimExpr:
+    """Natural logarithm: 0.9 ulp; -inf at 0, NaN below."""
+    let = _Lets()
+    return let.around(_log(let(x), let))
+
+
+def _log(x: PrimExpr, let: _Lets) -> PrimExpr:
+    denormal = x < _like(x, _SMALLEST_NORMAL)  # a let of booleans breaks TVM's simplifier
+    scaled = tirx.Select(denormal, x * _like(x, 2.0**23), x)
+    # Offset by the pattern of sqrt(1/2): the exponent field then counts from sqrt(1/2) to sqrt(2).
+    offset = let(_bits(scaled) - _int_like(x, 0x3F3504F3))
+    exponent = let(tirx.shift_right(offset, _int_like(x, 23)))
+    mantissa = _float((offset & _int_like(x, 0x007FFFFF)) + _int_like(x, 0x3F3504F3))
+    f = let(mantissa - _like(x, 1.0))
+    n = let(
+        tirx.Cast(str(x.ty.dtype), exponent) - tirx.Select(denormal, _like(x, 23.0), _like(x, 0.0))
+    )
+    f2 = let(f * f)
+    tail = let(_polynomial(f, _LOG) * (f2 * f) + n * _like(x, _LN2_LOW))
+    value = let((tail - f2 * _like(x, 0.5)) + f + n * _like(x, _LN2_HIGH))
+    finite = tirx.Select(x < _like(x, _INFINITY), value, x)
+    edge = tirx.Select(x == _like(x, 0.0), _like(x, -_INFINITY), _like(x, float("nan")))
+    return let(tirx.Select(x > _like(x, 0.0), finite, edge))
+
+
+def log1p(x: PrimExpr) -> PrimExpr:
+    """log(1 + x): 1.5 ulp; the part of x that the sum rounds away comes back as a first-order correction."""
+    let = _Lets()
+    x = let(x)
+    u = let(x + _like(x, 1.0))
+    lost = x - (u - _like(x, 1.0))
+    corrected = let(_log(u, let) + lost / u)
+    keep = tirx.any(u == _like(x, _INFINITY), u == _like(x, 0.0), x == _like(x, 0.0))
+    edge = tirx.Select(u == _like(x, 0.0), _like(x, -_INFINITY), x)
+    return let.around(tirx.Select(keep, edge, corrected))
+
+
+def tanh(x: PrimExpr) -> PrimExpr:
+    """Hyperbolic tangent: 1.9 ulp; -m / (m + 2) with m = e^(-2|x|) - 1, which is relatively exact at both ends."""
+    let = _Lets()
+    x = let(x)
+    twice = let(minimum(_abs(x), _like(x, 9.5)) * _like(x, -2.0))
+    r, shifted = _reduce(twice, 127, let)
+    scale = let(_float(tirx.shift_left(_bits(shifted), _int_like(x, 23))))
+    small = _polynomial(r, _EXPM1) * (r * r) + r
+    m = let(small * scale + (scale - _like(x, 1.0)))
+    return let.around(_with_sign_of((_like(x, 0.0) - m) / (m + _like(x, 2.0)), x))
+
+
+def sigmoid(x: PrimExpr) -> PrimExpr:
+    """1 / (1 + e^-x): 1.9 ulp; for x < 0 as e^x / (1 + e^x), which underflows gradually instead of overflowing."""
+    let = _Lets()
+    x = let(x)
+    e = let(exp(_float(_bits(x) | _int_like(x, -0x80000000))))  # e^-|x|
+    numerator = tirx.Select(x < _like(x, 0.0), e, _like(x, 1.0))
+    return let.around(numerator / (e + _like(x, 1.0)))
+
+
+def erf(x: PrimExpr) -> PrimExpr:
+    """Error function: 2.5 ulp."""
+    let = _Lets()
+    x = let(x)
+    clamped = let(minimum(maximum(x, _like(x, -3.92)), _like(x, 3.92)))
+    square = let(clamped * clamped)
+    value = let(clamped * _polynomial(square, _ERF_P) / _polynomial(square, _ERF_Q))
+    return let.around(minimum(maximum(value, _like(x, -1.0)), _like(x, 1.0)))
+
+
+def rsqrt(x: PrimExpr) -> PrimExpr:
+    """1 / sqrt(x): 1 ulp."""
+    return _like(x, 1.0) / tirx.sqrt(x)
+
+
+def gelu(x: PrimExpr) -> PrimExpr:
+    """x normal_cdf(x), the exact GELU: 3 ulp for x > -1; below, the relative error grows with x^2 (2e-6 at -5).
+
+    The lower tail of normal_cdf is computed as such, not as 1 + erf, so nothing cancels for negative x. Tails below 2^-126
+    become 0. gelu(-inf) is NaN as in torch.
+    """
+    let = _Lets()
+    x = let(x)
+    t = let(minimum(_abs(x), _like(x, 14.0)))
+    density = exp_nonpositive(t * t * _like(x, -0.5))
+    tail = let(density * _polynomial(t, _TAIL_P) / _polynomial(t, _TAIL_Q))
+    return let.around(x * tirx.Select(x < _like(x, 0.0), tail, _like(x, 1.0) - tail))
+
+
+def gelu_tanh(x: PrimExpr) -> PrimExpr:
+    """The tanh approximation of GELU, as x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation below 0."""
+    let = _Lets()
+    x = let(x)
+    u = (x * x * _like(x, 0.044715) + _like(x, 1.0)) * x * _like(x, 1.5957691216057308)
+    return let.around(x * sigmoid(let(u)))
+
+
+def silu(x: PrimExpr) -> PrimExpr:
+    """x sigmoid(x), as x e^x / (1 + e^x) for x < 0."""
+    let = _Lets()
+    x = let(x)
+    return let.around(x * sigmoid(x))
+
+
+# What `backends.cpu.expand_math` puts in the place of calls of the TIR intrinsics.
+EXPANSIONS: dict[str, Callable[[PrimExpr], PrimExpr]] = {
+    "tirx.exp": exp,
+    "tirx.log": log,
+    "tirx.log1p": log1p,
+    "tirx.tanh": tanh,
+    "tirx.sigmoid": sigmoid,
+    "tirx.erf": erf,
+    "tirx.rsqrt": rsqrt,
+}
