@@ -1,0 +1,154 @@
+"""`torch.compile(model, backend="graphwright")`: found through the torch_dynamo_backends entry point.
+
+Dynamo hands over graphs whose parameters are inputs. They are bound as constants (so that weights are packed once) and
+watched: when one changes, the graph is compiled anew. What graphwright cannot compile runs as the graph dynamo made.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import GraphwrightError, InputError
+
+log = logging.getLogger(__name__)
+
+# Compilations of one graph before calls of further shapes run in PyTorch.
+SHAPES = 8
+OPTIONS = {"precision", "threads", "tolerance", "verify", "cache", "target"}
+
+
+def graphwright(
+    graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, **settings: Any
+) -> Callable[..., Any]:
+    """The backend torch.compile calls. `options`: precision, threads, tolerance, verify, cache, target.
+
+    Raises InputError for an option it does not know.
+    """
+    chosen = {**(options or {}), **{k: v for k, v in settings.items() if k != "mode"}}
+    if unknown := sorted(set(chosen) - OPTIONS):
+        raise InputError(f"graphwright has no option {', '.join(unknown)}; it takes {', '.join(sorted(OPTIONS))}")
+    return _Specialised(graph, chosen)
+
+
+@dataclass(frozen=True)
+class _Version:
+    """Tells whether a parameter still holds the bytes that were compiled in."""
+
+    tensor: torch.Tensor
+    address: int
+    version: int
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> _Version:
+        return _Version(tensor, tensor.data_ptr(), _counter(tensor))
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return tensor.data_ptr() == self.address and _counter(tensor) == self.version
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One compilation: the function over the free inputs, and the parameters it has inside."""
+
+    run: Callable[..., Any] | None  # None: runs in PyTorch
+    free: tuple[int, ...]
+    bound: tuple[tuple[int, _Version], ...]
+
+
+class _Bound(torch.nn.Module):
+    """Dynamo's graph with some inputs fixed."""
+
+    def __init__(self, graph: fx.GraphModule, fixed: dict[int, Any], count: int) -> None:
+        super().__init__()
+        self.graph = graph
+        self.count = count
+        self.values = {i: v for i, v in fixed.items() if not isinstance(v, torch.Tensor)}
+        for i, value in fixed.items():
+            if isinstance(value, torch.Tensor):
+                self.register_buffer(f"input_{i}", value.detach())
+
+    def forward(self, *free: Any) -> Any:
+        given = iter(free)
+        inputs = []
+        for i in range(self.count):
+            if i in self.values:
+                inputs.append(self.values[i])
+            elif (fixed := getattr(self, f"input_{i}", None)) is not None:
+                inputs.append(fixed)
+            else:
+                inputs.append(next(given))
+        return self.graph(*inputs)
+
+
+class _Specialised:
+    """Compiles dynamo's graph once for every set of shapes it is called with."""
+
+    def __init__(self, graph: fx.GraphModule, options: dict[str, Any]) -> None:
+        self.graph = graph
+        self.options = options
+        self.entries: dict[Any, _Entry] = {}
+        self.lock = threading.Lock()
+        self.told: set[str] = set()
+
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+            self._tell("gradients are needed, so this graph runs in PyTorch: graphwright only infers so far")
+            return self.graph(*inputs)
+        key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in inputs)
+        entry = self.entries.get(key)
+        if entry is None or not all(version.holds(inputs[i]) for i, version in entry.bound):
+            entry = self._enter(key, inputs)
+        if entry.run is None:
+            return self.graph(*inputs)
+        return entry.run(*[inputs[i] for i in entry.free])
+
+    def _enter(self, key: Any, inputs: Sequence[Any]) -> _Entry:
+        with self.lock:
+            entry = self.entries.get(key)
+            if entry is not None and all(version.holds(inputs[i]) for i, version in entry.bound):
+                return entry
+            if entry is None and len(self.entries) >= SHAPES:
+                self._tell(f"called with more than {SHAPES} sets of shapes; further ones run in PyTorch")
+                return _Entry(None, (), ())
+            self.entries[key] = entry = self._compile(inputs)
+            return entry
+
+    def _compile(self, inputs: Sequence[Any]) -> _Entry:
+        from .api import compile
+
+        fixed = {i: x for i, x in enumerate(inputs) if not isinstance(x, torch.Tensor) or _is_static(x)}
+        free = tuple(i for i in range(len(inputs)) if i not in fixed)
+        bound = tuple((i, _Version.of(x)) for i, x in fixed.items() if isinstance(x, torch.Tensor))
+        if any(isinstance(x, torch.Tensor) and not x.is_cpu for x in inputs):
+            self._tell("an input is not on the CPU, so this graph runs in PyTorch")
+            return _Entry(None, free, bound)
+        try:
+            module = _Bound(self.graph, fixed, len(inputs))
+            with torch.no_grad():
+                return _Entry(compile(module, tuple(inputs[i] for i in free), **self.options), free, bound)
+        except GraphwrightError as error:
+            self._tell(f"this graph runs in PyTorch: {error}")
+            return _Entry(None, free, bound)
+
+    def _tell(self, message: str) -> None:
+        """Say it once a graph."""
+        if message not in self.told:
+            self.told.add(message)
+            log.warning("%s", message)
+
+
+def _is_static(tensor: torch.Tensor) -> bool:
+    """Whether dynamo knows the input to be a parameter or buffer of the module."""
+    return isinstance(tensor, torch.nn.Parameter) or getattr(tensor, "_dynamo_static_input_type", None) is not None
+
+
+def _counter(tensor: torch.Tensor) -> int:
+    """How often the tensor was written; inference tensors do not count, and cannot be told apart."""
+    return 0 if tensor.is_inference() else tensor._version
