@@ -42,5 +42,5 @@ def names() -> list[str]:
 
 
 def missing_features(required: Iterable[str]) -> list[str]:
-    """Return those of the LLVM features `required` that this machine lacks: code that needs them must not be run here."""
+    """Return those of the LLVM features `required` that this machine lacks: code using them would die."""
     return sorted(set(required) - detect().features)

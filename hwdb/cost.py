@@ -1,11 +1,11 @@
 """Predicted seconds of a piece of work on a machine: the one figure passes, tiling and reports share.
 
-    seconds = max(arithmetic, memory) + launches                     (roofline: Williams, Waterman, Patterson, 2009)
+    seconds    = max(arithmetic, memory) + launches          (roofline: Williams, Waterman, Patterson, 2009)
     arithmetic = sum over dtypes of FLOPs / (peak * efficiency), times the imbalance of a static split
     memory     = bytes / bandwidth of the smallest level that holds them all
 
-`tasks` equal pieces on `cores` cores take ceil(tasks / cores) rounds, so the cores are busy for tasks / (rounds * cores)
-of the time: five pieces on four cores take as long as eight.
+`tasks` equal pieces on `cores` cores take ceil(tasks / cores) rounds, so the cores are busy for
+tasks / (rounds * cores) of the time: five pieces on four cores take as long as eight.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def predict_seconds(hw: Hardware, work: Work) -> float | None:
 def memory_bandwidth_gbs(hw: Hardware, footprint_bytes: float) -> float | None:
     """GB/s of all cores over a footprint that stays in the smallest cache level holding it, else in DRAM.
 
-    Every level counts with all its copies that the cores of `hw` reach, since the work is spread over the cores.
+    Every level counts with all its copies that the cores of `hw` reach: the work is spread over the cores.
     """
     for cache in hw.caches:
         copies = math.ceil(hw.cores / cache.shared_by_cores)

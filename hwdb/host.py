@@ -1,9 +1,10 @@
 """What machine this is: microarchitecture, features, caches, clock, and how many cores this process may use.
 
-Everything is read below a root directory, so that a recorded /proc and /sys replays in a test. The processor's family
-and model (part number on Arm) name the record that gives rates and latencies; a processor newer than the records gets the
-nearest ancestor that archspec or the feature levels give. Features always come from the system itself: a hypervisor may
-mask what the silicon has, and the code must not use what is masked.
+Everything is read below a root directory, so that a recorded /proc and /sys replays in a test. The
+processor's family and model (part number on Arm) name the record that gives rates and latencies; a
+processor newer than the records gets the nearest ancestor that archspec or the feature levels give.
+Features always come from the system itself: a hypervisor may mask what the silicon has, and the code must
+not use what is masked.
 """
 
 from __future__ import annotations
@@ -20,14 +21,11 @@ from typing import Any
 
 from . import isa as instruction_set
 from .loader import Database, database
-from .records import Cache, Hardware, Source
+from .records import Cache, Hardware
 
 log = logging.getLogger(__name__)
 
 _MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
-_HOST = Source(
-    "host", "system", "Read from this machine: /proc/cpuinfo, /sys/devices/system/cpu, affinity, cgroups"
-)
 
 
 @functools.cache
@@ -37,7 +35,7 @@ def detect() -> Hardware:
 
 
 def detect_at(root: Path, allowed: Collection[int] | None, machine: str) -> Hardware:
-    """Return the machine whose /proc and /sys lie below `root`, for a process allowed on the logical CPUs `allowed`."""
+    """Return the machine whose /proc and /sys lie below `root`, for a process that may use CPUs `allowed`."""
     isa = _MACHINES.get(machine.lower(), "x86_64")
     processors = _cpuinfo(root / "proc/cpuinfo")
     usable = [cpu for cpu in sorted(processors) if allowed is None or cpu in allowed] or sorted(processors)
@@ -62,7 +60,7 @@ def detect_at(root: Path, allowed: Collection[int] | None, machine: str) -> Hard
         "cores": cores,
         "clock_mhz": _clock_mhz(root, usable, processors, values.get("clock_mhz")),
         "native": True,
-        "sources": (_HOST, *(records.sources[source] for source in values["source"])),
+        "sources": tuple(records.sources[source] for source in ("host", *values["source"])),
     }
     caches = _caches(root, usable[0])
     if caches:
@@ -73,9 +71,10 @@ def detect_at(root: Path, allowed: Collection[int] | None, machine: str) -> Hard
 
 
 def cpu_quota(root: Path) -> float | None:
-    """Return the cores' worth of time the control groups of this process grant, or None where they set no limit.
+    """Return the cores' worth of time this process's control groups grant, or None where there is no limit.
 
-    The tightest limit on the way from the process's group to the root counts (cgroup v2 cpu.max; v1 cpu.cfs_quota_us).
+    The tightest limit from the process's group up to the root counts (cgroup v2 cpu.max; v1
+    cpu.cfs_quota_us).
     """
     limits = []
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -84,9 +83,9 @@ def cpu_quota(root: Path) -> float | None:
             continue
         _, controllers, path = parts
         if controllers == "":
-            mounts = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
+            mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
         elif "cpu" in controllers.split(","):
-            mounts = (f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
+            mounts = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct"]
         else:
             continue
         for mount in mounts:
@@ -144,7 +143,7 @@ def _flags(fields: dict[str, str], isa: str) -> set[str]:
 def _largest_cluster(
     root: Path, usable: list[int], processors: dict[int, dict[str, str]], isa: str
 ) -> list[int]:
-    """Return the usable CPUs of the fastest kind: equal shares of work over unequal cores end with the slowest."""
+    """Return the usable CPUs of the fastest kind: equal shares of work end with the slowest core."""
 
     def capacity(cpu: int) -> int:
         base = root / f"sys/devices/system/cpu/cpu{cpu}"
@@ -168,7 +167,7 @@ def _largest_cluster(
 def _record_of(
     records: Database, isa: str, fields: dict[str, str], flags: set[str], features: frozenset[str]
 ) -> str:
-    """Return the record of the processor: by its numbers, else archspec's nearest ancestor, else its feature level."""
+    """Return the processor's record: by its numbers, else by archspec's nearest ancestor, else by level."""
     numbers = _numbers(isa, fields)
     key = "cpuid" if isa == "x86_64" else "parts"
     for id, record in records.records.items():
@@ -187,7 +186,7 @@ def _record_of(
 
 
 def _specialised(records: Database, id: str, features: frozenset[str]) -> str:
-    """Return the record that shares `id`'s numbers but adds features this machine shows (Cascade Lake is a Skylake-SP)."""
+    """Return the record with `id`'s numbers and more features: Cascade Lake has those of Skylake-SP."""
     for other, record in records.records.items():
         if record.kind == "architecture" and record.values.get("extends") == id:
             shares = not ({"cpuid", "parts"} & set(record.values))
@@ -214,7 +213,7 @@ def _matches(pattern: str, numbers: tuple[str, ...]) -> bool:
 
 
 def _archspec_ancestor(records: Database, isa: str, vendor: str, flags: set[str]) -> str | None:
-    """Return the record of the most specific archspec microarchitecture of `vendor` whose features are all present."""
+    """Return the record of archspec's most specific microarchitecture whose features are all there."""
     if isa != "x86_64":
         return None  # archspec knows Arm processors by the names the part numbers already gave
     from archspec.cpu import TARGETS
@@ -252,8 +251,8 @@ def _clock_mhz(
 ) -> float | None:
     """Return the highest clock the usable cores reach.
 
-    Without cpufreq (virtual machines) /proc/cpuinfo shows the guaranteed clock, which the cores exceed: the family's
-    typical clock counts where it is higher, so that a peak stays an upper bound.
+    Without cpufreq (virtual machines) /proc/cpuinfo shows the guaranteed clock, which the cores exceed: the
+    family's typical clock counts where it is higher, so that a peak stays an upper bound.
     """
     highest = 0.0
     shown = 0.0
@@ -314,7 +313,7 @@ def _read(file: Path) -> str:
 
 
 def _without_proc(isa: str, allowed: Collection[int] | None) -> Hardware:
-    """Return what is known where the system has no /proc/cpuinfo: archspec's host, and the cores that Python counts."""
+    """Return what is known without /proc/cpuinfo: archspec's host, and the cores that Python counts."""
     from archspec.cpu import host
 
     records = database()

@@ -1,8 +1,8 @@
-"""What an instruction set's features mean: vector shape, dot products, and the LLVM attributes that say exactly them.
+"""What an instruction set's features mean: vector shape, dot products, and the LLVM attributes that say them.
 
-Features carry LLVM's names. Only those that change the code LLVM generates are listed; each is turned on or off by
-name in the target description, so that the cpu given to LLVM decides scheduling and nothing else. That matters on
-virtual machines, which often mask features of the processor underneath.
+Features carry LLVM's names. Only those that change the code LLVM generates are listed; each is turned on or
+off by name in the target description, so that the cpu given to LLVM decides scheduling and nothing else.
+That matters on virtual machines, which often mask features of the processor underneath.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ _NEEDS = {
 
 
 def from_flags(isa: str, flags: Iterable[str]) -> frozenset[str]:
-    """Return the LLVM features that the flags of /proc/cpuinfo mean, leaving out those whose base is masked."""
+    """Return the LLVM features that flags of /proc/cpuinfo mean, leaving out those whose base is masked."""
     present = set(flags)
     return closed(llvm for llvm, flag in FLAGS[isa].items() if flag in present)
 
@@ -164,7 +164,8 @@ def vector_shape(isa: str, features: frozenset[str]) -> tuple[int, int]:
 
 
 def dot_product(features: frozenset[str], dtype: str) -> str | None:
-    """Return the widest instruction family that multiplies and accumulates `dtype` ("int8", "bfloat16"), or None."""
+    """Return the widest instruction family that multiplies and accumulates `dtype`, or None."""
+    families: tuple[tuple[str, str], ...] = ()
     if dtype in ("int8", "uint8"):
         families = (
             ("amx-int8", "amx"),
@@ -175,8 +176,6 @@ def dot_product(features: frozenset[str], dtype: str) -> str | None:
         )
     elif dtype == "bfloat16":
         families = (("amx-bf16", "amx"), ("avx512bf16", "bf16"), ("bf16", "bf16"))
-    else:
-        return None
     return next((family for feature, family in families if feature in features), None)
 
 

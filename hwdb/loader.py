@@ -1,10 +1,10 @@
 """Read the TOML records beside this file, check them, and build `Hardware` from a record and what it extends.
 
-    [architecture.ID] or [device.ID]     facts that differ from the record named by `extends`; own source and confidence
-    [source.ID]                          where facts come from
+    [architecture.ID], [device.ID]    facts that differ from the record named by `extends`; source, confidence
+    [source.ID]                       where facts come from
 
-A key that is absent is unknown, or inherited. `features` adds to the parent's, `without` removes. A mistake in a file
-raises RecordError naming the file, the line of the record, the record and the key.
+A key that is absent is unknown, or inherited. `features` adds to the parent's, `without` removes. A mistake
+in a file raises RecordError naming the file, the line of the record, the record and the key.
 """
 
 from __future__ import annotations
@@ -92,9 +92,8 @@ class Database:
             raise RecordError(f"{file}: not valid TOML: {error}") from error
         for kind, entries in tables.items():
             if kind not in ("architecture", "device", "source"):
-                raise RecordError(
-                    f"{file}: [{kind}]: unknown kind of record{suggest(kind, ('architecture', 'device', 'source'))}"
-                )
+                near = suggest(kind, ("architecture", "device", "source"))
+                raise RecordError(f"{file}: [{kind}]: unknown kind of record{near}")
             for id, values in entries.items():
                 where = f"{file}:{_line(text, kind, id)}: {kind}.{id}"
                 if kind == "source":
@@ -144,16 +143,15 @@ class Database:
         chain = [self.records[id]]
         while (parent := chain[-1].values.get("extends")) is not None:
             if parent not in self.records:
-                raise RecordError(
-                    f"{chain[-1].where}: extends {parent!r}, which does not exist{suggest(parent, self.records)}"
-                )
+                near = suggest(parent, self.records)
+                raise RecordError(f"{chain[-1].where}: extends {parent!r}, which does not exist{near}")
             if self.records[parent] in chain:
                 raise RecordError(f"{chain[-1].where}: extends {parent!r}, which extends it in turn")
             chain.append(self.records[parent])
         return tuple(chain)
 
     def merged(self, id: str) -> dict[str, Any]:
-        """Return the facts of a record with the inherited ones filled in; `features` is the final frozenset."""
+        """Return a record's facts with the inherited ones filled in; `features` is the final frozenset."""
         lineage = self.lineage(id)
         values: dict[str, Any] = {}
         features: set[str] = set()
@@ -185,7 +183,7 @@ class Database:
         return found
 
     def build(self, id: str, **facts: Any) -> Hardware:
-        """Build the Hardware of record `id`, with `facts` (fields of Hardware) in the place of the record's."""
+        """Build the Hardware of record `id`; `facts` (fields of Hardware) replace the record's."""
         values = self.merged(id)
         features = instruction_set.closed(facts.pop("features", values["features"]))
         bits, registers = instruction_set.vector_shape(values["isa"], features)
@@ -295,7 +293,7 @@ def _check_caches(caches: Iterable[Any], where: str) -> None:
 
 
 def _at_width(rate: Any, bits: int) -> float:
-    """Return the rate at `bits`, or at the nearest narrower width that is known, else the nearest wider one."""
+    """Return the rate at `bits`, else at the nearest narrower known width, else at the nearest wider one."""
     if not isinstance(rate, dict):
         return float(rate)
     widths = sorted(int(width) for width in rate)

@@ -38,9 +38,9 @@ _SPELLINGS = {
     "u8": "uint8",
 }
 
-# Multiply-adds of one dot-product instruction, as a multiple of the float32 multiply-adds of one vector. AMX: a
-# TDPBSSD does 16 x 16 x 64 int8 products in 16 cycles (Intel optimization manual, chapter on AMX), which is
-# 1024 a cycle against 32 of two 512-bit float32 FMAs; bfloat16 half of that.
+# Multiply-adds of one dot-product instruction, as a multiple of the float32 multiply-adds of one vector.
+# AMX: a TDPBSSD does 16 x 16 x 64 int8 products in 16 cycles (Intel optimization manual, chapter on AMX):
+# 1024 a cycle, against 32 of two 512-bit float32 FMAs; bfloat16 half of that.
 _DOT_RATE = {
     ("int8", "vnni"): 4.0,
     ("int8", "sdot"): 4.0,
@@ -132,16 +132,16 @@ class Hardware:
             return self.dram_gbs
         if self.clock_mhz is None or self.cache(level) is None:
             return None
-        # Cores are built with as many vector loads as FMAs per cycle from L1; each level outwards sustains about half,
-        # and a shared cache no more than 16 bytes per core and cycle (chips measured in Agner Fog's and uops.info's
-        # tables lie within a factor of two of this).
-        core = self.fma_per_cycle * self.vector_bits / 8 / 2 ** (level - 1)
+        # Cores are built to load from L1 as many vectors per cycle as they multiply-add. Each level
+        # outwards is taken at half of the one before, a shared cache at no more than 16 bytes per core and
+        # cycle: a rule of thumb.
+        core: float = self.fma_per_cycle * self.vector_bits / 8 / 2.0 ** (level - 1)
         if level >= 3:
             core = min(core, 16.0)
         return core * self.cores * self.clock_mhz / 1e3
 
     def dot_product(self, dtype: str = "int8") -> str | None:
-        """The instruction family that multiplies and accumulates `dtype` (vnni, sdot, i8mm, bf16, amx), or None."""
+        """The instructions that multiply and accumulate `dtype` (vnni, sdot, i8mm, bf16, amx), or None."""
         return instruction_set.dot_product(self.features, dtype_name(dtype))
 
     def supports(self, dtype: str) -> bool:
