@@ -28,7 +28,13 @@ _SMALLEST_NORMAL = 2.0**-126
 _INFINITY = float("inf")
 
 # e^r = 1 + r + r^2 q(r), |r| <= ln2 / 2; 0.05 ulp
-_EXP = (0.4999999403953552, 0.1666652113199234, 0.04166826233267784, 0.008368670009076595, 0.0013820987660437822)
+_EXP = (
+    0.4999999403953552,
+    0.1666652113199234,
+    0.04166826233267784,
+    0.008368670009076595,
+    0.0013820987660437822,
+)
 # as above, but relative to e^r - 1; 0.01 ulp
 _EXPM1 = (
     *(0.5, 0.1666666567325592, 0.04166649281978607),
@@ -39,14 +45,15 @@ _LOG = (
     *(0.3333333134651184, -0.2500081956386566, 0.2000124156475067, -0.166234090924263),
     *(0.14201581478118896, -0.1315961331129074, 0.12762197852134705, -0.0763639509677887),
 )
-# erf(x) = x p(x^2) / q(x^2), |x| <= 3.92, beyond which erf rounds to 1; 0.9 ulp
-_ERF_P = (
-    *(1.1283791065216064, 0.1904054582118988, 0.052748579531908035),
-    *(0.0037655720952898264, 0.0002848814765457064, 2.0500910977716558e-06),
+# erf(x) = x + x p(x^2), |x| <= 0.8; 0.06 ulp
+_ERF = (
+    *(0.12837916612625122, -0.37612608075141907, 0.11283162236213684),
+    *(-0.026822242885828018, 0.005086865741759539, -0.000654224946629256),
 )
-_ERF_Q = (
-    *(1.0, 0.5020751953125, 0.11410868912935257),
-    *(0.014969125390052795, 0.0011625243350863457, 3.809169356827624e-05),
+# log(erfc(t)) = p(t), 0.8 <= t <= 3.93, beyond which erf rounds to 1; 0.04 ulp of erf
+_LOG_ERFC = (
+    *(-5.684188363375142e-05, -1.1282713413238525, -0.6361422538757324, -0.10487610101699829),
+    *(0.02269711345434189, -0.0031647805590182543, 0.00020868220599368215),
 )
 # normal_cdf(-t) = e^(-t^2/2) p(t) / q(t), 0 <= t <= 14.2; 0.6 ulp
 _TAIL_P = (0.5, 0.43767568469047546, 0.18277616798877716, 0.040478434413671494, 0.004093308933079243)
@@ -137,7 +144,7 @@ def _exp_reduced(r: PrimExpr, let: _Lets) -> PrimExpr:
 def exp(x: PrimExpr) -> PrimExpr:
     """e^x: 1.0 ulp; overflows to inf above 88.72, underflows gradually to 0 below -103.97."""
     let = _Lets()
-    x = let(minimum(maximum(let(x), _like(x, -104.0)), _like(x, 89.0)))
+    x = let(minimum(let(maximum(let(x), _like(x, -104.0))), _like(x, 89.0)))
     # 2^n leaves the exponent's range at both ends: 2^n = 2^h 2^(n-h). The bias 2*127 makes both halves' fields positive.
     r, shifted = _reduce(x, 254, let)
     pattern = let(_bits(shifted))
@@ -160,7 +167,7 @@ def expm1(x: PrimExpr) -> PrimExpr:
     """e^x - 1: 1.6 ulp."""
     let = _Lets()
     x = let(x)
-    clamped = let(minimum(maximum(x, _like(x, -18.0)), _like(x, 89.0)))
+    clamped = let(minimum(let(maximum(x, _like(x, -18.0))), _like(x, 89.0)))
     r, shifted = _reduce(clamped, 126, let)
     small = let(_polynomial(r, _EXPM1) * (r * r) + r)
     half = let(_float(tirx.shift_left(_bits(shifted), _int_like(x, 23))))  # 2^(n-1): 2^128 has no float
@@ -182,9 +189,7 @@ def _log(x: PrimExpr, let: _Lets) -> PrimExpr:
     exponent = let(tirx.shift_right(offset, _int_like(x, 23)))
     mantissa = _float((offset & _int_like(x, 0x007FFFFF)) + _int_like(x, 0x3F3504F3))
     f = let(mantissa - _like(x, 1.0))
-    n = let(
-        tirx.Cast(str(x.ty.dtype), exponent) - tirx.Select(denormal, _like(x, 23.0), _like(x, 0.0))
-    )
+    n = let(tirx.Cast(str(x.ty.dtype), exponent) - tirx.Select(denormal, _like(x, 23.0), _like(x, 0.0)))
     f2 = let(f * f)
     tail = let(_polynomial(f, _LOG) * (f2 * f) + n * _like(x, _LN2_LOW))
     value = let((tail - f2 * _like(x, 0.5)) + f + n * _like(x, _LN2_HIGH))
@@ -209,7 +214,7 @@ def tanh(x: PrimExpr) -> PrimExpr:
     """Hyperbolic tangent: 1.9 ulp; -m / (m + 2) with m = e^(-2|x|) - 1, which is relatively exact at both ends."""
     let = _Lets()
     x = let(x)
-    twice = let(minimum(_abs(x), _like(x, 9.5)) * _like(x, -2.0))
+    twice = let(minimum(let(_abs(x)), _like(x, 9.5)) * _like(x, -2.0))
     r, shifted = _reduce(twice, 127, let)
     scale = let(_float(tirx.shift_left(_bits(shifted), _int_like(x, 23))))
     small = _polynomial(r, _EXPM1) * (r * r) + r
@@ -227,18 +232,33 @@ def sigmoid(x: PrimExpr) -> PrimExpr:
 
 
 def erf(x: PrimExpr) -> PrimExpr:
-    """Error function: 2.5 ulp."""
+    """Error function: 1.5 ulp; an odd polynomial up to 0.8, 1 - e^(log erfc) beyond, where erfc no longer cancels."""
     let = _Lets()
     x = let(x)
-    clamped = let(minimum(maximum(x, _like(x, -3.92)), _like(x, 3.92)))
-    square = let(clamped * clamped)
-    value = let(clamped * _polynomial(square, _ERF_P) / _polynomial(square, _ERF_Q))
-    return let.around(minimum(maximum(value, _like(x, -1.0)), _like(x, 1.0)))
+    magnitude = let(_abs(x))
+    t = let(minimum(magnitude, _like(x, 3.93)))
+    far = _like(x, 1.0) - exp_nonpositive(_polynomial(t, _LOG_ERFC))
+    near = x * _polynomial(let(x * x), _ERF) + x
+    return let.around(tirx.Select(magnitude < _like(x, 0.8), near, _with_sign_of(far, x)))
 
 
 def rsqrt(x: PrimExpr) -> PrimExpr:
     """1 / sqrt(x): 1 ulp."""
     return _like(x, 1.0) / tirx.sqrt(x)
+
+
+def one_plus_erf(x: PrimExpr) -> PrimExpr:
+    """1 + erf(x), twice the normal distribution function of sqrt(2) x: accurate in the negative tail, as `gelu` is."""
+    let = _Lets()
+    x = let(x)
+    t = let(minimum(let(_abs(x)) * _like(x, 2.0**0.5), _like(x, 14.0)))
+    tail = let(_normal_tail(t, let) * _like(x, 2.0))
+    return let.around(tirx.Select(x < _like(x, 0.0), tail, _like(x, 2.0) - tail))
+
+
+def _normal_tail(t: PrimExpr, let: _Lets) -> PrimExpr:
+    density = exp_nonpositive(t * t * _like(t, -0.5))
+    return let(density * _polynomial(t, _TAIL_P) / _polynomial(t, _TAIL_Q))
 
 
 def gelu(x: PrimExpr) -> PrimExpr:
@@ -249,9 +269,7 @@ def gelu(x: PrimExpr) -> PrimExpr:
     """
     let = _Lets()
     x = let(x)
-    t = let(minimum(_abs(x), _like(x, 14.0)))
-    density = exp_nonpositive(t * t * _like(x, -0.5))
-    tail = let(density * _polynomial(t, _TAIL_P) / _polynomial(t, _TAIL_Q))
+    tail = _normal_tail(let(minimum(let(_abs(x)), _like(x, 14.0))), let)
     return let.around(x * tirx.Select(x < _like(x, 0.0), tail, _like(x, 1.0) - tail))
 
 
