@@ -60,6 +60,19 @@ _DTYPES = {
 }
 
 
+def _where(node: fx.Node) -> str:
+    trace = node.meta.get("stack_trace")
+    return f"\nwhere the model says:\n{trace}" if trace else ""
+
+
+class LoweringError(GraphwrightError):
+    """The definition of an operator failed: a bug of ours, after which PyTorch takes over where it can."""
+
+    def __init__(self, node: fx.Node, error: Exception) -> None:
+        super().__init__(f"lowering {node.format_node()} failed: {error}{_where(node)}")
+        self.node = node
+
+
 @dataclass(frozen=True)
 class Region:
     """A connected, convex part of the graph that is compiled as one."""
@@ -197,12 +210,8 @@ class _Builder:
                 for node in self.region.nodes:
                     try:
                         self.values[node] = self._node(node)
-                    except GraphwrightError:
-                        raise
                     except Exception as error:
-                        raise GraphwrightError(
-                            f"lowering {node.format_node()} failed: {error}{_where(node)}"
-                        ) from error
+                        raise LoweringError(node, error) from error
                 results = [self._value(n) for n in self.region.outputs]
                 result = self.block.emit_output(relax.Tuple(results))
             self.block.emit_func_output(result)
@@ -282,11 +291,6 @@ class _Builder:
 
         hint = str(node.target).split(".")[1]
         return self.block.emit_te(compute, *[self._value(t) for t in tensors], primfunc_name_hint=hint)
-
-
-def _where(node: fx.Node) -> str:
-    trace = node.meta.get("stack_trace")
-    return f"\nwhere the model says:\n{trace}" if trace else ""
 
 
 class _Extractor:

@@ -1,0 +1,16 @@
+"""Both operator tables, filled: importing this module enters every definition and every kernel."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+
+from . import families
+from .registry import KERNELS, LOWERINGS
+
+families.load()
+for name in ("kernels_conv", "kernels_matmul", "kernels_norm"):
+    if importlib.util.find_spec(f"{__package__}.{name}") is not None:
+        importlib.import_module(f".{name}", __package__)
+
+__all__ = ["KERNELS", "LOWERINGS"]

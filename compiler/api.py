@@ -1,0 +1,125 @@
+"""`graphwright.compile`: capture, passes, partition, lowering, machine code, verification and the cache, in that order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from ..errors import GraphwrightError, InputError
+from ..hwdb import Hardware, lookup
+from .assemble import assemble
+from .capture import Model, export, parameters_of
+from .compiled import Compiled
+from .specialised import Specialised
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `compile` was asked for, checked."""
+
+    hw: Hardware
+    precision: str
+    tolerance: float | None
+    verify: bool
+    cache: bool
+    threads: int
+
+
+def compile(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    target: str = "native",
+    precision: str = "fp32",
+    tolerance: float | None = None,
+    dynamic_shapes: Any = None,
+    verify: bool = True,
+    cache: bool = True,
+    threads: int | None = None,
+) -> Compiled | Specialised:
+    """Compile a PyTorch model to machine code.
+
+    model: an nn.Module (in eval mode), a function, an ExportedProgram, an fx.GraphModule, or the path of a .pt2 file.
+    example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments; shapes, dtypes and
+        arguments that are not tensors become part of the compiled model. Without it the model is compiled at its
+        first call, and again for every further set of shapes.
+    target: "native", or a machine of the database (`graphwright hw list`).
+    precision: "fp32"; other precisions are refused until they are built.
+    tolerance: the relative L2 error against float64 that verification allows; None allows a few times eager's own.
+    dynamic_shapes: as in torch.export; a shape within them is compiled when it is first met.
+    verify: run the example inputs through the machine code and compare with PyTorch in float64.
+    cache: reuse and store results under the user's cache directory (GRAPHWRIGHT_CACHE).
+    threads: threads one call uses; None takes torch.get_num_threads(), at most the machine's cores.
+
+    Raises CaptureError, UnknownTarget, InputError, UnsupportedOp (targets where PyTorch cannot take over) and
+    NumericMismatch, which names the pass or the operator to blame.
+    """
+    started = time.perf_counter()
+    options = _options(target, precision, tolerance, verify, cache, threads)
+    if isinstance(model, (ExportedProgram, str, os.PathLike)):
+        program = export(model)
+        return assemble(program, (), _inputs_of(program, example_inputs), options, started)
+    if example_inputs is not None and dynamic_shapes is None:
+        args, kwargs = _arguments(example_inputs)
+        return _compile(model, args, kwargs, options, started)
+
+    def compile_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
+        return _compile(model, args, kwargs, options, time.perf_counter())
+
+    lazy = Specialised(model, compile_for, dynamic_shapes)
+    if example_inputs is not None:
+        lazy.prepare(*_arguments(example_inputs))
+    return lazy
+
+
+def _compile(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, started: float
+) -> Compiled:
+    return assemble(export(model, args, kwargs), parameters_of(model), (args, kwargs), options, started)
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and keyword arguments."""
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    raise InputError(
+        f"example_inputs is a {type(example_inputs).__name__}; "
+        "pass a tensor, a tuple of arguments or a mapping of keywords"
+    )
+
+
+def _inputs_of(program: ExportedProgram, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Inputs to verify an exported program with: those given, else those it was exported with."""
+    if example_inputs is not None:
+        return _arguments(example_inputs)
+    if program.example_inputs is None:
+        return None
+    args, kwargs = program.example_inputs
+    return tuple(args), dict(kwargs)
+
+
+def _options(
+    target: str, precision: str, tolerance: float | None, verify: bool, cache: bool, threads: int | None
+) -> Options:
+    hw = lookup(target)
+    if precision != "fp32":
+        raise GraphwrightError(f"precision {precision!r} is not built yet; only 'fp32' is")
+    if tolerance is not None and not tolerance > 0:
+        raise InputError(f"tolerance is a relative error and must be positive, got {tolerance}")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}")
+    count = threads or max(1, min(torch.get_num_threads(), hw.cores))
+    return Options(hw, precision, tolerance, verify, cache, count)

@@ -1,0 +1,155 @@
+"""An exported program -> a `Compiled`: from the cache, or built, verified and stored there."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ..errors import InputError
+from . import artifact, fingerprint, pipeline, verify
+from .build import Built, build, default_passes
+from .cache import Cache
+from .capture import Captured, Signature, TensorSpec, capture
+from .compiled import Compiled
+from .report import ErrorRow, Report
+
+if TYPE_CHECKING:
+    from .api import Options
+
+log = logging.getLogger(__name__)
+
+
+def assemble(
+    exported: ExportedProgram,
+    parameters: tuple[str, ...],
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    options: Options,
+    started: float,
+) -> Compiled:
+    """Compile an exported program, or take the result from the cache.
+
+    `example` holds (args, kwargs) to verify with; None skips verification. `started` is when the user called, so that
+    the report counts export too. Raises NumericMismatch, CaptureError, UnsupportedOp.
+    """
+    graph = _Graph(exported, parameters, options)
+    if not options.cache:
+        directory = Path(tempfile.mkdtemp(prefix="graphwright-"))
+        try:
+            _write(directory, graph, example, options, started)
+            compiled = _load(directory, graph, options)
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        weakref.finalize(compiled, shutil.rmtree, directory, True)
+        return compiled
+    key = fingerprint.fingerprint(exported, options.hw, {"precision": options.precision})
+    store = Cache()
+    path = store.get(key)
+    cached = path is not None
+    if path is None:
+        path = store.put(key, lambda directory: _write(directory, graph, example, options, started))
+    return _load(path, graph, options, cached)
+
+
+class _Graph:
+    """The captured graph of a program, made when it is first needed: a hit in the cache never needs it."""
+
+    def __init__(self, exported: ExportedProgram, parameters: tuple[str, ...], options: Options) -> None:
+        self.exported, self.parameters, self.options = exported, parameters, options
+        self._captured: Captured | None = None
+
+    @property
+    def captured(self) -> Captured:
+        if self._captured is None:
+            self._captured = capture(self.exported, self.parameters)
+        return self._captured
+
+    def rewritten(self) -> fx.GraphModule:
+        return pipeline.run(self.captured.graph, self.options.hw, default_passes())[0]
+
+
+def _write(
+    directory: Path,
+    graph: _Graph,
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    options: Options,
+    started: float,
+) -> None:
+    """Build, verify, and leave a complete artifact in `directory`."""
+    exported_at = time.perf_counter()
+    captured = graph.captured
+    captured_at = time.perf_counter()
+    built = build(captured.graph, options.hw, directory)
+    built_at = time.perf_counter()
+    errors: tuple[ErrorRow, ...] = ()
+    if options.verify and example is not None and options.hw.native and not verify.is_random(captured.graph):
+        errors = _verify(directory, captured, built, _tensors(example, captured.signature), options)
+    report = Report(
+        options.hw.id,
+        options.precision,
+        options.threads,
+        built.passes,
+        built.kernels,
+        built.eager,
+        errors,
+        time.perf_counter() - started,
+        stages={
+            "export": exported_at - started,
+            "capture": captured_at - exported_at,
+            **built.stages,
+            "verify": time.perf_counter() - built_at,
+        },
+        **built.sizes,
+    )
+    artifact.seal(directory, built.plan, captured.signature, options.hw, report, built.has_code)
+
+
+def _verify(
+    directory: Path, captured: Captured, built: Built, inputs: Sequence[torch.Tensor], options: Options
+) -> tuple[ErrorRow, ...]:
+    """Run the machine code on the example inputs; raises NumericMismatch with the pass or the operator to blame."""
+    expected = verify.reference(captured.graph, inputs)
+    run = artifact.runner(directory, built.plan, captured.signature, options.threads)
+    results = run(*inputs)
+    difference = verify.compare(results, expected, options.tolerance)
+    if difference is None:
+        names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
+        return verify.errors(names, results, expected)
+
+    def rebuild(probe: fx.GraphModule) -> Any:
+        with tempfile.TemporaryDirectory(prefix="graphwright-") as scratch:
+            again = build(probe, options.hw, Path(scratch), passes=())
+            return artifact.runner(Path(scratch), again.plan, None, options.threads)
+
+    log.warning(
+        "output %d differs from float64 by %.1e (allowed %.1e); looking for the cause",
+        difference.output,
+        difference.error,
+        difference.allowed,
+    )
+    raise verify.blame(captured.graph, options.hw, default_passes(), inputs, options.tolerance, rebuild)
+
+
+def _tensors(example: tuple[tuple[Any, ...], dict[str, Any]], signature: Signature) -> list[torch.Tensor]:
+    """The tensor leaves of example arguments, in the order of the captured call."""
+    leaves, spec = pytree.tree_flatten(example)
+    if len(leaves) != len(signature.inputs):
+        raise InputError(f"the example inputs {spec} differ from what the program was exported with")
+    return [
+        leaf.detach() for leaf, expected in zip(leaves, signature.inputs, strict=True) if isinstance(expected, TensorSpec)
+    ]
+
+
+def _load(path: Path, graph: _Graph, options: Options, cached: bool = False) -> Compiled:
+    raise NotImplementedError

@@ -1,0 +1,129 @@
+"""A captured graph -> the files of an artifact: passes, partition, lowering, machine code."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..errors import UnsupportedOp
+from ..hwdb import Hardware
+from . import pipeline
+from .partition import Partition, partition
+from .plan import Plan, make_plan
+from .report import EagerRow, KernelRow
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Built:
+    """What a build made: the files lie in the directory it was given."""
+
+    plan: Plan
+    graph: fx.GraphModule
+    passes: tuple[pipeline.PassRun, ...]
+    kernels: tuple[KernelRow, ...] = ()
+    eager: tuple[EagerRow, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict)
+    has_code: bool = False
+
+
+def default_passes() -> tuple[pipeline.Pass, ...]:
+    """The passes in their order."""
+    from ..passes.default import PASSES
+
+    return tuple(PASSES)
+
+
+def build(
+    graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence[pipeline.Pass] | None = None
+) -> Built:
+    """Compile `graph` for `hw` and write model.so and weights.safetensors to `directory`.
+
+    Raises UnsupportedOp, with every operator and the user's source lines, where PyTorch cannot take over on the target.
+    """
+    from ..backends.aot import library, weights
+
+    clock = _Clock()
+    rewritten, runs = pipeline.run(graph, hw, default_passes() if passes is None else passes)
+    clock.stage("passes")
+    parts, lowered = _lower(rewritten, hw)
+    clock.stage("lowering")
+    plan, constants = make_plan(rewritten, parts.parts)
+    tensors: dict[str, torch.Tensor] = dict(constants)
+    for region in lowered:
+        tensors.update(region.weights)
+    built = Built(plan, rewritten, runs, eager=_eager_rows(parts))
+    built.kernels = tuple(
+        KernelRow(k.name, k.operators, k.algorithm, k.choice, k.predicted_us) for r in lowered for k in r.kernels
+    )
+    weights.write(directory / "weights.safetensors", tensors)
+    clock.stage("weights")
+    built.sizes["weights_bytes"] = (directory / "weights.safetensors").stat().st_size
+    if lowered:
+        info = library.build([r.program for r in lowered], hw, directory)
+        built.has_code = True
+        built.sizes["code_bytes"] = (directory / "model.so").stat().st_size
+        built.sizes["arena_bytes"] = sum(p.peak_bytes for p in info.plans)
+        built.sizes["arena_lower_bound_bytes"] = sum(p.lower_bound_bytes for p in info.plans)
+        built.sizes["activations_bytes"] = sum(p.sum_bytes for p in info.plans)
+    clock.stage("code")
+    built.stages = clock.seconds
+    return built
+
+
+def _lower(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, list[Any]]:
+    """Partition and lower; an operator whose lowering fails is left to PyTorch, and the rest is tried again."""
+    from ..backends.lowering.graph import LoweringError, Region, lower, why_not
+
+    failed: dict[fx.Node, str] = {}
+    while True:
+        parts = partition(graph, lambda node: failed.get(node) or why_not(node, hw))
+        if parts.reasons and not hw.native:
+            raise UnsupportedOp(_refusal(parts, hw))
+        lowered = []
+        try:
+            for i, part in enumerate(p for p in parts.parts if p.compiled):
+                lowered.append(lower(Region(f"region_{i}", part.nodes, part.inputs, part.outputs), graph, hw))
+        except LoweringError as error:
+            assert error.node not in failed
+            log.warning("%s", error)
+            failed[error.node] = f"its lowering failed: {error.__cause__}"
+            continue
+        return parts, lowered
+
+
+def _eager_rows(parts: Partition) -> tuple[EagerRow, ...]:
+    counts = Counter((str(node.target), reason) for node, reason in parts.reasons.items())
+    return tuple(EagerRow(operator, count, reason) for (operator, reason), count in counts.items())
+
+
+def _refusal(parts: Partition, hw: Hardware) -> str:
+    lines = [f"{len(parts.reasons)} operators cannot be compiled for {hw.id}, where PyTorch cannot take over:"]
+    for node, reason in parts.reasons.items():
+        lines.append(f"  {node.target}: {reason}")
+        if trace := node.meta.get("stack_trace"):
+            lines.append("    " + trace.strip().splitlines()[-2].strip())
+    return "\n".join(lines)
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self.last
+        self.last = now
