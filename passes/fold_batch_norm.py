@@ -1,0 +1,113 @@
+"""Batch normalisation with stored statistics becomes part of the weights in front of it.
+
+    batch_norm(conv(x, W, b), g, h, mean, var, eps) -> conv(x, W * s, (b - mean) * s + h)
+    where s = g / sqrt(var + eps)
+
+for conv1d, conv2d, conv3d, their transposed kinds, and linear on a matrix. The new weights are computed in
+float64 and rounded once.
+
+Refused when the product is read by anybody else, when statistics are those of the batch (training), when
+weights or statistics are not constants, and when the new weights would not be finite.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..hwdb import Hardware
+from . import rewrite
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+_CONVS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
+_TRANSPOSED = frozenset(
+    {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+)
+_PRODUCTS = _CONVS | _TRANSPOSED | {aten.linear.default}
+
+
+def fold_batch_norm(graph: fx.GraphModule, hw: Hardware) -> int:
+    """Fold every batch norm whose product can take it; returns how many."""
+    count = 0
+    for node in list(graph.graph.nodes):
+        if not rewrite.calls(node, aten.batch_norm.default):
+            continue
+        product = node.args[0]
+        if not isinstance(product, fx.Node) or product.target not in _PRODUCTS:
+            log.debug("keep %s: it does not follow a product", node)
+            continue
+        reason, folded = _fold(graph, product, node)
+        if folded is None:
+            log.debug("keep %s: %s", node, reason)
+            continue
+        _rewrite(graph, product, node, *folded)
+        count += 1
+    return rewrite.finish(graph, count)
+
+
+def _fold(
+    graph: fx.GraphModule, product: fx.Node, norm: fx.Node
+) -> tuple[str, tuple[torch.Tensor, torch.Tensor] | None]:
+    """The new weight and bias, or why there are none."""
+    p, n = rewrite.arguments(product), rewrite.arguments(norm)
+    if n["training"]:
+        return "it is in training mode", None
+    if rewrite.sole_user(product) is not norm:
+        return f"{product} is read by {len(product.users)} nodes", None
+    if not rewrite.is_float(product, norm):
+        return "the result has another dtype than the product", None
+    rank = len(rewrite.shape_of(product))
+    weight = rewrite.constant(graph, p["weight"])
+    if weight is None or rank != (2 if product.target is aten.linear.default else weight.dim()):
+        # Channels are dim 1 of the product; an unbatched image and a linear over sequences have them
+        # elsewhere.
+        return f"the channels of {product} are not its dim 1, or its weight is not constant", None
+    needed = {k: n[k] for k in ("running_mean", "running_var")}
+    optional = {"weight": n["weight"], "bias": n["bias"], "b": p["bias"]}
+    tensors = {k: rewrite.constant(graph, v) for k, v in (needed | optional).items()}
+    if any(tensors[k] is None and (k in needed or optional[k] is not None) for k in tensors):
+        return "its statistics are not constants", None
+    wide = {k: None if t is None else t.double() for k, t in tensors.items()}
+    mean, variance = wide["running_mean"], wide["running_var"]
+    assert mean is not None
+    assert variance is not None
+    scale = torch.rsqrt(variance + n["eps"])
+    if wide["weight"] is not None:
+        scale = scale * wide["weight"]
+    bias = ((0.0 if wide["b"] is None else wide["b"]) - mean) * scale
+    if wide["bias"] is not None:
+        bias = bias + wide["bias"]
+    groups = p["groups"] if product.target in _TRANSPOSED else None
+    new_weight = _scaled(weight.double(), scale, groups).to(weight.dtype)
+    new_bias = bias.to(weight.dtype)
+    if not (new_weight.isfinite().all() and new_bias.isfinite().all()):
+        return "the folded weights are not finite", None
+    return "", (new_weight, new_bias)
+
+
+def _scaled(weight: torch.Tensor, scale: torch.Tensor, transposed_groups: int | None) -> torch.Tensor:
+    """`weight` with every output channel times its scale."""
+    if transposed_groups is None:
+        return weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    # A transposed weight is [in, out / groups, ...]: group g of the inputs feeds group g of the outputs.
+    grouped = weight.reshape(transposed_groups, -1, *weight.shape[1:])
+    factors = scale.reshape(transposed_groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
+    return (grouped * factors).reshape(weight.shape)
+
+
+def _rewrite(
+    graph: fx.GraphModule, product: fx.Node, norm: fx.Node, weight: torch.Tensor, bias: torch.Tensor
+) -> None:
+    arguments: dict[str, Any] = rewrite.arguments(product)
+    stem = arguments["weight"].target
+    arguments["weight"] = rewrite.add_constant(graph, f"{stem}_normed", weight, norm)
+    arguments["bias"] = rewrite.add_constant(graph, f"{stem}_normed_bias", bias, norm)
+    assert isinstance(product.target, rewrite.Operator)
+    new = rewrite.call(graph, product.target, tuple(arguments.values()), before=norm, value=norm.meta["val"])
+    rewrite.replace(norm, new)
+    rewrite.erase_unused(product)
