@@ -1,0 +1,259 @@
+"""Direct 2-D convolution, NHWC, weights packed at compile time: out = act(conv(x, w) + bias + residual).
+
+x, out     [N, H, W, C], no padded copy, no blocked channels
+w packed   for each group, panels of NR output channels: [KH][KW][C / groups][NR]; the last panel of a group
+           may be narrower (a multiple of the vector; zeros past the last channel)
+tile       MR neighbouring pixels of a row x NR channels, V = NR / lanes vectors wide
+
+                NR = V vectors
+              +-------+-------+
+    pixel 0   | acc 0 | acc 1 |    for kh (clipped to the rows that exist):
+    pixel 1   | acc 2 | acc 3 |      for (kw, c), one run of contiguous floats in NHWC:
+     ...      |  ...  |  ...  |        load V vectors of w; per pixel broadcast x, V multiply-adds
+              +-------+-------+
+registers: MR * V + V + 1 <= vector registers
+
+border     a tile that touches the left or right edge has its own code, in which each kw covers only the pixels
+           whose input exists: no padding is stored, and no zero is multiplied
+tasks      row blocks x panels (or groups): equal shares for the cores, a block's input rows stay in L2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tvm.tirx.script import builder as T
+
+from .conv_plan import Conv, Plan
+from .epilogue import apply_activation
+from .loops import between, constant, kernel_function, share, span, spread, view
+from .window import Run, runs
+
+# Applied to the stored tile while it is in L1: unrolled on the accumulators, their polynomials would spill them.
+HEAVY = frozenset({"silu", "gelu", "gelu_tanh", "sigmoid", "tanh"})
+
+
+def conv2d(conv: Conv, plan: Plan) -> Any:
+    """Return the kernel (x, packed weight[, packed bias][, residual], out)."""
+    groups = conv.groups // plan.merged
+    depth = plan.merged * conv.group_channels * conv.kernel[0] * conv.kernel[1]
+    operands: list[tuple[int, ...]] = [conv.input_shape, (groups * plan.padded_filters * depth,)]
+    operands += [(groups * plan.padded_filters,)] * conv.bias + [conv.output_shape] * conv.residual
+
+    def body(x: Any, weight: Any, *rest: Any) -> None:
+        _Nest(
+            replace(conv, groups=groups),
+            plan,
+            _flat(x),
+            weight,
+            rest[0] if conv.bias else None,
+            _flat(rest[-2]) if conv.residual else None,
+            _flat(rest[-1]),
+        ).emit()
+
+    return kernel_function("conv2d", operands, [conv.output_shape], body)
+
+
+def _flat(buffer: Any) -> Any:
+    size = 1
+    for extent in buffer.shape:
+        size *= int(extent)
+    return view(buffer, (size,))
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One panel being emitted: its width and where it lies (loop variables allowed)."""
+
+    vectors: int
+    channels: int  # that exist; the rest of the panel is zero padding
+    group: Any
+    channel: Any  # first output channel
+    weight: Any  # offset of its weights
+    bias: Any  # offset of its bias
+
+
+@dataclass(frozen=True)
+class _Nest:
+    """Emits the loop nest; `conv` has its groups merged already."""
+
+    conv: Conv
+    plan: Plan
+    x: Any
+    weight: Any
+    bias: Any | None
+    residual: Any | None
+    out: Any
+
+    def emit(self) -> None:
+        conv, plan = self.conv, self.plan
+        units = conv.groups if conv.groups > 1 else plan.panels + (1 if plan.tail_vectors else 0)
+        tasks = conv.batch * plan.row_blocks * plan.unit_blocks
+        with (T.parallel if tasks > 1 else T.serial)(0, tasks) as task:
+            accumulators = max(plan.vectors * plan.pixels, plan.tail_vectors * plan.tail_pixels)
+            acc = T.alloc_buffer((accumulators * plan.lanes,), "float32", scope="local")
+            block = T.bind(task // plan.unit_blocks)
+            image = T.bind(block // plan.row_blocks)
+            rows = share(conv.rows.out, plan.row_blocks, block % plan.row_blocks)
+            first, last = share(units, plan.unit_blocks, task % plan.unit_blocks)
+            rows, first, last = (T.bind(rows[0]), T.bind(rows[1])), T.bind(first), T.bind(last)
+            if conv.groups == 1:
+                self._panels(acc, image, rows, 0, first, last)
+            else:
+                with between(first, last) as group:
+                    self._panels(acc, image, rows, group, 0, units)
+
+    def _panels(self, acc: Any, image: Any, rows: tuple[Any, Any], group: Any, first: Any, last: Any) -> None:
+        """Panels [first, last) of one group; with several groups always all of them."""
+        conv, plan = self.conv, self.plan
+        wide, depth = plan.vectors * plan.lanes, conv.kernel[0] * conv.kernel[1] * conv.group_channels
+        every = conv.groups > 1
+        group_weight, group_bias = group * (plan.padded_filters * depth), group * plan.padded_filters
+
+        def panel(index: Any, vectors: int) -> None:
+            channels = vectors * plan.lanes
+            exists = min(channels, conv.group_filters - index * wide) if isinstance(index, int) else channels
+            self._rows(
+                acc,
+                image,
+                rows,
+                _Panel(
+                    vectors,
+                    exists,
+                    group,
+                    group * conv.group_filters + index * wide,
+                    group_weight + index * (wide * depth),
+                    group_bias + index * wide,
+                ),
+            )
+
+        ragged = conv.group_filters % plan.lanes != 0 and not plan.tail_vectors
+        alike = plan.panels - (1 if ragged else 0)  # panels whose channels all exist
+        if alike:
+            if every:
+                with T.serial(0, alike) as index:
+                    panel(index, plan.vectors)
+            else:
+                with between(first, T.min(last, alike)) as index:
+                    panel(index, plan.vectors)
+        if plan.tail_vectors or ragged:
+            vectors = plan.vectors if ragged else plan.tail_vectors
+            if every:
+                panel(alike, vectors)
+            else:
+                with T.If(last > alike), T.Then():
+                    panel(alike, vectors)
+
+    def _rows(self, acc: Any, image: Any, rows: tuple[Any, Any], panel: _Panel) -> None:
+        conv, plan = self.conv, self.plan
+        pixels = plan.pixels if panel.vectors == plan.vectors else plan.tail_pixels
+        with between(rows[0], rows[1]) as row:
+            out_row = T.bind((image * conv.rows.out + row) * conv.columns.out)
+            in_row = T.bind((image * conv.height + conv.rows.first(row)) * conv.width)
+            first, taps = conv.rows.dynamic_taps(row)
+            for run in runs(conv.columns, pixels):
+                if run.count == 1:
+                    self._tile(acc, panel, run, out_row + run.start, in_row, run.start, (first, taps))
+                    continue
+                with T.serial(0, run.count) as i:
+                    column = run.start + i * run.pixels
+                    self._tile(acc, panel, run, out_row + column, in_row, column, (first, taps))
+
+    def _tile(
+        self,
+        acc: Any,
+        panel: _Panel,
+        run: Run,
+        out_pixel: Any,
+        in_row: Any,
+        column: Any,
+        taps: tuple[Any, Any],
+    ) -> None:
+        """One register tile: pixels [column, column + run.pixels) of a row."""
+        conv, lanes, vectors = self.conv, self.plan.lanes, panel.vectors
+        for i in range(run.pixels * vectors):
+            T.buffer_store(acc, constant(0.0, lanes), [span(i * lanes, lanes)])
+        corner = T.bind(
+            (in_row + conv.columns.first(column)) * conv.channels + panel.group * conv.group_channels
+        )
+        contiguous = conv.groups == 1 and conv.dilation[1] == 1
+        with T.serial(0, taps[1]) as i:
+            kh = taps[0] + i
+            x_row = T.bind(corner + kh * (conv.dilation[0] * conv.width * conv.channels))
+            w_row = T.bind(panel.weight + kh * (conv.kernel[1] * conv.group_channels * vectors * lanes))
+            for s in run.spans:
+                x_tap, w_tap = conv.dilation[1] * conv.channels, conv.group_channels * vectors * lanes
+                if contiguous or s.taps == 1:
+                    self._reduce(
+                        acc,
+                        vectors,
+                        (s.low, s.high),
+                        x_row + s.tap * x_tap,
+                        w_row + s.tap * w_tap,
+                        s.taps * conv.group_channels,
+                    )
+                    continue
+                with between(s.tap, s.tap + s.taps) as kw:
+                    self._reduce(
+                        acc,
+                        vectors,
+                        (s.low, s.high),
+                        x_row + kw * x_tap,
+                        w_row + kw * w_tap,
+                        conv.group_channels,
+                    )
+        self._store(acc, panel, run.pixels, out_pixel)
+
+    def _reduce(self, acc: Any, vectors: int, pixels: tuple[int, int], x: Any, w: Any, steps: int) -> None:
+        """Multiply-add `steps` neighbouring inputs of each pixel with as many rows of the panel."""
+        lanes, apart = self.plan.lanes, self.conv.stride[1] * self.conv.channels
+        x, w = T.bind(x), T.bind(w)
+        with T.serial(0, steps) as k:
+            loaded = [
+                T.bind(self.weight[span(w + k * (vectors * lanes) + v * lanes, lanes)])
+                for v in range(vectors)
+            ]
+            for p in range(*pixels):
+                value = T.bind(spread(self.x[x + p * apart + k], lanes))
+                for v in range(vectors):
+                    at = span((p * vectors + v) * lanes, lanes)
+                    T.buffer_store(acc, acc[at] + value * loaded[v], [at])
+
+    def _store(self, acc: Any, panel: _Panel, pixels: int, out_pixel: Any) -> None:
+        lanes, vectors = self.plan.lanes, panel.vectors
+        heavy = self.conv.activation in HEAVY
+        base = T.bind(out_pixel * self.conv.filters + panel.channel)
+        pieces = _pieces(panel.channels, lanes)
+        for p in range(pixels):
+            for offset, width in pieces:
+                at = span(base + p * self.conv.filters + offset, width)
+                value = acc[span(p * vectors * lanes + offset, width)]
+                if self.bias is not None:
+                    value = value + self.bias[span(panel.bias + offset, width)]
+                if self.residual is not None:
+                    value = value + self.residual[at]
+                T.buffer_store(self.out, value if heavy else self._activate(value), [at])
+        if heavy:
+            with T.serial(0, pixels) as p:
+                for offset, width in pieces:
+                    at = span(base + p * self.conv.filters + offset, width)
+                    T.buffer_store(self.out, self._activate(self.out[at]), [at])
+
+    def _activate(self, value: Any) -> Any:
+        if self.conv.activation == "none":
+            return value
+        return apply_activation(value, self.conv.activation, self.conv.args)
+
+
+def _pieces(channels: int, lanes: int) -> list[tuple[int, int]]:
+    """`channels` neighbours as (offset, width) stores: whole vectors, then halves down to one."""
+    pieces = [(offset, lanes) for offset in range(0, channels - lanes + 1, lanes)]
+    offset, width = len(pieces) * lanes, lanes // 2
+    while offset < channels:
+        if channels - offset >= width:
+            pieces.append((offset, width))
+            offset += width
+        else:
+            width //= 2
+    return pieces

@@ -1,0 +1,217 @@
+"""The sizes of a 2-D convolution, how its loop nest is cut, and the packed form of its constant operands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...hwdb import Hardware
+from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles, vectors_limit
+from .window import Axis, runs
+
+TAIL_GAIN = 0.03  # a narrower last panel is a second copy of the code: taken for a gain beyond this
+
+
+@dataclass(frozen=True)
+class Conv:
+    """The problem: sizes of the NHWC operands and what follows the sum."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    filters: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    bias: bool = False
+    residual: bool = False
+    activation: str = "none"
+    args: tuple[float, ...] = ()
+
+    @property
+    def rows(self) -> Axis:
+        """The vertical axis."""
+        return self._axis(0, self.height)
+
+    @property
+    def columns(self) -> Axis:
+        """The horizontal axis."""
+        return self._axis(1, self.width)
+
+    def _axis(self, i: int, size: int) -> Axis:
+        before, after = self.padding[2 * i], self.padding[2 * i + 1]
+        reach = self.dilation[i] * (self.kernel[i] - 1) + 1
+        out = (size + before + after - reach) // self.stride[i] + 1
+        return Axis(size, out, self.kernel[i], self.stride[i], before, self.dilation[i])
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """[N, H, W, C]."""
+        return self.batch, self.height, self.width, self.channels
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        """[N, OH, OW, K]."""
+        return self.batch, self.rows.out, self.columns.out, self.filters
+
+    @property
+    def group_channels(self) -> int:
+        """Input channels of one group."""
+        return self.channels // self.groups
+
+    @property
+    def group_filters(self) -> int:
+        """Output channels of one group."""
+        return self.filters // self.groups
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations, the taps that fall on padding left out."""
+        taps = 1
+        for axis in (self.rows, self.columns):
+            taps *= sum(high - low for low, high in map(axis.taps, range(axis.out)))
+        return 2 * self.batch * taps * self.filters * self.group_channels
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the nest is cut."""
+
+    lanes: int
+    panels: int  # full panels of a group
+    vectors: int  # of a full panel
+    pixels: int  # of a full panel's tile
+    tail_vectors: int  # of a group's last, narrower panel; 0: none
+    tail_pixels: int
+    row_blocks: int
+    unit_blocks: int  # a unit is a panel, or with groups > 1 a group
+    merged: int  # groups computed as one because each is narrower than a vector
+
+    @property
+    def padded_filters(self) -> int:
+        """Output channels of a group as the packed operands hold them."""
+        return (self.panels * self.vectors + self.tail_vectors) * self.lanes
+
+
+def merge_groups(conv: Conv, lanes: int) -> tuple[Conv, int]:
+    """Join groups narrower than a vector: as many multiply-adds, whole vectors instead of partial stores."""
+    merged = max(
+        m
+        for m in range(1, conv.groups + 1)
+        if conv.groups % m == 0 and (m == 1 or m * conv.group_filters <= lanes)
+    )
+    return replace(conv, groups=conv.groups // merged), merged
+
+
+def choose_plan(conv: Conv, hw: Hardware) -> Plan:
+    """Choose the register tile by its predicted cycles, then the blocks that balance the cores."""
+    lanes = hw.lanes("float32")
+    conv, merged = merge_groups(conv, lanes)
+    needed = -(-conv.group_filters // lanes)
+    best: tuple[float, int, int, int, int] | None = None
+    for vectors in range(1, min(needed, vectors_limit(hw, 2)) + 1):
+        pixels, cycles = _best_pixels(conv, hw, vectors)
+        cycles *= needed // vectors
+        tail, tail_pixels = needed % vectors, 0
+        if tail:
+            tail_pixels, tail_cycles = _best_pixels(conv, hw, tail)
+            cycles = (cycles + tail_cycles) * (1 + TAIL_GAIN)
+        if best is None or cycles < best[0]:
+            best = (cycles, vectors, pixels, tail, tail_pixels)
+    assert best is not None
+    _, vectors, pixels, tail, tail_pixels = best
+    panels = needed // vectors
+    units = conv.groups if conv.groups > 1 else panels + (1 if tail else 0)
+    row_blocks, unit_blocks = _blocks(conv, hw, units)
+    return Plan(lanes, panels, vectors, pixels, tail, tail_pixels, row_blocks, unit_blocks, merged)
+
+
+def _best_pixels(conv: Conv, hw: Hardware, vectors: int) -> tuple[int, float]:
+    """The tile height whose row of tiles takes fewest cycles, and those cycles."""
+    most = max(m for m in range(1, hw.vector_registers) if m == 1 or vectors_limit(hw, m) >= vectors)
+    if conv.stride[1] * conv.channels * 4 % ALIAS_BYTES == 0:
+        most = min(most, 8)  # the pixels of a tile fall on one set of L1
+    sizes = range(1, min(most, conv.columns.out) + 1)
+    costs = {m: _row_cycles(conv, hw, vectors, m) for m in sizes}
+    best = min(sizes, key=lambda m: (costs[m], -m))
+    return best, costs[best]
+
+
+def _row_cycles(conv: Conv, hw: Hardware, vectors: int, pixels: int) -> float:
+    """Predicted cycles of one row of tiles of one panel."""
+    depth = conv.group_channels * conv.kernel[0]
+    panel_bytes = 4 * depth * conv.kernel[1] * vectors * hw.lanes("float32")
+    l1 = hw.cache(1)
+    # A panel beyond L1 streams from L2 for every tile, at about three quarters of a vector per cycle.
+    streaming = vectors / 0.75 if panel_bytes > (l1.size_bytes if l1 else 32 * 1024) / 2 else 0.0
+    cycles = 0.0
+    for run in runs(conv.columns, pixels):
+        steps = sum(max(step_cycles(hw, s.high - s.low, vectors), streaming) * s.taps for s in run.spans)
+        cycles += run.count * (depth * steps + TILE_CYCLES + 1.5 * run.pixels * vectors)
+    return cycles
+
+
+def _blocks(conv: Conv, hw: Hardware, units: int) -> tuple[int, int]:
+    """Row blocks and unit blocks: even work for the cores, input rows and weights fetched seldom."""
+    cores = hw.cores
+    l2 = hw.cache(2)
+    fits = (l2.size_bytes if l2 else 256 * 1024) / 2
+    rows = conv.rows
+    weights = 4 * conv.filters * conv.group_channels * conv.kernel[0] * conv.kernel[1]
+    step_flops = conv.flops / (conv.batch * rows.out * units)
+    flops_per_byte = 16.0  # a core's multiply-adds against its share of the last-level cache
+
+    def cost(row_blocks: int, unit_blocks: int) -> float:
+        tasks = conv.batch * row_blocks * unit_blocks
+        block_rows, block_units = -(-rows.out // row_blocks), -(-units // unit_blocks)
+        turns = -(-tasks // cores)
+        flops = turns * block_rows * block_units * step_flops
+        input_rows = min(
+            conv.height, (block_rows - 1) * conv.stride[0] + conv.dilation[0] * (conv.kernel[0] - 1) + 1
+        )
+        block_input = 4 * input_rows * conv.width * conv.channels
+        blocks_seen = -(-turns // unit_blocks)
+        fetched = blocks_seen * block_input * (1 if block_input <= fits else block_units)
+        share_of_weights = weights * min(1.0, turns / unit_blocks)
+        fetched += share_of_weights * (1 if share_of_weights <= fits else blocks_seen)
+        return flops + flops_per_byte * fetched
+
+    row_choices = sorted({-(-rows.out // n) for n in range(1, rows.out + 1)})
+    unit_choices = sorted({-(-units // n) for n in range(1, units + 1)})
+    return min(
+        (
+            (r, u)
+            for r in row_choices
+            for u in unit_choices
+            if r * u * conv.batch <= max(16 * cores, r * conv.batch)
+        ),
+        key=lambda c: (cost(*c), c[0] * c[1]),
+    )
+
+
+def pack_weight(weight: torch.Tensor, conv: Conv, plan: Plan) -> torch.Tensor:
+    """Rearrange weight[K, C / groups, KH, KW] into one flat tensor of panels, group after group."""
+    kh, kw = conv.kernel
+    w = weight.reshape(conv.groups, conv.group_filters, conv.group_channels, kh, kw)
+    if plan.merged > 1:
+        m = plan.merged
+        wide = w.new_zeros((conv.groups // m, m, conv.group_filters, m, conv.group_channels, kh, kw))
+        for i in range(m):
+            wide[:, i, :, i] = w[i::m]
+        w = wide.reshape(conv.groups // m, m * conv.group_filters, m * conv.group_channels, kh, kw)
+    w = w.permute(0, 3, 4, 2, 1)  # [group][KH][KW][C][K]
+    w = torch.nn.functional.pad(w, (0, plan.padded_filters - w.shape[-1]))
+    nr = plan.vectors * plan.lanes
+    full = w[..., : plan.panels * nr].reshape(*w.shape[:4], plan.panels, nr).permute(0, 4, 1, 2, 3, 5)
+    tail = w[..., plan.panels * nr :]
+    return torch.cat([full.reshape(w.shape[0], -1), tail.reshape(w.shape[0], -1)], dim=1).flatten()
+
+
+def pack_bias(bias: torch.Tensor, conv: Conv, plan: Plan) -> torch.Tensor:
+    """Rearrange bias[K] as the panels lie, zeros past each group's last channel."""
+    by_group = bias.reshape(conv.groups // plan.merged, -1)
+    return torch.nn.functional.pad(by_group, (0, plan.padded_filters - by_group.shape[1])).flatten()

@@ -1,0 +1,124 @@
+"""Sliding windows without a padded copy: which taps of which output pixels read an element that exists.
+
+One axis of a convolution or pooling, and a row of outputs cut into register tiles:
+
+    input    . . 0 1 2 3 4 5 6 . .      a tap that falls on a dot reads nothing and is left out
+    tile       [ 0 1 2 ] [ 3 4 5 ]      tiles that see the same taps are one loop (a `Run`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tvm import tirx
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One spatial axis: `size` inputs, `out` outputs, a window of `kernel` taps."""
+
+    size: int
+    out: int
+    kernel: int
+    stride: int = 1
+    before: int = 0  # elements of padding ahead of the first input
+    dilation: int = 1
+
+    def first(self, position: Any) -> Any:
+        """The input under tap 0 of output `position`; negative inside the padding."""
+        return position * self.stride - self.before
+
+    def taps(self, position: int) -> tuple[int, int]:
+        """The taps [first, last) of output `position` that read an input."""
+        start = self.first(position)
+        low = min(max(0, -(start // self.dilation)), self.kernel)
+        high = min(self.kernel, max(0, -((start - self.size) // self.dilation)))
+        return low, max(low, high)
+
+    @cached_property
+    def interior(self) -> tuple[int, int]:
+        """The longest run of outputs [first, last) that read all taps."""
+        full = [p for p in range(self.out) if self.taps(p) == (0, self.kernel)]
+        return (full[0], full[-1] + 1) if full else (0, 0)
+
+    def dynamic_taps(self, position: Any) -> tuple[Any, Any]:
+        """`taps` of an output known only at run time: the first tap, and how many."""
+        if self.interior == (0, self.out):
+            return 0, self.kernel
+        start = self.first(position)
+        low: Any = 0
+        if self.taps(0)[0]:
+            low = tirx.min(tirx.max(0, tirx.floordiv(self.dilation - 1 - start, self.dilation)), self.kernel)
+        high: Any = self.kernel
+        if self.taps(self.out - 1)[1] < self.kernel:
+            high = tirx.min(self.kernel, tirx.floordiv(self.size - start + self.dilation - 1, self.dilation))
+        return low, tirx.max(high - low, 0)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Taps [tap, tap + taps) that read an input for exactly the tile's pixels [low, high)."""
+
+    tap: int
+    taps: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` tiles of `pixels` outputs, at start, start + pixels, ..., that all see the same taps."""
+
+    start: int
+    pixels: int
+    count: int
+    valid: tuple[
+        tuple[int, int], ...
+    ]  # for each tap, the tile's pixels [low, high) for which it reads an input
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Neighbouring taps of equal validity joined; taps that read nothing left out."""
+        spans: list[Span] = []
+        for tap, (low, high) in enumerate(self.valid):
+            if low == high:
+                continue
+            last = spans[-1] if spans else None
+            if last and last.tap + last.taps == tap and (last.low, last.high) == (low, high):
+                spans[-1] = Span(last.tap, last.taps + 1, low, high)
+            else:
+                spans.append(Span(tap, 1, low, high))
+        return tuple(spans)
+
+    @property
+    def full(self) -> bool:
+        """Whether every tap reads an input for every pixel."""
+        return all(v == (0, self.pixels) for v in self.valid)
+
+
+def balanced(total: int, most: int) -> list[int]:
+    """`total` cut into the fewest pieces of at most `most`; sizes differ by at most one, larger first."""
+    count = -(-total // most)
+    small, larger = divmod(total, count)
+    return [small + 1] * larger + [small] * (count - larger)
+
+
+def runs(axis: Axis, pixels: int) -> list[Run]:
+    """The outputs of `axis` in tiles of at most `pixels`, equal neighbours joined."""
+    found: list[Run] = []
+    start = 0
+    for size in balanced(axis.out, pixels):
+        taps = [axis.taps(p) for p in range(start, start + size)]
+        valid = []
+        for tap in range(axis.kernel):
+            reading = [i for i, (low, high) in enumerate(taps) if low <= tap < high]
+            valid.append((reading[0], reading[-1] + 1) if reading else (0, 0))
+        last = found[-1] if found else None
+        if last and last.pixels == size and last.valid == tuple(valid):
+            found[-1] = Run(last.start, size, last.count + 1, last.valid)
+        else:
+            found.append(Run(start, size, 1, tuple(valid)))
+        start += size
+    return found
