@@ -1,8 +1,9 @@
-"""What every hand-written loop nest here shares: the function's frame, flat views, vector access, even splits."""
+"""What the hand-written loop nests share: the function's frame, flat views, vector access, even splits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tvm import tirx
@@ -12,8 +13,10 @@ from tvm.tirx.script import builder as T
 Shape = tuple[int, ...]
 
 
-def kernel_function(name: str, operands: Sequence[Shape], results: Sequence[Shape], body: Callable[..., None]) -> Any:
-    """Return the PrimFunc of float32 buffers `operands` then `results` whose statements `body(*buffers)` emits.
+def kernel_function(
+    name: str, operands: Sequence[Shape], results: Sequence[Shape], body: Callable[..., None]
+) -> Any:
+    """Return the PrimFunc over float32 buffers `operands`, `results`; `body(*buffers)` emits its statements.
 
     It is opaque to operator fusion and promises that its buffers do not overlap: without that promise every
     accumulator is stored in every iteration (85 instead of 213 GFLOP/s).
@@ -77,3 +80,18 @@ def share(total: int, parts: int, part: Any) -> tuple[Any, Any]:
         size = total // parts
         return part * size, (part + 1) * size
     return tirx.floordiv(part * total, parts), tirx.floordiv((part + 1) * total, parts)
+
+
+@contextmanager
+def between(start: Any, stop: Any) -> Iterator[Any]:
+    """A serial loop over range(start, stop); its value is the index.
+
+    The loop itself counts from zero: TVM's CanonicalizeLoop (0.27) rebases a loop that does not, but forgets
+    its variable in the bounds of loops inside it.
+    """
+    if isinstance(start, int) and start == 0:
+        with T.serial(0, stop) as index:
+            yield index
+    else:
+        with T.serial(0, stop - start) as index:
+            yield start + index

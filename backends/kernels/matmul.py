@@ -1,0 +1,315 @@
+"""Matrix product with a constant operand packed at compile time: act(x[M, K] . w[N, K]^T + bias + residual).
+
+    w packed   [ceil(N/NR)][K][NR]        one panel = NR columns, contiguous in k, zero padded past N
+    tile       MR rows x NR columns       MR * V accumulators (V = NR / lanes), V vectors of w, one broadcast
+
+                   NR = V vectors
+               +---------+---------+
+        row 0  |  acc 0  |  acc 1  |   for k: load V vectors of the panel,
+        row 1  |  acc 2  |  acc 3  |          broadcast x[row, k] and multiply-add, row by row
+         ...   |   ...   |   ...   |
+               +---------+---------+
+    registers: MR * V + V + 1 <= vector registers
+
+    tasks      units = row chunks x panels, an equal share for each core; within a unit the panel stays in L2 and
+               the row tiles (two sizes that differ by one, so none is nearly empty) walk down the chunk
+
+A few rows (M < MR) are the same nest with a wider tile: w streams once, contiguously, each core its own panels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ...hwdb import Hardware
+from ..tiling import Tiling, choose_tiling
+from .epilogue import apply_activation, is_heavy
+from .loops import Shape, between, constant, kernel_function, share, span, spread, view
+
+
+def pack_weight(weight: torch.Tensor, columns: int) -> torch.Tensor:
+    """Rearrange weight[N, K] into panels [ceil(N/columns), K, columns], zeros past N."""
+    n, k = weight.shape
+    panels = -(-n // columns)
+    padded = weight.new_zeros((panels * columns, k))
+    padded[:n] = weight
+    return padded.view(panels, columns, k).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to a finished sum before it is stored, given its row and its first column."""
+
+    bias: Any | None = None  # buffer [N]
+    residual: Any | None = None  # buffer [M, N]
+    activation: str = "none"
+    args: tuple[float, ...] = ()
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the activation is left to a second loop over the stored tile, then still in L1."""
+        return is_heavy(self.activation)
+
+    def add(self, value: Any, row: Any, column: Any, lanes: int) -> Any:
+        """`value` with bias and residual added."""
+        if self.bias is not None:
+            value = value + self.bias[span(column, lanes)]
+        if self.residual is not None:
+            value = value + self.residual[row, span(column, lanes)]
+        return value
+
+    def activate(self, value: Any) -> Any:
+        """The activation of `value`, which is named first: the activation may repeat it."""
+        if self.activation == "none":
+            return value
+        return apply_activation(T.bind(value), self.activation, self.args)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Storage of one task: the accumulator block that all tile variants share, and a tile for the N tail."""
+
+    accumulators: Any
+    edge: Any | None
+    partial: Any | None = None  # where sums over a part of k rest, for the rows of one chunk
+
+
+def _each_vector(rows: int, tiling: Tiling, emit: Callable[[Any, int, Any], None]) -> None:
+    """Call emit(place among the accumulators, row, place in the row) for every vector of a tile."""
+    lanes = tiling.lanes
+    for a in range(rows):
+        for j in range(0, tiling.columns, lanes):
+            emit(span(a * tiling.columns + j, lanes), a, span(j, lanes))
+
+
+def multiply_tile(
+    acc: Any,
+    rows: int,
+    tiling: Tiling,
+    depth: Any,
+    left: Callable[[int, Any], Any],
+    right: Callable[[Any, int], Any],
+) -> None:
+    """Add left(row, k) (scalars) times right(k, column) (vectors), for k in range(depth), to `acc`."""
+    lanes = tiling.lanes
+    with T.serial(0, depth) as k:
+        for a in range(rows):
+            for j in range(0, tiling.columns, lanes):
+                at = span(a * tiling.columns + j, lanes)
+                T.buffer_store(acc, acc[at] + spread(left(a, k), lanes) * right(k, j), [at])
+
+
+def clear(acc: Any, rows: int, tiling: Tiling) -> None:
+    """Zero the accumulators of one tile."""
+    _each_vector(rows, tiling, lambda at, a, j: T.buffer_store(acc, constant(0.0, tiling.lanes), [at]))
+
+
+def store_tile(
+    scratch: Scratch,
+    rows: int,
+    tiling: Tiling,
+    out: Any,
+    row: Any,
+    panel: Any,
+    epilogue: Epilogue,
+) -> None:
+    """Write the finished tile to out[row : row + rows, panel * NR : ...], never past the last column."""
+    full, tail = divmod(tiling.total_columns, tiling.columns)
+    if not tail:
+        _store_full(scratch.accumulators, rows, tiling, out, row, panel, epilogue)
+        return
+    if not full:
+        _store_edge(scratch, rows, tiling, out, row, 0, tail, epilogue)
+        return
+    with T.If(panel < full):
+        with T.Then():
+            _store_full(scratch.accumulators, rows, tiling, out, row, panel, epilogue)
+        with T.Else():
+            _store_edge(scratch, rows, tiling, out, row, full * tiling.columns, tail, epilogue)
+
+
+def _store_full(
+    acc: Any, rows: int, tiling: Tiling, out: Any, row: Any, panel: Any, epilogue: Epilogue
+) -> None:
+    lanes, vectors = tiling.lanes, tiling.columns // tiling.lanes
+    for a in range(rows):
+        for b in range(vectors):
+            column = panel * tiling.columns + b * lanes
+            value = epilogue.add(acc[span((a * vectors + b) * lanes, lanes)], row + a, column, lanes)
+            if not epilogue.heavy:
+                value = epilogue.activate(value)
+            T.buffer_store(out, value, [row + a, span(column, lanes)])
+    if epilogue.heavy:
+        with T.serial(0, rows) as a, T.serial(0, vectors) as b:
+            at = span(panel * tiling.columns + b * lanes, lanes)
+            T.buffer_store(out, epilogue.activate(out[row + a, at]), [row + a, at])
+
+
+def _store_edge(
+    scratch: Scratch,
+    rows: int,
+    tiling: Tiling,
+    out: Any,
+    row: Any,
+    column: int,
+    width: int,
+    epilogue: Epilogue,
+) -> None:
+    """The last panel: through a scratch tile, then element by element up to the last column."""
+    lanes, columns = tiling.lanes, tiling.columns
+    for i in range(rows * columns // lanes):
+        at = span(i * lanes, lanes)
+        T.buffer_store(scratch.edge, scratch.accumulators[at], [at])
+    with T.serial(0, rows) as a, T.serial(0, width) as j:
+        value = epilogue.add(scratch.edge[a * columns + j], row + a, column + j, 1)
+        T.buffer_store(out, epilogue.activate(value), [row + a, column + j])
+
+
+def each_row_tile(tiling: Tiling, chunk: Any, emit: Callable[[int, Any], None]) -> None:
+    """Call emit(size, first row) inside the loops over the row tiles of `chunk`: the larger tiles first."""
+    tiles = tiling.row_tiles
+    small, larger = divmod(tiling.total_rows, tiles)
+    first, last = share(tiles, tiling.row_chunks, chunk)
+    if larger:
+        with between(tirx.min(first, larger), tirx.min(last, larger)) as t:
+            emit(small + 1, t * (small + 1))
+    if tiles > larger:
+        with between(tirx.max(first, larger), tirx.max(last, larger)) as t:
+            emit(small, t * small + larger)
+
+
+def first_row(tiling: Tiling, chunk: Any) -> Any:
+    """The first row of `chunk`."""
+    small, larger = divmod(tiling.total_rows, tiling.row_tiles)
+    first, _ = share(tiling.row_tiles, tiling.row_chunks, chunk)
+    return first * small + tirx.min(first, larger)
+
+
+def chunk_rows(tiling: Tiling) -> int:
+    """Most rows a chunk can have."""
+    return -(-tiling.row_tiles // tiling.row_chunks) * tiling.rows
+
+
+def allocate(tiling: Tiling) -> Scratch:
+    """Declare a task's accumulators (LLVM keeps them in registers) and, where needed, edge and partial sums."""
+    size = tiling.rows * tiling.columns
+    acc = T.alloc_buffer((size,), "float32", scope="local")
+    edge = (
+        T.alloc_buffer((size,), "float32", scope="local") if tiling.total_columns % tiling.columns else None
+    )
+    partial = None
+    if tiling.depth_blocks > 1:
+        partial = T.alloc_buffer((chunk_rows(tiling), tiling.columns), "float32", scope="global")
+    return Scratch(acc, edge, partial)
+
+
+def multiply_chunk(
+    scratch: Scratch,
+    tiling: Tiling,
+    chunk: Any,
+    panel: Any,
+    left: Callable[[Any, Any], Any],
+    right: Callable[[Any, int], Any],
+    out: Any,
+    epilogue: Epilogue,
+) -> None:
+    """All row tiles of one unit: left(row, k) are scalars, right(k, column in the panel) vectors."""
+    t, acc = tiling, scratch.accumulators
+
+    def tile(rows: int, row: Any, block: Any) -> None:
+        begin, end = share(t.depth, t.depth_blocks, block)
+
+        def add() -> None:
+            multiply_tile(
+                acc,
+                rows,
+                t,
+                end - begin,
+                lambda a, k: left(row + a, begin + k),
+                lambda k, column: right(begin + k, column),
+            )
+
+        if t.depth_blocks == 1:
+            clear(acc, rows, t)
+            add()
+            store_tile(scratch, rows, t, out, row, panel, epilogue)
+            return
+        offset = row - first_row(t, chunk)
+        with T.If(block == 0):
+            with T.Then():
+                clear(acc, rows, t)
+            with T.Else():
+                _each_vector(
+                    rows, t, lambda at, a, j: T.buffer_store(acc, scratch.partial[offset + a, j], [at])
+                )
+        add()
+        with T.If(block == t.depth_blocks - 1):
+            with T.Then():
+                store_tile(scratch, rows, t, out, row, panel, epilogue)
+            with T.Else():
+                _each_vector(
+                    rows, t, lambda at, a, j: T.buffer_store(scratch.partial, acc[at], [offset + a, j])
+                )
+
+    if t.depth_blocks == 1:
+        each_row_tile(t, chunk, lambda rows, row: tile(rows, row, 0))
+    else:
+        with T.serial(0, t.depth_blocks) as block:
+            each_row_tile(t, chunk, lambda rows, row: tile(rows, row, block))
+
+
+def matmul(
+    M: int,
+    K: int,
+    N: int,
+    hw: Hardware,
+    *,
+    bias: bool = False,
+    residual: bool = False,
+    activation: str = "none",
+    args: Sequence[float] = (),
+    tiling: Tiling | None = None,
+    input_shape: Shape | None = None,
+    bias_shape: Shape | None = None,
+    output_shape: Shape | None = None,
+) -> Any:
+    """Return the kernel (x, packed weight[, bias][, residual], out) of out = act(x . w^T + bias + residual).
+
+    input_shape, bias_shape and output_shape are the buffers' own shapes, of M * K, N and M * N elements.
+    """
+    t = tiling or choose_tiling(hw, M, N, K)
+    x_shape, out_shape = input_shape or (M, K), output_shape or (M, N)
+    operands: list[Shape] = [x_shape, (t.panels, K, t.columns)]
+    operands += [bias_shape or (N,)] * bias + [out_shape] * residual
+
+    def body(x: Any, weight: Any, *rest: Any) -> None:
+        x, out = view(x, (M, K)), view(rest[-1], (M, N))
+        epilogue = Epilogue(
+            view(rest[0], (N,)) if bias else None,
+            view(rest[-2], (M, N)) if residual else None,
+            activation,
+            tuple(args),
+        )
+        with T.parallel(0, t.tasks) if t.tasks > 1 else T.serial(0, 1) as task:
+            scratch = allocate(t)
+            with between(*share(t.panels * t.row_chunks, t.tasks, task)) as unit:
+                panel = unit if t.row_chunks == 1 else tirx.floormod(unit, t.panels)
+                chunk = 0 if t.row_chunks == 1 else tirx.floordiv(unit, t.panels)
+                multiply_chunk(
+                    scratch,
+                    t,
+                    chunk,
+                    panel,
+                    lambda row, k: x[row, k],
+                    lambda k, column: weight[panel, k, span(column, t.lanes)],
+                    out,
+                    epilogue,
+                )
+
+    return kernel_function("matmul", operands, [out_shape], body)

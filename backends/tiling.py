@@ -1,0 +1,182 @@
+"""The register tile, the panel split over cores and the cache blocks of a rows x columns x depth product.
+
+The model counts cycles of the innermost step (one k of one tile), after Goto and van de Geijn (2008) and the
+analytical model of BLIS (Low et al., 2016): multiply-adds issue at `fma_per_cycle`; each accumulator is touched
+once a step, so a step is never shorter than the multiply-add latency; V vector loads and MR broadcasts share the
+load ports. To that come padded columns, the shorter row tiles, the share of the busiest core, and rows whose
+addresses fall on the same L1 sets. A handful of tiles fits the registers, so all are costed and the best kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from ..hwdb import Hardware
+
+ALIAS_BYTES = 4096  # 64 sets of 64-byte lines, the common L1: rows this far apart compete for the same ways
+TILE_CYCLES = 24.0  # entering and leaving a tile, beside its stores
+DEFAULT_CLOCK_MHZ = 2000.0  # only decides whether a product is worth a second thread
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a [rows x depth] by [depth x columns] product is cut; `rows` and `columns` are the register tile's."""
+
+    rows: int
+    columns: int
+    lanes: int
+    total_rows: int
+    total_columns: int
+    depth: int
+    panels: int  # column panels, the last one padded
+    row_tiles: int  # of two sizes: total_rows // row_tiles, and one more
+    row_chunks: int  # groups of row tiles; panels * row_chunks units of work
+    depth_blocks: int  # parts of k, between which partial sums rest in scratch
+    tasks: int  # 1 = not worth a parallel region
+    cycles: float  # predicted for the busiest core
+    efficiency: float  # predicted share of the peak of the cores in use
+    reason: str
+
+
+def vectors_limit(hw: Hardware, rows: int) -> int:
+    """Most accumulator columns (in vectors) a tile of `rows` rows may have: rows * V + V + 1 <= registers.
+
+    A single row multiplies straight from memory or reuses one register for each vector: V + 2 registers.
+    """
+    spare = hw.vector_registers - 1
+    return max(1, (spare - 1) if rows == 1 else spare // (rows + 1))
+
+
+def step_cycles(hw: Hardware, rows: int, vectors: int) -> float:
+    """Cycles of one k of a rows x vectors tile."""
+    rate = hw.fma_per_cycle
+    loads = max(1.0, rate)  # load ports keep pace with the multiply-add pipes on the cores known so far
+    arithmetic = rows * vectors / rate
+    moving = (rows + vectors) / loads
+    # Loads overlap the arithmetic, but not wholly: 0.25 fits 3x24, 5x16, 6x16 and 4x24 as measured on Zen 4.
+    return max(arithmetic, float(hw.fma_latency_cycles), moving) + 0.25 * moving
+
+
+def choose_tiling(
+    hw: Hardware,
+    rows: int,
+    columns: int,
+    depth: int,
+    *,
+    row_stride_bytes: int | None = None,
+    repeats: int = 1,
+    fixed_columns: int | None = None,
+) -> Tiling:
+    """Return the cheapest tiling of `repeats` float32 products that share the cores.
+
+    `row_stride_bytes` separates rows of the left operand; `fixed_columns` keeps a panel width already chosen.
+    """
+    lanes = hw.lanes("float32")
+    stride = 4 * depth if row_stride_bytes is None else row_stride_bytes
+    candidates = []
+    for tile_rows in range(1, min(rows, 16) + 1):
+        for vectors in range(1, vectors_limit(hw, tile_rows) + 1):
+            if fixed_columns in (None, vectors * lanes):
+                candidates.append(_cost(hw, rows, columns, depth, stride, repeats, tile_rows, vectors))
+    if not candidates:  # a fixed width beyond the register file: one row at a time
+        assert fixed_columns is not None
+        candidates.append(_cost(hw, rows, columns, depth, stride, repeats, 1, fixed_columns // lanes))
+    return min(candidates, key=lambda tiling: tiling.cycles)
+
+
+def _cost(
+    hw: Hardware, rows: int, columns: int, depth: int, stride: int, repeats: int, tile_rows: int, vectors: int
+) -> Tiling:
+    lanes = hw.lanes("float32")
+    width = vectors * lanes
+    panels = max(1, -(-columns // width))
+    tiles = max(1, -(-rows // tile_rows))
+    small = rows // tiles
+    larger = rows - tiles * small
+    block = _depth_block(hw, tiles, width, depth)
+    blocks = max(1, -(-depth // block))
+
+    def tile_cycles(size: int) -> float:
+        step = step_cycles(hw, size, vectors)
+        if stride % ALIAS_BYTES == 0 and depth > 16 and size > _l1_ways(hw):
+            step *= 1.6
+        return depth * step + blocks * (TILE_CYCLES + 1.5 * size * vectors)
+
+    whole = (larger * tile_cycles(small + 1) + (tiles - larger) * tile_cycles(small)) * panels * repeats
+    chunks = _row_chunks(hw, rows, depth, panels * repeats, tiles)
+    tasks = min(hw.cores, panels * chunks * repeats)
+    if whole / _cycles_per_us(hw) < 2.0 * hw.launch_us:
+        tasks = 1
+    cycles = whole * _busiest(panels * repeats, tiles, chunks, tasks)
+    ideal = rows * columns * depth * repeats / (lanes * hw.fma_per_cycle * tasks)
+    reason = (
+        f"{small + bool(larger)}x{width}, {panels} panels"
+        + (f" x {chunks} row chunks" if chunks > 1 else "")
+        + (f" x {repeats}" if repeats > 1 else "")
+        + (f", depth in {blocks} blocks" if blocks > 1 else "")
+        + f", {tasks} {'task' if tasks == 1 else 'tasks'}, model {ideal / max(cycles, 1.0):.0%} of peak"
+    )
+    return Tiling(
+        rows=small + bool(larger),
+        columns=width,
+        lanes=lanes,
+        total_rows=rows,
+        total_columns=columns,
+        depth=depth,
+        panels=panels,
+        row_tiles=tiles,
+        row_chunks=chunks,
+        depth_blocks=blocks,
+        tasks=tasks,
+        cycles=cycles,
+        efficiency=min(1.0, ideal / max(cycles, 1.0)),
+        reason=reason,
+    )
+
+
+def _row_chunks(hw: Hardware, rows: int, depth: int, panels: int, tiles: int) -> int:
+    """Enough row chunks that one fits half of L2, and that the cores get nearly equal shares of the units."""
+    least = min(tiles, max(1, -(-rows * depth * 4 // (_l2_bytes(hw) // 2))))
+    best, best_load = least, float("inf")
+    for chunks in range(least, min(tiles, least + 2 * hw.cores) + 1):
+        load = _busiest(panels, tiles, chunks, hw.cores)
+        if load < best_load * 0.97:  # more chunks read the panels more often: only for a real gain
+            best, best_load = chunks, load
+    return best
+
+
+def _depth_block(hw: Hardware, tiles: int, width: int, depth: int) -> int:
+    """Steps of k such that the part of the panel that every row tile reads again stays in L2."""
+    size = _l2_bytes(hw)
+    if tiles == 1 or depth * width * 4 <= size * 3 // 4:
+        return max(1, depth)
+    blocks = -(-depth * width * 4 // (size // 2))
+    return -(-depth // blocks)
+
+
+def _busiest(panels: int, tiles: int, chunks: int, tasks: int) -> float:
+    """The share of all work in the busiest of `tasks` equal runs of units (chunk by chunk, panel by panel)."""
+
+    def done(unit: int) -> int:
+        chunk, panel = divmod(unit, panels)
+        first, last = chunk * tiles // chunks, (chunk + 1) * tiles // chunks
+        return first * panels + panel * (last - first)
+
+    units = panels * chunks
+    bounds = [done(task * units // tasks) for task in range(tasks + 1)]
+    return max(after - before for before, after in pairwise(bounds)) / (panels * tiles)
+
+
+def _l2_bytes(hw: Hardware) -> int:
+    l2 = hw.cache(2)
+    return l2.size_bytes // l2.shared_by_cores if l2 else 256 * 1024
+
+
+def _l1_ways(hw: Hardware) -> int:
+    l1 = hw.cache(1)
+    return (l1.ways if l1 else None) or 8
+
+
+def _cycles_per_us(hw: Hardware) -> float:
+    return hw.clock_mhz or DEFAULT_CLOCK_MHZ
