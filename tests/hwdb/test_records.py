@@ -1,0 +1,227 @@
+"""The records that come with the package, and the messages for mistakes in a record file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from graphwright import hwdb
+from graphwright.errors import RecordError, UnknownTarget
+from graphwright.hwdb.loader import Database, database
+
+IDS = [name for name in hwdb.names() if name != "native"]
+
+SOURCES = """
+[source.manual]
+kind = "vendor_doc"
+title = "a manual"
+"""
+BASE = (
+    SOURCES
+    + """
+[architecture.base]
+name = "base"
+isa = "x86_64"
+triple = "x86_64-unknown-linux-gnu"
+llvm_cpu = "x86-64"
+features = ["sse", "sse2"]
+fma_per_cycle = 1
+fma_latency_cycles = 5
+cores = 1
+source = ["manual"]
+confidence = "low"
+"""
+)
+
+
+def read(tmp_path: Path, text: str) -> Database:
+    file = tmp_path / "own.toml"
+    file.write_text(text)
+    return Database([file])
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_every_record_answers_every_question(id):
+    hw = hwdb.lookup(id)
+    assert hw.id == id
+    assert hw.sources
+    assert not hw.native
+    assert "arm64-" not in hw.triple  # LLVM takes such a triple for another architecture
+    for dtype in ("float32", "float64", "float16", "bfloat16", "int8"):
+        peak = hw.peak_flops(dtype)
+        assert peak is None or peak > 0
+        assert isinstance(hw.supports(dtype), bool)
+    assert [cache.level for cache in hw.caches] == sorted({cache.level for cache in hw.caches})
+    sizes = [cache.size_bytes for cache in hw.caches]
+    assert sizes == sorted(sizes)
+    for cache in hw.caches:
+        if cache.ways is not None:
+            sets = cache.size_bytes / (cache.ways * cache.line_bytes)
+            assert sets == int(sets), f"L{cache.level}: {sets} sets"
+    # A tile that hides the FMA latency must fit the registers: latency x rate accumulators beside two operands.
+    assert math.ceil(hw.fma_per_cycle * hw.fma_latency_cycles) + 2 <= hw.vector_registers
+    rates = [hw.bandwidth_gbs(cache.level) for cache in hw.caches]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_record_costs_little_to_read():
+    """Neither torch nor tvm, and nothing heavy, comes in with hwdb."""
+    code = (
+        "import sys, graphwright.hwdb as h; before = set(sys.modules); h.lookup('haswell'); h.detect();"
+        "print([m for m in ('torch', 'tvm', 'numpy', 'rich') if m in sys.modules],"
+        "'tomllib' in before or 'tomli' in before)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[] False"  # and TOML is parsed on the first look-up, not on import
+
+
+@pytest.mark.parametrize(
+    ("name", "id"),
+    [
+        ("x86-64-v2", "x86-64-v2"),
+        ("x86_64_v3", "x86-64-v3"),
+        ("Haswell", "haswell"),
+        ("skylake_avx512", "skylake-avx512"),
+        ("icelake", "icelake-server"),
+        ("znver4", "zen4"),
+        ("zen2", "zen2"),
+        ("arm64", "aarch64"),
+        ("cortex_a53", "cortex-a53"),
+        ("cortex-a76", "cortex-a76"),
+        ("neoverse-n1", "neoverse-n1"),
+        ("Raspberry Pi 4", "raspberry-pi-4b"),
+        ("pi5", "raspberry-pi-5"),
+    ],
+)
+def test_names_and_aliases(name, id):
+    assert hwdb.lookup(name).id == id
+
+
+def test_native_is_this_machine():
+    assert hwdb.lookup("native") is hwdb.detect()
+    assert hwdb.names()[0] == "native"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("coretx-a72", "cortex-a72"), ("zen44", "zen4"), ("natve", "native"), ("rasberry-pi-5", "pi-5")],
+)
+def test_unknown_names_offer_near_ones(name, near):
+    with pytest.raises(UnknownTarget) as raised:
+        hwdb.lookup(name)
+    assert repr(name) in str(raised.value)
+    assert near in str(raised.value)
+    assert "hw list" in str(raised.value)
+
+
+def test_nonsense_has_no_near_name():
+    with pytest.raises(UnknownTarget, match="unknown target '@@@'"):
+        hwdb.lookup("@@@")
+
+
+def test_known_figures():
+    """From the datasheets: Raspberry Pi 4 and 5, and AVX-512 counted as one 512-bit FMA a cycle on Zen 4."""
+    assert hwdb.lookup("raspberry-pi-4").peak_flops() == pytest.approx(57.6e9)
+    assert hwdb.lookup("raspberry-pi-5").peak_flops() == pytest.approx(153.6e9)
+    assert hwdb.lookup("raspberry-pi-5").peak_flops("fp16") == pytest.approx(307.2e9)
+    assert not hwdb.lookup("raspberry-pi-4").supports("float16")
+    zen4 = dataclasses.replace(hwdb.lookup("zen4"), cores=1, clock_mhz=1000.0)
+    assert zen4.peak_flops() == 32e9
+    assert zen4.peak_flops("float64") == 16e9
+    assert zen4.peak_flops("int8") == 128e9
+    assert zen4.lanes() == 16
+    assert zen4.lanes("bf16") == 32
+    amx = dataclasses.replace(hwdb.lookup("sapphirerapids"), cores=1, clock_mhz=1000.0)
+    assert amx.dot_product("int8") == "amx"
+    assert (
+        amx.peak_flops("int8") == 2048e9
+    )  # Intel optimization manual: 2048 int8 operations a cycle and core
+
+
+def test_pi_has_no_crypto():
+    assert "aes" in hwdb.lookup("cortex-a72").features
+    assert "-aes" in hwdb.lookup("raspberry-pi-4").tvm_target()["mattr"]
+
+
+def test_dram_is_one_stream_per_core_up_to_the_channels():
+    records = database()
+    assert records.build("raspberry-pi-5", cores=1).dram_gbs == 8
+    assert records.build("raspberry-pi-5", cores=4).dram_gbs == 17
+
+
+def test_a_good_file_reads(tmp_path):
+    records = read(
+        tmp_path,
+        BASE
+        + '[device.board]\nextends = "base"\nname = "Board"\ncores = 2\nfeatures = ["avx", "fma"]\n'
+        + 'without = ["sse"]\naliases = ["My Board"]\nsource = ["manual"]\nconfidence = "high"\n'
+        + "fma_per_cycle = { 128 = 2, 256 = 1 }\n",
+    )
+    hw = records.build(records.id_of("my_board"))
+    assert (hw.cores, hw.vector_bits, hw.fma_per_cycle) == (2, 256, 1)
+    assert hw.features == {"sse2", "avx", "fma"}
+    assert hw.clock_mhz is None
+    assert hw.peak_flops() is None  # unknown, not 0
+
+
+MISTAKES = {
+    "not TOML": ("[architecture.x\n", "not valid TOML"),
+    "unknown kind": (BASE + "[devise.x]\n", r"\[devise\].*did you mean 'device'"),
+    "unknown key": (BASE.replace("cores = 1", "core = 1"), "unknown key 'core'; did you mean 'cores'"),
+    "wrong type": (BASE.replace("cores = 1", 'cores = "four"'), "cores = 'four' is not int"),
+    "true is no number": (BASE.replace("cores = 1", "cores = true"), "cores = True is not int"),
+    "zero for unknown": (BASE + "clock_mhz = 0\n", "leave an unknown value out"),
+    "no source": (BASE.replace('source = ["manual"]', ""), "source missing"),
+    "no confidence": (BASE.replace('confidence = "low"', ""), "confidence missing"),
+    "odd confidence": (BASE.replace('"low"', '"lowest"'), "confidence 'lowest'"),
+    "unknown source": (BASE.replace('["manual"]', '["manua"]'), "source 'manua'.*did you mean 'manual'"),
+    "unknown parent": (BASE + 'extends = "bas"\n', "extends 'bas', which does not exist"),
+    "circle": (BASE + 'extends = "base"\n', "extends 'base', which extends it in turn"),
+    "missing facts": (BASE.replace('llvm_cpu = "x86-64"', ""), "llvm_cpu missing"),
+    "unknown isa": (BASE.replace('"x86_64"', '"vax"'), "isa 'vax' is not one of"),
+    "unknown feature": (
+        BASE.replace('"sse2"', '"sse22"'),
+        "'sse22' is not a known x86_64 feature; did you mean 'sse2'",
+    ),
+    "list of numbers": (BASE + "aliases = [1]\n", "aliases is a list of strings"),
+    "odd rate": (BASE.replace("fma_per_cycle = 1", "fma_per_cycle = { 64 = 1 }"), "fma_per_cycle: 64 = 1"),
+    "cache without size": (
+        BASE + "caches = [{ level = 1 }]\n",
+        "caches: each has at least level and size_bytes",
+    ),
+    "cache key": (
+        BASE + "caches = [{ level = 1, size_bytes = 1, way = 2 }]\n",
+        "unknown key 'way'; did you mean 'ways'",
+    ),
+    "cache size 0": (BASE + "caches = [{ level = 1, size_bytes = 0 }]\n", "size_bytes = 0 is not a positive"),
+    "cache order": (
+        BASE + "caches = [{ level = 2, size_bytes = 9 }, { level = 1, size_bytes = 1 }]\n",
+        "levels must ascend, L1 follows L2",
+    ),
+    "alias taken": (
+        BASE + 'aliases = ["x"]\n' + BASE.replace(SOURCES, "").replace("base]", "x]"),
+        "belongs to",
+    ),
+    "source kind": (BASE.replace('"vendor_doc"', '"blog"'), "kind 'blog' is not one of"),
+    "source without title": (BASE.replace('title = "a manual"', ""), "title missing"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_name_file_and_record(tmp_path, mistake):
+    text, message = MISTAKES[mistake]
+    with pytest.raises(RecordError, match=message) as raised:
+        read(tmp_path, text)
+    assert "own.toml" in str(raised.value)
+    if mistake not in ("not TOML", "unknown kind"):
+        assert "architecture." in str(raised.value) or "source.manual" in str(raised.value)
+
+
+def test_the_line_of_the_record_is_given(tmp_path):
+    with pytest.raises(RecordError, match=r"own\.toml:6: architecture\.base: unknown key"):
+        read(tmp_path, BASE + "colour = 1\n")
