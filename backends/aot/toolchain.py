@@ -1,0 +1,103 @@
+"""The C runtime's object files and the linker, both from the ziglang wheel: no compiler of the system is needed.
+
+The runtime is compiled once per target and kept in the user's cache directory under the digest of its sources and
+flags. Linking uses ld.lld alone and leaves C library symbols to the process that loads the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import platformdirs
+
+from ...errors import ToolMissing
+
+_SOURCES = ("runtime.c",)
+_HEADERS = ("runtime.h",)
+_FLAGS = ("-O2", "-fPIC", "-std=c11", "-D_GNU_SOURCE", "-g0", "-Wall", "-Wextra", "-Werror")
+_EXPORTS = ("gw_init", "gw_run", "gw_free", "gw_error", "gw_set_threads", "gw_get_threads")
+
+
+def runtime_objects(triple: str) -> list[Path]:
+    """The runtime compiled for an LLVM triple; from the cache where it is there."""
+    target = zig_target(triple)
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for part in (target, importlib.metadata.version("ziglang"), *_FLAGS):
+        digest.update(part.encode() + b"\0")
+    for name in (*_HEADERS, *_SOURCES):
+        digest.update((here / name).read_bytes())
+    kept = _cache_directory() / "runtime" / f"{target}-{digest.hexdigest()[:24]}"
+    objects = [kept / f"{Path(name).stem}.o" for name in _SOURCES]
+    if all(path.is_file() for path in objects):
+        return objects
+    kept.mkdir(parents=True, exist_ok=True)
+    for name, path in zip(_SOURCES, objects, strict=True):
+        # Another process may be doing the same: whoever is last replaces one complete file by an equal one.
+        handle, temporary = tempfile.mkstemp(dir=kept, suffix=".o")
+        os.close(handle)
+        try:
+            _zig("cc", *_FLAGS, "-target", target, "-c", str(here / name), "-o", temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    return objects
+
+
+def link(objects: Sequence[Path], output: Path) -> None:
+    """Link objects to a shared library that exports the calls of runtime.h only."""
+    with tempfile.TemporaryDirectory() as directory:
+        script = Path(directory, "exports.map")
+        script.write_text(f"{{ global: {'; '.join(_EXPORTS)}; local: *; }};\n")
+        # 16 KiB pages are what some ARM systems use; the file grows by little.
+        options = ("-shared", "--gc-sections", "--strip-all", "--build-id=none", "--hash-style=gnu")
+        limits = ("-z", "now", "-z", "noexecstack", "-z", "max-page-size=16384", "-soname", output.name)
+        _zig(
+            "ld.lld",
+            *options,
+            *limits,
+            "--version-script",
+            str(script),
+            *map(str, objects),
+            "-o",
+            str(output),
+        )
+
+
+def zig_target(triple: str) -> str:
+    """Zig's spelling of an LLVM triple: no vendor, and a C library always."""
+    parts = triple.split("-")
+    arch, system = parts[0], "linux" if "linux" in parts else parts[-2]
+    return f"{arch}-{system}-{parts[-1] if parts[-1] != system else 'gnu'}"
+
+
+def _zig(*arguments: str) -> None:
+    command = [sys.executable, "-m", "ziglang", *arguments]
+    caches = _cache_directory() / "zig"
+    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(caches), "ZIG_LOCAL_CACHE_DIR": str(caches)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ToolMissing(
+            f"{' '.join(command[:4])} failed with {done.returncode}: {done.stderr.strip()[-2000:]}; "
+            "`graphwright doctor` checks the ziglang package"
+        )
+
+
+def _cache_directory() -> Path:
+    """A directory that can be written: the user's cache, or a fresh temporary one where that is read-only."""
+    wanted = Path(os.environ.get("GRAPHWRIGHT_CACHE") or platformdirs.user_cache_dir("graphwright"))
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        if os.access(wanted, os.W_OK):
+            return wanted
+    except OSError:
+        pass
+    return Path(tempfile.gettempdir(), f"graphwright-{os.getuid()}")
