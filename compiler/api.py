@@ -81,9 +81,7 @@ def compile(
     return lazy
 
 
-def _compile(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, started: float
-) -> Compiled:
+def _compile(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, started: float) -> Compiled:
     return assemble(export(model, args, kwargs), parameters_of(model), (args, kwargs), options, started)
 
 

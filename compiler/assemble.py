@@ -8,6 +8,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError
-from . import artifact, fingerprint, pipeline, verify
+from . import fingerprint, loading, pipeline, verify
 from .build import Built, build, default_passes
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture
@@ -75,6 +76,12 @@ class _Graph:
             self._captured = capture(self.exported, self.parameters)
         return self._captured
 
+    def signature(self, saved: Signature) -> Signature:
+        """The saved signature with this program's own structures, which may hold types that JSON cannot name."""
+        call = self.exported.module_call_graph[0].signature
+        assert call is not None
+        return replace(saved, in_spec=call.in_spec, out_spec=call.out_spec, parameters=self.parameters)
+
     def rewritten(self) -> fx.GraphModule:
         return pipeline.run(self.captured.graph, self.options.hw, default_passes())[0]
 
@@ -112,7 +119,7 @@ def _write(
         },
         **built.sizes,
     )
-    artifact.seal(directory, built.plan, captured.signature, options.hw, report, built.has_code)
+    loading.seal(directory, loading.Description(built.plan, captured.signature, report), options.hw)
 
 
 def _verify(
@@ -120,8 +127,7 @@ def _verify(
 ) -> tuple[ErrorRow, ...]:
     """Run the machine code on the example inputs; raises NumericMismatch with the pass or the operator to blame."""
     expected = verify.reference(captured.graph, inputs)
-    run = artifact.runner(directory, built.plan, captured.signature, options.threads)
-    results = run(*inputs)
+    results = loading.runner(directory, built.plan, options.threads)(inputs)
     difference = verify.compare(results, expected, options.tolerance)
     if difference is None:
         names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
@@ -130,7 +136,7 @@ def _verify(
     def rebuild(probe: fx.GraphModule) -> Any:
         with tempfile.TemporaryDirectory(prefix="graphwright-") as scratch:
             again = build(probe, options.hw, Path(scratch), passes=())
-            return artifact.runner(Path(scratch), again.plan, None, options.threads)
+            return loading.runner(Path(scratch), again.plan, options.threads)
 
     log.warning(
         "output %d differs from float64 by %.1e (allowed %.1e); looking for the cause",
@@ -147,9 +153,17 @@ def _tensors(example: tuple[tuple[Any, ...], dict[str, Any]], signature: Signatu
     if len(leaves) != len(signature.inputs):
         raise InputError(f"the example inputs {spec} differ from what the program was exported with")
     return [
-        leaf.detach() for leaf, expected in zip(leaves, signature.inputs, strict=True) if isinstance(expected, TensorSpec)
+        leaf.detach()
+        for leaf, expected in zip(leaves, signature.inputs, strict=True)
+        if isinstance(expected, TensorSpec)
     ]
 
 
 def _load(path: Path, graph: _Graph, options: Options, cached: bool = False) -> Compiled:
-    raise NotImplementedError
+    """The compiled model at `path`, which this process wrote or found in its own cache."""
+    described = loading.describe(path)
+    report = replace(described.report, cached=cached, threads=options.threads)
+    signature = graph.signature(described.signature)
+    return loading.assembled(
+        path, loading.Description(described.plan, signature, report), options.threads, graph.rewritten
+    )

@@ -224,9 +224,7 @@ def machine(threads: int) -> dict[str, Any]:
     }
 
 
-def _errors(
-    model: torch.nn.Module, inputs: Sequence[torch.Tensor], runners: Mapping[str, Runner]
-) -> dict[str, float]:
+def _errors(model: torch.nn.Module, inputs: Sequence[torch.Tensor], runners: Mapping[str, Runner]) -> dict[str, float]:
     """Relative L2 of each runner's first output against the model in float64."""
     import copy
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import save_file
 from torch import fx
 
 from ..errors import UnsupportedOp
@@ -21,6 +21,9 @@ from .plan import Plan, make_plan
 from .report import EagerRow, KernelRow
 
 log = logging.getLogger(__name__)
+
+# Tensors that operators left to PyTorch read.
+CONSTANTS_NAME = "constants.safetensors"
 
 
 @dataclass
@@ -34,7 +37,6 @@ class Built:
     eager: tuple[EagerRow, ...] = ()
     sizes: dict[str, int] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
-    has_code: bool = False
 
 
 def default_passes() -> tuple[pipeline.Pass, ...]:
@@ -44,10 +46,8 @@ def default_passes() -> tuple[pipeline.Pass, ...]:
     return tuple(PASSES)
 
 
-def build(
-    graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence[pipeline.Pass] | None = None
-) -> Built:
-    """Compile `graph` for `hw` and write model.so and weights.safetensors to `directory`.
+def build(graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence[pipeline.Pass] | None = None) -> Built:
+    """Compile `graph` for `hw` and write the code, weights and constants to `directory`.
 
     Raises UnsupportedOp, with every operator and the user's source lines, where PyTorch cannot take over on the target.
     """
@@ -59,24 +59,24 @@ def build(
     parts, lowered = _lower(rewritten, hw)
     clock.stage("lowering")
     plan, constants = make_plan(rewritten, parts.parts)
-    tensors: dict[str, torch.Tensor] = dict(constants)
-    for region in lowered:
-        tensors.update(region.weights)
     built = Built(plan, rewritten, runs, eager=_eager_rows(parts))
     built.kernels = tuple(
         KernelRow(k.name, k.operators, k.algorithm, k.choice, k.predicted_us) for r in lowered for k in r.kernels
     )
-    weights.write(directory / "weights.safetensors", tensors)
-    clock.stage("weights")
-    built.sizes["weights_bytes"] = (directory / "weights.safetensors").stat().st_size
+    if constants:
+        save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)
     if lowered:
         info = library.build([r.program for r in lowered], hw, directory)
-        built.has_code = True
-        built.sizes["code_bytes"] = (directory / "model.so").stat().st_size
-        built.sizes["arena_bytes"] = sum(p.peak_bytes for p in info.plans)
-        built.sizes["arena_lower_bound_bytes"] = sum(p.lower_bound_bytes for p in info.plans)
-        built.sizes["activations_bytes"] = sum(p.sum_bytes for p in info.plans)
-    clock.stage("code")
+        clock.stage("code")
+        tensors = {name: tensor for r in lowered for name, tensor in r.weights.items()}
+        weights.write(directory / library.WEIGHTS_NAME, info.weights, tensors)
+        clock.stage("weights")
+        largest = max(info.plans, key=lambda p: p.peak_bytes)
+        built.sizes["weights_bytes"] = info.weights.nbytes
+        built.sizes["code_bytes"] = info.code_bytes
+        built.sizes["arena_bytes"] = largest.peak_bytes
+        built.sizes["arena_lower_bound_bytes"] = largest.lower_bound_bytes
+        built.sizes["activations_bytes"] = largest.sum_bytes
     built.stages = clock.seconds
     return built
 
@@ -95,7 +95,6 @@ def _lower(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, list[Any]]:
             for i, part in enumerate(p for p in parts.parts if p.compiled):
                 lowered.append(lower(Region(f"region_{i}", part.nodes, part.inputs, part.outputs), graph, hw))
         except LoweringError as error:
-            assert error.node not in failed
             log.warning("%s", error)
             failed[error.node] = f"its lowering failed: {error.__cause__}"
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from ..errors import ArtifactError, InputError
 from .capture import Constant, Signature, TensorSpec
-from .plan import OperatorCall, Plan, RegionCall, decode, resolve
 
 if TYPE_CHECKING:
     from ..backends.aot.library import Library
+    from .executor import Run
     from .report import Report
 
 
@@ -28,26 +28,22 @@ class Compiled:
 
     def __init__(
         self,
-        plan: Plan,
+        run: Run,
         signature: Signature,
         library: Library | None,
-        constants: Mapping[str, torch.Tensor],
         directory: Path,
         report: Report,
         graph: Callable[[], fx.GraphModule] | None = None,
-        keep_alive: object = None,
     ) -> None:
-        self._plan = plan
+        self._run = run
         self._signature = signature
         self._library = library
         self._directory = directory
         self._report = report
         self._make_graph = graph
         self._graph: fx.GraphModule | None = None
-        self._keep_alive = keep_alive
         self._specs = signature.tensors
         self._checks = tuple((torch.Size(s.shape), s.dtype) for s in self._specs)
-        self._run = self._runner(constants)
         spec = signature.in_spec
         self._positional = len(self._specs) if spec == _positional_spec(len(self._specs)) else None
         leaf = pytree.tree_structure(0)
@@ -55,11 +51,8 @@ class Compiled:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Raises InputError for arguments that differ from what it was compiled for."""
-        tensors: Sequence[Any]
-        if not kwargs and len(args) == self._positional:
-            tensors = args
-        else:
-            tensors = self._flatten(args, kwargs)
+        plain = not kwargs and len(args) == self._positional
+        tensors: Sequence[Any] = args if plain else self._flatten(args, kwargs)
         for tensor, (shape, dtype) in zip(tensors, self._checks, strict=True):
             if (
                 not isinstance(tensor, torch.Tensor)
@@ -80,7 +73,9 @@ class Compiled:
         """The rewritten fx graph: runs in plain PyTorch, and prints what the passes made of the model."""
         if self._graph is None:
             if self._make_graph is None:
-                raise ArtifactError("a loaded artifact holds machine code only; its graph is in the process that compiled it")
+                raise ArtifactError(
+                    "a loaded artifact holds machine code only; its graph is in the process that compiled it"
+                )
             self._graph = self._make_graph()
         return self._graph
 
@@ -102,73 +97,13 @@ class Compiled:
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact to `path`: a directory, or one file where the name ends in .gw. Returns the path."""
-        from .artifact import save
+        from . import artifact
 
-        return save(self._directory, Path(path))
+        return artifact.save(self._directory, Path(path))
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{s.name}: {_describe(s)}" for s in self._specs)
         return f"Compiled({inputs})"
-
-    def _runner(self, constants: Mapping[str, torch.Tensor]) -> Callable[[Sequence[torch.Tensor]], list[Any]]:
-        """The function from tensor inputs to tensor results; one region and nothing else is the fast path."""
-        plan = self._plan
-        calls = plan.calls
-        if len(calls) == 1 and isinstance(calls[0], RegionCall):
-            call = calls[0]
-            if plan.outputs == call.outputs:
-                return self._region(call, call.inputs)
-        steps = [
-            self._region(c, range(len(c.inputs))) if isinstance(c, RegionCall) else resolve(c.operator) for c in calls
-        ]
-        fixed = {slot: constants[name] for slot, name in plan.constants.items()}
-
-        def run(tensors: Sequence[torch.Tensor]) -> list[Any]:
-            slots: list[Any] = [None] * plan.slots
-            slots[: plan.inputs] = tensors
-            for slot, tensor in fixed.items():
-                slots[slot] = tensor
-            with torch.no_grad():
-                for call, step in zip(calls, steps, strict=True):
-                    if isinstance(call, OperatorCall):
-                        slots[call.output] = step(*decode(call.args, slots), **decode(call.kwargs, slots))
-                        continue
-                    for slot, value in zip(call.outputs, step([slots[i] for i in call.inputs]), strict=True):
-                        slots[slot] = value
-                return self._fresh(slots)
-
-        return run
-
-    def _fresh(self, slots: list[Any]) -> list[torch.Tensor]:
-        """The results, copied where they share memory with an input, a constant or an earlier result."""
-        plan = self._plan
-        held = {_address(slots[i]) for i in (*range(plan.inputs), *plan.constants)}
-        results: list[torch.Tensor] = []
-        for slot in plan.outputs:
-            value = slots[slot]
-            if (address := _address(value)) in held:
-                value = value.clone()
-            held.add(address)
-            results.append(value)
-        return results
-
-    def _region(
-        self, call: RegionCall, order: Sequence[int]
-    ) -> Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]:
-        """The function that calls one region with the tensors at `order` of those it is given."""
-        library = self._library
-        assert library is not None
-        region, run, empty = call.region, library.run, torch.empty
-        outputs = tuple(zip(call.shapes, call.dtypes, strict=True))
-
-        def invoke(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-            # Held until the call returns: `contiguous` may have made a copy.
-            operands = [tensors[i].contiguous() for i in order]
-            results = [empty(shape, dtype=dtype) for shape, dtype in outputs]
-            run(region, [t.data_ptr() for t in operands], [t.data_ptr() for t in results])
-            return results
-
-        return invoke
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The tensor leaves of a call, in the order of the captured call."""
@@ -219,7 +154,9 @@ class Compiled:
             if not isinstance(tensor, torch.Tensor):
                 raise InputError(f"{spec.name}: expected a tensor, got {type(tensor).__name__}")
             if not tensor.is_cpu:
-                raise InputError(f"{spec.name}: is on device {tensor.device}; the model is compiled for the CPU: x.cpu()")
+                raise InputError(
+                    f"{spec.name}: is on device {tensor.device}; the model is compiled for the CPU: x.cpu()"
+                )
             if tensor.dtype != spec.dtype:
                 raise InputError(
                     f"{spec.name}: expected {_describe(spec)}, got dtype {tensor.dtype}; convert it: x.to({spec.dtype})"
@@ -250,12 +187,6 @@ class Compiled:
 
 def _positional_spec(count: int) -> pytree.TreeSpec:
     return pytree.tree_structure((tuple(range(count)), {}))
-
-
-def _address(tensor: Any) -> object:
-    if not isinstance(tensor, torch.Tensor) or not tensor.numel():
-        return object()
-    return tensor.untyped_storage().data_ptr()
 
 
 def _same(given: Any, expected: Any) -> bool:

@@ -25,7 +25,11 @@ OPTIONS = {"precision", "threads", "tolerance", "verify", "cache", "target"}
 
 
 def graphwright(
-    graph: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, **settings: Any
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> Callable[..., Any]:
     """The backend torch.compile calls. `options`: precision, threads, tolerance, verify, cache, target.
 

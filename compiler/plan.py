@@ -167,9 +167,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
                 }
             )
         else:
-            calls.append(
-                {"operator": call.operator, "args": call.args, "kwargs": call.kwargs, "output": call.output}
-            )
+            calls.append({"operator": call.operator, "args": call.args, "kwargs": call.kwargs, "output": call.output})
     return {
         "calls": calls,
         "inputs": plan.inputs,

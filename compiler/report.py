@@ -79,7 +79,11 @@ class Report:
         """The report for reading."""
         lines = [
             f"target {self.target}, precision {self.precision}, {self.threads} threads; "
-            + (f"from the cache, first compiled in {self.compile_seconds:.1f} s" if self.cached else f"compiled in {self.compile_seconds:.1f} s"),
+            + (
+                f"from the cache, first compiled in {self.compile_seconds:.1f} s"
+                if self.cached
+                else f"compiled in {self.compile_seconds:.1f} s"
+            ),
             f"weights {_bytes(self.weights_bytes)}, code {_bytes(self.code_bytes)}, activations {_bytes(self.arena_bytes)} "
             f"(at most {_bytes(self.arena_lower_bound_bytes)} live at once, {_bytes(self.activations_bytes)} without sharing)",
         ]

@@ -27,7 +27,12 @@ class Specialised:
     With `dynamic_shapes`, shapes outside the declared ranges are refused by torch.export when they are first met.
     """
 
-    def __init__(self, model: Model, compile_for: Callable[[tuple[Any, ...], dict[str, Any]], Compiled], dynamic_shapes: Any = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        compile_for: Callable[[tuple[Any, ...], dict[str, Any]], Compiled],
+        dynamic_shapes: Any = None,
+    ) -> None:
         self._model = model
         self._compile_for = compile_for
         self._dynamic_shapes = dynamic_shapes
@@ -70,7 +75,9 @@ class Specialised:
 
     def _require(self) -> Compiled:
         if self._last is None:
-            raise InputError("the model has not been called yet, and is compiled at its first call: pass example_inputs")
+            raise InputError(
+                "the model has not been called yet, and is compiled at its first call: pass example_inputs"
+            )
         return self._last
 
     def _specialise(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
@@ -94,6 +101,7 @@ class Specialised:
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     described = tuple(
-        (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf).__name__, repr(leaf)) for leaf in leaves
+        (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf).__name__, repr(leaf))
+        for leaf in leaves
     )
     return described, spec

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -24,6 +24,10 @@ FACTOR_OF_EAGER = 8.0
 FLOOR = {torch.float32: 4e-6, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # A comparison or an argmax may turn over where two values tie within rounding.
 FLIPS = 1e-3
+
+
+# Machine code as a function from tensor inputs to tensor outputs.
+Runner: TypeAlias = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ def compare(results: Sequence[torch.Tensor], expected: Reference, tolerance: flo
         # Where PyTorch itself overflows, or divides zero by zero, the compiled model has to do just that.
         if not math.isfinite(own):
             error, allowed = relative_l2(result, eager), _allowed(0.0, result.dtype, tolerance)
-        if not error <= allowed and max_absolute(result, eager) > _tiny(eager):
+        if not error <= allowed and not _negligible(result, eager):
             return Difference(i, error, allowed)
     return None
 
@@ -107,7 +111,7 @@ def blame(
     passes: Sequence[pipeline.Pass],
     inputs: Sequence[torch.Tensor],
     tolerance: float | None,
-    build: Callable[[fx.GraphModule], Callable[..., Sequence[torch.Tensor]]],
+    build: Callable[[fx.GraphModule], Runner],
 ) -> NumericMismatch:
     """Find out what made the numbers wrong: the first pass whose graph differs, else the first compiled node."""
     expected = reference(graph, inputs)
@@ -138,9 +142,7 @@ def blame(
     )
 
 
-def _first_changed(
-    before: fx.GraphModule, after: fx.GraphModule, inputs: Sequence[torch.Tensor]
-) -> fx.Node | None:
+def _first_changed(before: fx.GraphModule, after: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.Node | None:
     """The first node of `after` whose value no node of `before` had, in float64, when all its operands' values were there."""
     old, new = Float64(before, keep=True), Float64(after, keep=True)
     with torch.no_grad():
@@ -164,7 +166,9 @@ def _first_changed(
 
 def _seen(value: torch.Tensor, values: Any) -> bool:
     return any(
-        isinstance(v, torch.Tensor) and v.numel() == value.numel() and v.dtype == value.dtype
+        isinstance(v, torch.Tensor)
+        and v.numel() == value.numel()
+        and v.dtype == value.dtype
         and abs(float(v.double().sum() - value.double().sum())) <= 1e-9 * (1.0 + float(v.double().abs().sum()))
         for v in values
     )
@@ -174,20 +178,16 @@ def _first_wrong(
     graph: fx.GraphModule,
     inputs: Sequence[torch.Tensor],
     tolerance: float | None,
-    build: Callable[[fx.GraphModule], Callable[..., Sequence[torch.Tensor]]],
+    build: Callable[[fx.GraphModule], Runner],
 ) -> fx.Node | None:
     """Compile with every intermediate value as an output, and compare them in order."""
     probe = pipeline.copy_graph(graph)
-    nodes = [
-        n
-        for n in probe.graph.nodes
-        if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)
-    ]
+    nodes = [n for n in probe.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
     output = next(n for n in probe.graph.nodes if n.op == "output")
     output.args = (tuple(nodes),)
     probe.recompile()
     expected = reference(probe, inputs)
-    for i, (result, node) in enumerate(zip(build(probe)(*inputs), nodes, strict=True)):
+    for i, (result, node) in enumerate(zip(build(probe)(inputs), nodes, strict=True)):
         single = Reference([expected.exact[i]], [expected.eager[i]])
         if compare([result], single, tolerance) is not None:
             return node
@@ -200,9 +200,11 @@ def _allowed(own: float, dtype: torch.dtype, tolerance: float | None) -> float:
     return max(FACTOR_OF_EAGER * own, FLOOR.get(dtype, 4e-6))
 
 
-def _tiny(tensor: torch.Tensor) -> float:
-    """A difference too small to mean anything: float32's smallest normal number."""
-    return float(torch.finfo(tensor.dtype).tiny) if tensor.is_floating_point() else 0.0
+def _negligible(result: torch.Tensor, eager: torch.Tensor) -> bool:
+    """Whether all that differs is smaller than the smallest normal number of the dtype."""
+    if not torch.equal(result.isfinite(), eager.isfinite()) or not result.is_floating_point():
+        return False
+    return max_absolute(result, eager) <= torch.finfo(eager.dtype).tiny
 
 
 def _where(node: fx.Node | None) -> str:

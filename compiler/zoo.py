@@ -84,7 +84,11 @@ def _mobilenet(small: bool, batch: int) -> Built:
 def _bert(small: bool, batch: int) -> Built:
     from transformers import BertConfig, BertModel
 
-    config = BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128) if small else BertConfig()
+    config = (
+        BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+        if small
+        else BertConfig()
+    )
     return BertModel(config), _tokens(config.vocab_size, 16 if small else 128, batch)
 
 
@@ -92,7 +96,9 @@ def _gpt2(small: bool, batch: int) -> Built:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     ids = {"vocab_size": 500, "bos_token_id": 0, "eos_token_id": 0}
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, use_cache=False, **ids) if small else GPT2Config(use_cache=False)
+    config = (
+        GPT2Config(n_embd=64, n_layer=2, n_head=4, use_cache=False, **ids) if small else GPT2Config(use_cache=False)
+    )
     return GPT2LMHeadModel(config), _tokens(config.vocab_size, 16 if small else 128, batch)
 
 

@@ -203,7 +203,7 @@ class _Builder:
             var = relax.Var(f"input_{i}", _type(out))
             self.values[node] = var
             self.parameters.append(var)
-            self.input_names.append(var.name_hint)
+            self.input_names.append(str(var.name))
         self._declare_constants()
         with self.block.function("main", list(self.parameters)):
             with self.block.dataflow():
@@ -307,9 +307,9 @@ class _Extractor:
     def extract(self) -> Lowered:
         main = self.module["main"]
         weights: dict[str, str] = {}
-        originals = {v.name_hint: n for n, v in self.builder.weight_vars.items()}
+        originals = {str(v.name): n for n, v in self.builder.weight_vars.items()}
         for var in main.params:
-            name = str(var.name_hint)
+            name = str(var.name)
             kind = "weight" if name in originals else "input"
             self._add(var, name, var.ty, kind)
             if name in originals:
@@ -372,9 +372,7 @@ class _Extractor:
 
         call, target = self.builder.calls[name]
         seconds = predict_seconds(self.hw, call.work)
-        return KernelInfo(
-            name, target, call.algorithm, call.choice, None if seconds is None else seconds * 1e6
-        )
+        return KernelInfo(name, target, call.algorithm, call.choice, None if seconds is None else seconds * 1e6)
 
     def _outputs(self, results: tuple[str, ...]) -> tuple[str, ...]:
         """Let results be written where the caller wants them; an input, a weight or a repeated result is copied."""

@@ -1,0 +1,137 @@
+"""Between files and a `Compiled`: what an artifact says of a model, written and read as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..backends.aot import library as aot
+from ..hwdb import Hardware
+from .build import CONSTANTS_NAME
+from .capture import Constant, Signature, TensorSpec
+from .compiled import Compiled
+from .executor import Run, executor
+from .plan import Plan, from_json, to_json
+from .report import Report
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Description:
+    """All of a compiled model but its code and weights."""
+
+    plan: Plan
+    signature: Signature
+    report: Report
+
+
+def runner(directory: Path, plan: Plan, threads: int) -> Run:
+    """The machine code in `directory` as a function from tensor inputs to tensor results."""
+    return executor(plan, _library(directory, threads), _constants(directory))
+
+
+def assembled(
+    directory: Path, described: Description, threads: int, graph: Callable[[], fx.GraphModule] | None = None
+) -> Compiled:
+    """The compiled model whose files lie in `directory`."""
+    code = _library(directory, threads)
+    run = executor(described.plan, code, _constants(directory))
+    return Compiled(run, described.signature, code, directory, described.report, graph)
+
+
+def to_data(described: Description) -> dict[str, Any]:
+    """The description as JSON data."""
+    return {
+        "plan": to_json(described.plan),
+        "signature": _signature_to_data(described.signature),
+        "report": described.report.to_dict(),
+    }
+
+
+def from_data(data: dict[str, Any]) -> Description:
+    """The description that `to_data` wrote."""
+    return Description(
+        from_json(data["plan"]), _signature_from_data(data["signature"]), Report.from_dict(data["report"])
+    )
+
+
+def _library(directory: Path, threads: int) -> aot.Library | None:
+    code = directory / aot.LIBRARY_NAME
+    return aot.Library(code, directory / aot.WEIGHTS_NAME, threads) if code.exists() else None
+
+
+def _constants(directory: Path) -> dict[str, torch.Tensor]:
+    path = directory / CONSTANTS_NAME
+    return load_file(path) if path.exists() else {}
+
+
+def _signature_to_data(signature: Signature) -> dict[str, Any]:
+    return {
+        "inputs": [_leaf_to_data(leaf) for leaf in signature.inputs],
+        "outputs": [_leaf_to_data(leaf) for leaf in signature.outputs],
+        "in_spec": _spec_to_data(signature.in_spec),
+        "out_spec": _spec_to_data(signature.out_spec),
+        "parameters": list(signature.parameters),
+    }
+
+
+def _signature_from_data(data: dict[str, Any]) -> Signature:
+    inputs = tuple(_leaf_from_data(leaf) for leaf in data["inputs"])
+    outputs = tuple(_leaf_from_data(leaf) for leaf in data["outputs"])
+    return Signature(
+        inputs,
+        outputs,
+        _spec_from_data(data["in_spec"], ((*range(len(inputs)),), {})),
+        _spec_from_data(data["out_spec"], tuple(range(len(outputs)))),
+        tuple(data["parameters"]),
+    )
+
+
+def _leaf_to_data(leaf: TensorSpec | Constant) -> dict[str, Any]:
+    if isinstance(leaf, TensorSpec):
+        return {"name": leaf.name, "shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+    value = leaf.value
+    return {"constant": value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)}
+
+
+def _leaf_from_data(data: dict[str, Any]) -> TensorSpec | Constant:
+    if "constant" in data:
+        return Constant(data["constant"])
+    return TensorSpec(data["name"], tuple(data["shape"]), getattr(torch, data["dtype"]))
+
+
+def _spec_to_data(spec: pytree.TreeSpec) -> Any:
+    """The structure as JSON, or None where it holds a type that pytree cannot name."""
+    try:
+        return json.loads(pytree.treespec_dumps(spec))
+    except (NotImplementedError, TypeError, ValueError) as error:
+        log.info("a structure cannot be saved, so a loaded model returns a plain tuple: %s", error)
+        return None
+
+
+def _spec_from_data(data: Any, plain: Any) -> pytree.TreeSpec:
+    """The saved structure; that of `plain` where it holds a type this process does not know."""
+    if data is not None:
+        try:
+            return pytree.treespec_loads(json.dumps(data))
+        except (NotImplementedError, KeyError, ValueError) as error:
+            log.warning("the model returns a type that is not imported here, and a tuple takes its place: %s", error)
+    return pytree.tree_structure(plain)
+
+
+def seal(directory: Path, described: Description, hw: Hardware) -> None:
+    raise NotImplementedError
+
+
+def describe(directory: Path) -> Description:
+    raise NotImplementedError
