@@ -1,7 +1,7 @@
 """Programs -> model.so, and its use from Python.
 
-    weights.write(directory / "weights.safetensors", {name: tensor, ...})
-    info = build(programs, hw, directory)                           # reads its layout, writes directory/model.so
+    info = build(programs, hw, directory)                        # writes directory/model.so
+    weights.write(directory / "weights.safetensors", info.weights, {name: tensor, ...})
     library = Library(directory / "model.so", directory / "weights.safetensors", threads=4)
     library.run(region, [x.data_ptr(), ...], [y.data_ptr(), ...])   # region: the program's position in `programs`
 
@@ -43,6 +43,7 @@ class BuildInfo:
     """What `build` made."""
 
     library: Path
+    weights: weights.Layout  # what the weights file must hold: weights.write
     plans: tuple[Plan, ...]  # of each region
     kernels: int  # compiled, after merging equal ones
     kernel_calls: int
@@ -56,16 +57,13 @@ class BuildInfo:
 
 
 def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildInfo:
-    """Compile `programs` for `hw` into directory/model.so. Equal programs give equal bytes.
-
-    Where a program reads weights, directory/weights.safetensors must be there: the code holds their offsets.
-    """
+    """Compile `programs` for `hw` into directory/model.so. Equal programs give equal bytes."""
     from . import codegen, memory, region, toolchain
 
     start = time.perf_counter()
     for program in programs:
         check(program)
-    layout = _weights_layout(programs, Path(directory, WEIGHTS_NAME))
+    layout = weights_layout(programs)
     offsets = {name: entry.offset for name, entry in layout.entries.items()}
     plans = tuple(memory.plan(program, offsets) for program in programs)
     kernels, symbols = merge_kernels(programs)
@@ -86,6 +84,7 @@ def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildIn
         toolchain.link([*objects, *toolchain.runtime_objects(hw.triple)], output)
     info = BuildInfo(
         library=output,
+        weights=layout,
         plans=plans,
         kernels=len(kernels),
         kernel_calls=sum(step.kernel is not None for program in programs for step in program.steps),
@@ -102,15 +101,16 @@ def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildIn
     return info
 
 
-def _weights_layout(programs: Sequence[Program], path: Path) -> weights.Layout:
-    """The layout of the weights file, in which the tensors that the programs name have their dtypes and shapes."""
-    layout = weights.read_layout(path) if path.exists() else weights.Layout({}, 0)
+def weights_layout(programs: Sequence[Program]) -> weights.Layout:
+    """The weights of all programs, each once, in the order they are first met."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for program in programs:
         for name, tensor in program.weights.items():
-            buffer, entry = program.buffers[name], layout.entries.get(tensor)
-            assert entry is not None, f"{program.name}: {path.name} has no {tensor} for {name}"
-            assert (entry.dtype, entry.shape) == (buffer.dtype, buffer.shape), f"{program.name}: {name}, {entry}"
-    return layout
+            buffer = program.buffers[name]
+            described = (buffer.dtype, buffer.shape)
+            known = tensors.setdefault(tensor, described)
+            assert known == described, f"{program.name}: weight {tensor} is both {known} and {described}"
+    return weights.Layout.of(tensors)
 
 
 def merge_kernels(programs: Sequence[Program]) -> tuple[dict[str, Any], list[dict[str, str]]]:

@@ -1,7 +1,7 @@
 """The weights file: safetensors, every tensor on a 64-byte boundary, mapped read-only and never copied.
 
-    layout = write(path, {"fc.weight": tensor, ...})
-    layout = read_layout(path)                                  # which tensor lies where
+    layout = Layout.of({"w": ("float32", (64, 3, 7, 7))})     # decided before any data is there; BuildInfo.weights
+    write(path, layout, {"w": tensor})
     with Weights(path) as weights: weights.address, weights.nbytes
 
 The format demands that tensors lie without holes, so a gap is itself a tensor, named `__pad_<n>`; any safetensors
@@ -72,23 +72,33 @@ class Layout:
     entries: dict[str, Entry]
     nbytes: int
 
+    @staticmethod
+    def of(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Layout:
+        """Lay tensors, given as (TVM dtype name, shape), one after another in the order of the mapping."""
+        entries: dict[str, Entry] = {}
+        end = 0
+        for name, (dtype, shape) in tensors.items():
+            assert not name.startswith("__"), f"the name {name} is reserved"
+            entries[name] = entry = Entry(dtype, tuple(shape), end)
+            end += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
+        return Layout(entries, end)
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> Layout:
-    """Write the tensors, one at a time, in the order of the mapping; equal tensors give equal bytes."""
-    entries: dict[str, Entry] = {}
-    end = 0
-    for name, tensor in tensors.items():
-        assert not name.startswith("__"), f"the name {name} is reserved"
-        entries[name] = entry = Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), end)
-        end += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
-    layout = Layout(entries, end)
+
+def write(path: Path, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write the tensors of `layout`, one at a time; equal tensors give equal bytes.
+
+    Raises KeyError for a tensor that is missing and ValueError for one of another dtype or shape.
+    """
+    for name, entry in layout.entries.items():
+        found = (str(tensors[name].dtype).removeprefix("torch."), tuple(tensors[name].shape))
+        if found != (entry.dtype, entry.shape):
+            raise ValueError(f"weight {name} is {found}; the code was compiled for {(entry.dtype, entry.shape)}")
     header = _header(layout)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
-        for name, entry in entries.items():
+        for name, entry in layout.entries.items():
             file.write(_bytes_of(tensors[name]))
             file.write(bytes(-entry.nbytes % ALIGNMENT))
-    return layout
 
 
 def read_layout(path: Path) -> Layout:
