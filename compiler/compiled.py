@@ -80,6 +80,18 @@ class Compiled:
         return self._graph
 
     @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Name, shape and dtype of every tensor that goes in, in order."""
+        return self._specs
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments of a call with `tensors` in the places of `inputs`."""
+        given = iter(tensors)
+        leaves = [leaf.value if isinstance(leaf, Constant) else next(given) for leaf in self._signature.inputs]
+        args, kwargs = pytree.tree_unflatten(leaves, self._signature.in_spec)
+        return args, kwargs
+
+    @property
     def threads(self) -> int:
         """Threads that one call uses; may be set."""
         return self._library.threads if self._library is not None else 1
