@@ -26,12 +26,9 @@ from typing import Any
 from tvm.tirx.script import builder as T
 
 from .conv_plan import Conv, Plan
-from .epilogue import apply_activation
-from .loops import between, constant, kernel_function, share, span, spread, view
+from .epilogue import apply_activation, is_heavy
+from .loops import between, constant, flat, kernel_function, share, span, spread
 from .window import Run, runs
-
-# Applied to the stored tile while it is in L1: unrolled on the accumulators, their polynomials would spill them.
-HEAVY = frozenset({"silu", "gelu", "gelu_tanh", "sigmoid", "tanh"})
 
 
 def conv2d(conv: Conv, plan: Plan) -> Any:
@@ -45,21 +42,14 @@ def conv2d(conv: Conv, plan: Plan) -> Any:
         _Nest(
             replace(conv, groups=groups),
             plan,
-            _flat(x),
+            flat(x),
             weight,
             rest[0] if conv.bias else None,
-            _flat(rest[-2]) if conv.residual else None,
-            _flat(rest[-1]),
+            flat(rest[-2]) if conv.residual else None,
+            flat(rest[-1]),
         ).emit()
 
     return kernel_function("conv2d", operands, [conv.output_shape], body)
-
-
-def _flat(buffer: Any) -> Any:
-    size = 1
-    for extent in buffer.shape:
-        size *= int(extent)
-    return view(buffer, (size,))
 
 
 @dataclass(frozen=True)
@@ -222,7 +212,7 @@ class _Nest:
 
     def _store(self, acc: Any, panel: _Panel, pixels: int, out_pixel: Any) -> None:
         lanes, vectors = self.plan.lanes, panel.vectors
-        heavy = self.conv.activation in HEAVY
+        heavy = is_heavy(self.conv.activation)
         base = T.bind(out_pixel * self.conv.filters + panel.channel)
         pieces = _pieces(panel.channels, lanes)
         for p in range(pixels):
@@ -241,9 +231,7 @@ class _Nest:
                     T.buffer_store(self.out, self._activate(self.out[at]), [at])
 
     def _activate(self, value: Any) -> Any:
-        if self.conv.activation == "none":
-            return value
-        return apply_activation(value, self.conv.activation, self.conv.args)
+        return apply_activation(T.bind(value), self.conv.activation, self.conv.args)
 
 
 def _pieces(channels: int, lanes: int) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,11 @@ def view(buffer: Any, shape: Shape) -> Any:
     if tuple(int(n) for n in buffer.shape) == tuple(shape):
         return buffer
     return T.decl_buffer(shape, buffer.dtype, data=buffer.data)
+
+
+def flat(buffer: Any) -> Any:
+    """The dense `buffer` seen as one dimension."""
+    return view(buffer, (math.prod(int(extent) for extent in buffer.shape),))
 
 
 def constant(value: float, lanes: int = 1) -> Any:
