@@ -1,11 +1,10 @@
-"""`graphwright.compile`: capture, passes, partition, lowering, machine code, verification and the cache, in that order."""
+"""`graphwright.compile`: what users call. The steps it takes are in assemble.py, in their order."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.export import ExportedProgram
 from ..errors import GraphwrightError, InputError
 from ..hwdb import Hardware, lookup
 from .assemble import assemble
-from .capture import Model, export, parameters_of
+from .capture import Model, arguments, example_of, export, parameters_of
 from .compiled import Compiled
 from .specialised import Specialised
 
@@ -67,9 +66,9 @@ def compile(
     options = _options(target, precision, tolerance, verify, cache, threads)
     if isinstance(model, (ExportedProgram, str, os.PathLike)):
         program = export(model)
-        return assemble(program, (), _inputs_of(program, example_inputs), options, started)
+        return assemble(program, (), example_of(program, example_inputs), options, started)
     if example_inputs is not None and dynamic_shapes is None:
-        args, kwargs = _arguments(example_inputs)
+        args, kwargs = arguments(example_inputs)
         return _compile(model, args, kwargs, options, started)
 
     def compile_for(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Compiled:
@@ -77,36 +76,12 @@ def compile(
 
     lazy = Specialised(model, compile_for, dynamic_shapes)
     if example_inputs is not None:
-        lazy.prepare(*_arguments(example_inputs))
+        lazy.prepare(*arguments(example_inputs))
     return lazy
 
 
 def _compile(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, started: float) -> Compiled:
     return assemble(export(model, args, kwargs), parameters_of(model), (args, kwargs), options, started)
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and keyword arguments."""
-    if isinstance(example_inputs, torch.Tensor):
-        return (example_inputs,), {}
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        return tuple(example_inputs), {}
-    raise InputError(
-        f"example_inputs is a {type(example_inputs).__name__}; "
-        "pass a tensor, a tuple of arguments or a mapping of keywords"
-    )
-
-
-def _inputs_of(program: ExportedProgram, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Inputs to verify an exported program with: those given, else those it was exported with."""
-    if example_inputs is not None:
-        return _arguments(example_inputs)
-    if program.example_inputs is None:
-        return None
-    args, kwargs = program.example_inputs
-    return tuple(args), dict(kwargs)
 
 
 def _options(

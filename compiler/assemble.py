@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from ..errors import InputError
-from . import fingerprint, loading, pipeline, verify
+from . import compare, fingerprint, loading, pipeline, verify
 from .build import Built, build, default_passes
 from .cache import Cache
-from .capture import Captured, Signature, TensorSpec, capture
+from .capture import Captured, Signature, TensorSpec, capture, example_tensors
 from .compiled import Compiled
 from .report import ErrorRow, Report
 
@@ -100,8 +98,8 @@ def _write(
     built = build(captured.graph, options.hw, directory)
     built_at = time.perf_counter()
     errors: tuple[ErrorRow, ...] = ()
-    if options.verify and example is not None and options.hw.native and not verify.is_random(captured.graph):
-        errors = _verify(directory, captured, built, _tensors(example, captured.signature), options)
+    if options.verify and example is not None and options.hw.native and not compare.is_random(captured.graph):
+        errors = _verify(directory, captured, built, example_tensors(example, captured.signature), options)
     report = Report(
         options.hw.id,
         options.precision,
@@ -126,12 +124,12 @@ def _verify(
     directory: Path, captured: Captured, built: Built, inputs: Sequence[torch.Tensor], options: Options
 ) -> tuple[ErrorRow, ...]:
     """Run the machine code on the example inputs; raises NumericMismatch with the pass or the operator to blame."""
-    expected = verify.reference(captured.graph, inputs)
+    expected = compare.reference(captured.graph, inputs)
     results = loading.runner(directory, built.plan, options.threads)(inputs)
-    difference = verify.compare(results, expected, options.tolerance)
+    difference = compare.compare(results, expected, options.tolerance)
     if difference is None:
         names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
-        return verify.errors(names, results, expected)
+        return compare.errors(names, results, expected)
 
     def rebuild(probe: fx.GraphModule) -> Any:
         with tempfile.TemporaryDirectory(prefix="graphwright-") as scratch:
@@ -145,18 +143,6 @@ def _verify(
         difference.allowed,
     )
     raise verify.blame(captured.graph, options.hw, default_passes(), inputs, options.tolerance, rebuild)
-
-
-def _tensors(example: tuple[tuple[Any, ...], dict[str, Any]], signature: Signature) -> list[torch.Tensor]:
-    """The tensor leaves of example arguments, in the order of the captured call."""
-    leaves, spec = pytree.tree_flatten(example)
-    if len(leaves) != len(signature.inputs):
-        raise InputError(f"the example inputs {spec} differ from what the program was exported with")
-    return [
-        leaf.detach()
-        for leaf, expected in zip(leaves, signature.inputs, strict=True)
-        if isinstance(expected, TensorSpec)
-    ]
 
 
 def _load(path: Path, graph: _Graph, options: Options, cached: bool = False) -> Compiled:

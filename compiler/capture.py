@@ -77,6 +77,40 @@ class Captured:
     signature: Signature
 
 
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as users give them (a tensor, a tuple, a mapping, None) as positional and keyword arguments."""
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, torch.Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    raise InputError(
+        f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, a tuple of arguments or a mapping of keywords"
+    )
+
+
+def example_of(exported: ExportedProgram, example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments to run an exported program with: those given, else those it was exported with, else None."""
+    if example_inputs is not None:
+        return arguments(example_inputs)
+    if exported.example_inputs is None:
+        return None
+    args, kwargs = exported.example_inputs
+    return tuple(args), dict(kwargs)
+
+
+def example_tensors(example: tuple[tuple[Any, ...], dict[str, Any]], signature: Signature) -> list[torch.Tensor]:
+    """The tensor leaves of example arguments, in the order of the captured call."""
+    leaves, spec = pytree.tree_flatten(example)
+    if len(leaves) != len(signature.inputs):
+        raise InputError(f"the example inputs {spec} differ from what the program was exported with")
+    pairs = zip(leaves, signature.inputs, strict=True)
+    return [leaf.detach() for leaf, expected in pairs if isinstance(expected, TensorSpec)]
+
+
 def export(
     model: Model,
     args: Sequence[Any] = (),

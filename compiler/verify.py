@@ -1,108 +1,80 @@
-"""Compare what was compiled with PyTorch in float64, and find the pass or the kernel to blame for a difference."""
+"""Check a compilation stage by stage, and find the pass or the operator to blame where the numbers are wrong."""
 
 from __future__ import annotations
 
-import logging
-import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from ..errors import NumericMismatch
-from ..hwdb import Hardware
-from . import pipeline
-from .reference import Float64, max_absolute, relative_l2, run_eager, run_float64
+from ..errors import InputError, NumericMismatch
+from ..hwdb import Hardware, lookup
+from . import loading, pipeline
+from .build import build, default_passes
+from .capture import Model, TensorSpec, arguments, capture, example_of, example_tensors, export
+from .compare import Reference, compare, errors, reference
+from .reference import Float64, relative_l2, run_eager
 from .report import ErrorRow
-
-log = logging.getLogger(__name__)
-
-# float32 rounds at 6e-8; another order of summation moves a deep network by a few times eager's own error.
-FACTOR_OF_EAGER = 8.0
-FLOOR = {torch.float32: 4e-6, torch.float64: 1e-12, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-# A comparison or an argmax may turn over where two values tie within rounding.
-FLIPS = 1e-3
-
 
 # Machine code as a function from tensor inputs to tensor outputs.
 Runner: TypeAlias = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Outputs of the captured graph in float64 and in plain PyTorch, for one set of inputs."""
+class VerifyResult:
+    """Every stage of a compilation against float64: the graph after each pass, then the machine code."""
 
-    exact: list[torch.Tensor]
-    eager: list[torch.Tensor]
+    stages: tuple[tuple[str, tuple[ErrorRow, ...]], ...]
 
-
-@dataclass(frozen=True)
-class Difference:
-    """An output that is further from float64 than rounding explains."""
-
-    output: int
-    error: float
-    allowed: float
-
-
-def reference(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Reference:
-    """Run the captured graph in float64 and in its own dtypes."""
-    return Reference(run_float64(graph, inputs), run_eager(graph, inputs))
-
-
-def is_random(graph: fx.GraphModule) -> bool:
-    """Whether two runs of the graph differ by design (dropout in training, random tensors)."""
-    return any(
-        isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
-        for n in graph.graph.nodes
-    )
-
-
-def compare(results: Sequence[torch.Tensor], expected: Reference, tolerance: float | None) -> Difference | None:
-    """The first output whose error is more than rounding explains, or None.
-
-    The error of a floating point output is relative L2 against float64; `tolerance` replaces the default bound of
-    a few times eager's own error. Integers must be equal, but for ties that rounding may turn over.
-    """
-    for i, (result, exact, eager) in enumerate(zip(results, expected.exact, expected.eager, strict=True)):
-        if result.dtype != eager.dtype or result.shape != eager.shape:
-            return Difference(i, math.inf, 0.0)
-        if not result.numel():
-            continue
-        if not (result.is_floating_point() or result.is_complex()):
-            wrong = float((result != eager).sum()) / result.numel()
-            allowed = max(FLIPS, float((exact != eager).sum()) / result.numel())
-            if wrong > allowed:
-                return Difference(i, wrong, allowed)
-            continue
-        own = relative_l2(eager, exact)
-        allowed = _allowed(own, result.dtype, tolerance)
-        error = relative_l2(result, exact)
-        # Where PyTorch itself overflows, or divides zero by zero, the compiled model has to do just that.
-        if not math.isfinite(own):
-            error, allowed = relative_l2(result, eager), _allowed(0.0, result.dtype, tolerance)
-        if not error <= allowed and not _negligible(result, eager):
-            return Difference(i, error, allowed)
-    return None
-
-
-def errors(names: Sequence[str], results: Sequence[torch.Tensor], expected: Reference) -> tuple[ErrorRow, ...]:
-    """The error of every floating point output against float64, beside eager's own."""
-    rows = []
-    for name, result, exact, eager in zip(names, results, expected.exact, expected.eager, strict=True):
-        if result.is_floating_point():
-            rows.append(
-                ErrorRow(
-                    name,
-                    relative_l2(result, exact),
-                    max_absolute(result, exact),
-                    relative_l2(eager, exact),
-                    max_absolute(eager, exact),
+    def text(self) -> str:
+        """One line a stage and output."""
+        lines = []
+        for stage, rows in self.stages:
+            for row in rows:
+                lines.append(
+                    f"{stage:28s} {row.output:24s} relative L2 {row.relative_l2:.2e}  max {row.max_absolute:.2e}"
+                    f"  (PyTorch eager {row.eager_relative_l2:.2e}, {row.eager_max_absolute:.2e})"
                 )
-            )
-    return tuple(rows)
+        return "\n".join(lines)
+
+
+def verify_model(
+    model: Model, example_inputs: Any = None, *, target: str = "native", tolerance: float | None = None
+) -> VerifyResult:
+    """Check the numbers of `model` after every pass and of the machine code.
+
+    Arguments as in `graphwright.compile`. Raises NumericMismatch naming the pass or operator that is wrong.
+    """
+    hw = lookup(target)
+    program = export(model, *arguments(example_inputs))
+    captured = capture(program)
+    example = example_of(program, example_inputs)
+    if example is None:
+        raise InputError("the program holds no example inputs to verify with: pass example_inputs")
+    inputs = example_tensors(example, captured.signature)
+    names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
+    expected = reference(captured.graph, inputs)
+    stages: list[tuple[str, tuple[ErrorRow, ...]]] = []
+
+    def check(name: str, current: fx.GraphModule) -> None:
+        current.recompile()
+        stages.append((name, errors(names, run_eager(current, inputs), expected)))
+
+    rewritten, _ = pipeline.run(captured.graph, hw, default_passes(), check)
+
+    def compiled(graph: fx.GraphModule) -> Runner:
+        with tempfile.TemporaryDirectory(prefix="graphwright-") as directory:
+            return loading.runner(Path(directory), build(graph, hw, Path(directory), passes=()).plan, hw.cores)
+
+    results = compiled(rewritten)(inputs)
+    stages.append(("machine code", errors(names, results, expected)))
+    if compare(results, expected, tolerance) is not None:
+        raise blame(captured.graph, hw, default_passes(), inputs, tolerance, compiled)
+    return VerifyResult(tuple(stages))
 
 
 def blame(
@@ -192,19 +164,6 @@ def _first_wrong(
         if compare([result], single, tolerance) is not None:
             return node
     return None
-
-
-def _allowed(own: float, dtype: torch.dtype, tolerance: float | None) -> float:
-    if tolerance is not None:
-        return tolerance
-    return max(FACTOR_OF_EAGER * own, FLOOR.get(dtype, 4e-6))
-
-
-def _negligible(result: torch.Tensor, eager: torch.Tensor) -> bool:
-    """Whether all that differs is smaller than the smallest normal number of the dtype."""
-    if not torch.equal(result.isfinite(), eager.isfinite()) or not result.is_floating_point():
-        return False
-    return max_absolute(result, eager) <= torch.finfo(eager.dtype).tiny
 
 
 def _where(node: fx.Node | None) -> str:

@@ -1,0 +1,233 @@
+"""The `graphwright` command. torch and tvm are imported inside the commands that need them: help is immediate."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import GraphwrightError, InputError
+from .cli_hardware import hardware
+
+MODEL_HELP = (
+    "A .pt2 file, module:factory (the factory returns a model or (model, example_inputs)), or an example model."
+)
+
+
+class _Commands(TyperGroup):
+    """Prints a GraphwrightError as one message and exits with 1; --debug, anywhere, shows where it came from."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.ensure_object(dict)
+        if "--debug" in args:
+            ctx.obj["debug"] = True
+            args = [arg for arg in args if arg != "--debug"]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GraphwrightError as error:
+            if ctx.obj.get("debug"):
+                raise
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compile PyTorch models to machine code, with the numbers verified.",
+)
+app.add_typer(hardware, name="hw")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Target = Annotated[str, typer.Option(help="native, or a name of `graphwright hw list`.")]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="SHAPE[:DTYPE]", help="1x3x224x224 or 1x128:int64; once per input tensor."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one call; default: as many as PyTorch uses.")]
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"graphwright {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def compile(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the artifact goes: a directory, or NAME.gw.")],
+    target: Target = "native",
+    precision: Annotated[str, typer.Option(help="fp32; others are refused until they are built.")] = "fp32",
+    tolerance: Annotated[float | None, typer.Option(help="Relative L2 error allowed against float64.")] = None,
+    input: Inputs = None,
+    calibration: Annotated[Path | None, typer.Option(help="Inputs (.npz) to calibrate reduced precision with.")] = None,
+    verify: Annotated[bool, typer.Option(help="Compare the machine code with PyTorch in float64.")] = True,
+    cache: Annotated[bool, typer.Option(help="Reuse and store results in the user's cache.")] = True,
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Compile MODEL to an artifact of machine code and weights."""
+    if calibration is not None:
+        raise InputError("--calibration serves reduced precision, which is not built yet; leave it out with fp32")
+    with progress(f"loading {model}"):
+        from . import api
+
+        loaded, examples = _load(model, input)
+    with progress(f"compiling {model} for {target}"):
+        compiled = api.compile(
+            loaded,
+            examples,
+            target=target,
+            precision=precision,
+            tolerance=tolerance,
+            verify=verify,
+            cache=cache,
+            threads=threads,
+        )
+        saved = compiled.save(output)
+    report = compiled.report()
+    typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
+    typer.echo(f"wrote {saved or output}", err=as_json)
+
+
+@app.command()
+def run(
+    artifact: Annotated[Path, typer.Argument(metavar="OUT", help="What `graphwright compile -o OUT` wrote.")],
+    input: Annotated[Path | None, typer.Option(help="Inputs by name in a .npz file; default: noise.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results to a .npz file.")] = None,
+    threads: Threads = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls to time; the fastest is printed.")] = 10,
+) -> None:
+    """Run a compiled artifact on given inputs, or on noise, and print its results and the time of a call."""
+    with progress(f"loading {artifact}"):
+        from .artifact import load
+        from .run_artifact import run_artifact
+
+        compiled = load(artifact)
+    if threads is not None:
+        compiled.threads = threads
+    for line in run_artifact(compiled, input, output, repeat):
+        typer.echo(line)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
+    against: Annotated[str, typer.Option(help="Comma-separated: eager, inductor, onnxruntime, openvino.")] = "eager",
+    input: Inputs = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the median counts.")] = 15,
+    threads: Threads = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
+) -> None:
+    """Time MODEL beside other runtimes: interleaved rounds, equal threads, one process."""
+    if input and len(models) > 1:
+        raise InputError("--input belongs to one MODEL; give several models only where each brings its own inputs")
+    from .bench import bench_models
+    from .zoo import names
+
+    own: dict[str, tuple[Any, Sequence[Any]]] = {}
+    for name in models:
+        if input or name not in names():
+            loaded, examples = _load(name, input)
+            module = loaded.module() if hasattr(loaded, "module_call_graph") else loaded
+            own[name] = (module, _positional(name, examples))
+    peers = [peer for peer in against.split(",") if peer]
+    # Progress is the table itself, which grows by a row a model.
+    if bench_models(models, peers, rounds, threads, json_path, own) < len(models):
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(model: Model, target: Target = "native", input: Inputs = None) -> None:
+    """Print the graph before and after each pass, the choices made and their reasons, and predicted costs."""
+    with progress(f"explaining {model} for {target}"):
+        from .explain import explain as explain_model
+
+        text = explain_model(*_load(model, input), target=target)
+    typer.echo(text)
+
+
+@app.command()
+def verify(model: Model, target: Target = "native", input: Inputs = None) -> None:
+    """Compare every pass and the machine code with PyTorch in float64; exit 1 where they differ."""
+    with progress(f"verifying {model} for {target}"):
+        from .verify import verify_model
+
+        result = verify_model(*_load(model, input), target=target)
+    typer.echo(result.text())
+    if not getattr(result, "ok", True):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Check what is installed, and which targets can be built and run here; exit 1 where something is broken."""
+    with progress("checking this installation"):
+        from .doctor import examine
+
+        findings = examine()
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            typer.echo(finding.line())
+    if any(finding.status == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Show a spinner with `what` on a terminal's stderr; nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+def _load(model: str, inputs: list[str] | None) -> tuple[Any, Any]:
+    from .model_argument import load_model
+
+    return load_model(model, inputs or ())
+
+
+def _positional(name: str, examples: Any) -> Sequence[Any]:
+    if isinstance(examples, dict):
+        raise InputError(f"{name}: bench calls models with positional arguments; its example inputs are keywords")
+    return examples if isinstance(examples, (tuple, list)) else (examples,)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Capture: one flat functional graph, composites whole, and a clear reason where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from graphwright.compiler.capture import Constant, TensorSpec, capture, export
+from graphwright.compiler.reference import run_eager
+from graphwright.errors import CaptureError, InputError
+
+aten = torch.ops.aten
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.shared = self.conv.weight
+
+    def forward(self, x: torch.Tensor, scale: float = 2.0, *, extra: torch.Tensor | None = None) -> dict[str, object]:
+        y = self.norm(self.conv(x)) * scale
+        return {"y": y if extra is None else y + extra, "scale": scale, "none": None}
+
+
+def test_parameters_become_attributes_and_user_tensors_placeholders() -> None:
+    net, x = Net().eval(), torch.randn(1, 3, 8, 8)
+    captured = capture(export(net, (x,), {"extra": torch.ones(1)}))
+    ops = [n.op for n in captured.graph.graph.nodes]
+    assert ops.count("placeholder") == 2
+    targets = [n.target for n in captured.graph.graph.nodes]
+    assert aten.conv2d.default in targets
+    assert [type(leaf) for leaf in captured.signature.inputs] == [TensorSpec, TensorSpec]
+    results = run_eager(captured.graph, [x, torch.ones(1)])
+    torch.testing.assert_close(results[0], net(x, extra=torch.ones(1))["y"], rtol=0, atol=0)
+
+
+def test_arguments_and_results_that_are_not_tensors_become_constants() -> None:
+    captured = capture(export(Net().eval(), (torch.randn(1, 3, 8, 8), 3.0)))
+    assert captured.signature.inputs[1] == Constant(3.0)
+    assert captured.signature.outputs[1:] == (Constant(3.0), Constant(None))
+
+
+@pytest.mark.parametrize(
+    ("module", "kept"),
+    [
+        (nn.Linear(3, 4), aten.linear.default),
+        (nn.LayerNorm(3), aten.layer_norm.default),
+        (nn.GELU(), aten.gelu.default),
+        (nn.Softmax(-1), aten.softmax.int),
+    ],
+)
+def test_composites_stay_whole(module: nn.Module, kept: object) -> None:
+    captured = capture(export(module, (torch.randn(2, 3),)))
+    assert kept in [n.target for n in captured.graph.graph.nodes]
+
+
+def test_one_tensor_given_twice_stays_two_inputs() -> None:
+    x = torch.randn(3)
+    captured = capture(export(lambda a, b: a + 2 * b, (x, x)))
+    assert len(captured.signature.tensors) == 2
+    (result,) = run_eager(captured.graph, [torch.ones(3), torch.zeros(3)])
+    assert result.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_a_buffer_that_the_forward_changes_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    with pytest.raises(CaptureError, match=r"changes the buffers .*running_mean.*model\.eval\(\)"):
+        capture(export(net, (torch.randn(2, 3, 8, 8),)))
+
+
+def test_an_input_changed_in_place_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"changes its inputs"):
+        capture(export(lambda x: x.add_(1), (torch.randn(3),)))
+
+
+def test_control_flow_on_data_gives_the_reason_and_the_line() -> None:
+    def branchy(x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            return x
+        return -x
+
+    with pytest.raises(CaptureError) as caught:
+        export(branchy, (torch.randn(3),))
+    assert "branchy" in str(caught.value)
+    assert "if x.sum() > 0" in str(caught.value)
+
+
+def test_what_is_no_model_is_named() -> None:
+    with pytest.raises(CaptureError, match="cannot compile a int"):
+        export(3)  # type: ignore[arg-type]
+
+
+def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="no such file"):
+        export(tmp_path / "absent.pt2")
+    (tmp_path / "text.pt2").write_text("not a program")
+    with pytest.raises(CaptureError, match="not a program saved by"):
+        export(tmp_path / "text.pt2")
+
+
+def test_a_model_elsewhere_than_on_the_cpu_is_refused() -> None:
+    with pytest.raises(InputError, match="weight is on device meta"):
+        export(nn.Linear(3, 3, device="meta"), (torch.randn(1, 3),))
+
+
+def test_tied_parameters_are_stored_once() -> None:
+    captured = capture(export(Tied().eval(), (torch.tensor([[1, 2]]),)))
+    assert len([n for n, _ in captured.graph.named_buffers()]) == 1
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids))

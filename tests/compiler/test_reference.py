@@ -1,0 +1,69 @@
+"""The float64 reference, and the comparison that decides whether numbers are the same."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from graphwright.compiler.capture import capture, export
+from graphwright.compiler.reference import max_absolute, relative_l2, run_eager, run_float64
+from graphwright.compiler.compare import Reference, compare, is_random
+
+
+def test_float64_reaches_into_casts_and_constants() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return (x.to(torch.float16).to(torch.float32) + torch.full((3,), 1 / 3)).sin()
+
+    x = torch.tensor([1e-3, 1 / 3, 7.0])
+    (exact,) = run_float64(capture(export(model, (x,))).graph, [x])
+    assert exact.dtype is torch.float64
+    # Widened throughout: no rounding to float16 on the way. The constant is what float64 makes of the literal.
+    assert torch.allclose(exact, (x.double() + 1 / 3).sin(), rtol=1e-12)
+
+
+def test_relative_l2_knows_infinities_and_nans() -> None:
+    reference = torch.tensor([1.0, math.inf, math.nan, 2.0])
+    assert relative_l2(reference.clone(), reference) == 0.0
+    assert relative_l2(torch.tensor([1.0, -math.inf, math.nan, 2.0]), reference) == math.inf
+    assert relative_l2(torch.tensor([1.0, math.inf, 0.0, 2.0]), reference) == math.inf
+    assert relative_l2(torch.tensor([1.0, math.inf, math.nan, math.nan]), reference) == math.inf
+    assert max_absolute(torch.tensor([1.0, math.inf, math.nan, 2.5]), reference) == 0.5
+
+
+def reference(values: torch.Tensor) -> Reference:
+    return Reference([values.double() if values.is_floating_point() else values], [values])
+
+
+@pytest.mark.parametrize("wrong", [1e-3, 1e-4, math.nan, math.inf])
+def test_a_wrong_output_is_seen(wrong: float) -> None:
+    expected = torch.linspace(-1, 1, 100)
+    result = expected.clone()
+    assert compare([result], reference(expected), None) is None
+    result[7] += wrong
+    difference = compare([result], reference(expected), None)
+    assert difference is not None
+    assert difference.output == 0
+
+
+def test_a_tolerance_replaces_the_default() -> None:
+    expected = torch.ones(10)
+    assert compare([expected * 1.001], reference(expected), None) is not None
+    assert compare([expected * 1.001], reference(expected), 1e-2) is None
+
+
+def test_dtype_shape_and_integers_are_exact() -> None:
+    ints = torch.arange(10)
+    assert compare([ints], reference(ints), None) is None
+    assert compare([ints + 1], reference(ints), None) is not None
+    assert compare([ints.int()], reference(ints), None) is not None
+    assert compare([ints.reshape(2, 5)], reference(ints), None) is not None
+
+
+def test_dropout_in_training_is_random() -> None:
+    net = torch.nn.Dropout(0.5)
+    assert is_random(capture(export(net.train(), (torch.ones(3),))).graph)
+    graph = capture(export(net.eval(), (torch.ones(3),))).graph
+    assert not is_random(graph)
+    assert run_eager(graph, [torch.ones(3)])[0].tolist() == [1.0, 1.0, 1.0]
