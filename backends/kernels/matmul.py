@@ -218,8 +218,12 @@ def multiply_chunk(
     right: Callable[[Any, int], Any],
     out: Any,
     epilogue: Epilogue,
+    row_offset: Any = 0,
 ) -> None:
-    """All row tiles of one unit: left(row, k) are scalars, right(k, column in the panel) vectors."""
+    """All row tiles of one unit: left(row, k) are scalars, right(k, column in the panel) vectors.
+
+    Row 0 of the product is row `row_offset` of `out` and of the residual.
+    """
     t, acc = tiling, scratch.accumulators
 
     def tile(rows: int, row: Any, block: Any) -> None:
@@ -237,8 +241,9 @@ def multiply_chunk(
 
         if t.depth_blocks == 1:
             clear(acc, rows, t)
-            add()
-            store_tile(scratch, rows, t, out, row, panel, epilogue)
+            if t.depth:
+                add()
+            store_tile(scratch, rows, t, out, row_offset + row, panel, epilogue)
             return
         offset = row - first_row(t, chunk)
         with T.If(block == 0):
@@ -251,7 +256,7 @@ def multiply_chunk(
         add()
         with T.If(block == t.depth_blocks - 1):
             with T.Then():
-                store_tile(scratch, rows, t, out, row, panel, epilogue)
+                store_tile(scratch, rows, t, out, row_offset + row, panel, epilogue)
             with T.Else():
                 _each_vector(
                     rows, t, lambda at, a, j: T.buffer_store(scratch.partial, acc[at], [offset + a, j])

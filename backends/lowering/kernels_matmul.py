@@ -6,6 +6,7 @@ Refused: other dtypes than float32, operands of rank 0 or 1, scaled addmm. The T
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
@@ -15,8 +16,9 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
+from ..kernels.batch_matmul import batch_matmul, broadcast_batch, choose_batch_tiling
 from ..kernels.matmul import matmul, pack_weight
-from ..tiling import choose_tiling
+from ..tiling import Tiling, choose_tiling
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
 aten = torch.ops.aten
@@ -36,110 +38,6 @@ def refuse_dtypes(*nodes: fx.Node | None) -> Refusal | None:
     return None
 
 
-def _transposed(weight: torch.Tensor, columns: int) -> torch.Tensor:
-    return pack_weight(weight.t(), columns)
-
-
-def _packed_matmul(
-    node: fx.Node,
-    hw: Hardware,
-    x: fx.Node,
-    weight: fx.Node,
-    *,
-    weight_is_kn: bool,
-    bias: fx.Node | None = None,
-    residual: fx.Node | None = None,
-    activation: str = "none",
-    args: Sequence[float] = (),
-) -> KernelCall | Refusal:
-    refusal = refuse_dtypes(node, x, weight, bias, residual)
-    if refusal is not None:
-        return refusal
-    out = shape_of(node)
-    N, K = reversed(shape_of(weight)) if weight_is_kn else shape_of(weight)
-    M = prod(out[:-1])
-    if bias is not None and prod(shape_of(bias)) != N:
-        return Refusal(f"the bias has shape {shape_of(bias)}, not one value a column")
-    if residual is not None and shape_of(residual) != out:
-        return Refusal(f"the residual has shape {shape_of(residual)}, the result {out}")
-    tiling = choose_tiling(hw, M, N, K)
-    func = matmul(
-        M,
-        K,
-        N,
-        hw,
-        bias=bias is not None,
-        residual=residual is not None,
-        activation=activation,
-        args=args,
-        tiling=tiling,
-        input_shape=shape_of(x),
-        bias_shape=shape_of(bias) if bias is not None else None,
-        output_shape=out,
-    )
-    order = "kn" if weight_is_kn else "nk"
-    packed = Packed(
-        weight,
-        f"matmul_{order}_panels_{tiling.columns}",
-        partial(_transposed if weight_is_kn else pack_weight, columns=tiling.columns),
-    )
-    extra = [operand for operand in (bias, residual) if operand is not None]
-    work = Work(
-        flops={"float32": 2.0 * M * N * K},
-        bytes_read=4.0 * (M * K + N * K + sum(prod(shape_of(operand)) for operand in extra)),
-        bytes_written=4.0 * M * N,
-        launches=int(tiling.tasks > 1),
-        tasks=tiling.panels * tiling.row_chunks,
-        efficiency=tiling.efficiency,
-    )
-    return KernelCall(func, (x, packed, *extra), "packed matmul", tiling.reason, work)
-
-
-def _is_constant(node: fx.Node) -> bool:
-    return node.op == "get_attr"
-
-
-@kernel_for(dialect.linear.default)
-def linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
-    """act(x . w^T + bias + residual), w[N, K]."""
-    x, weight, bias, residual, activation, args = bind(node)
-    return _linear(node, hw, x, weight, bias, residual, activation, args)
-
-
-@kernel_for(aten.linear.default)
-def aten_linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
-    """x . w^T + bias."""
-    x, weight, bias = bind(node)
-    return _linear(node, hw, x, weight, bias, None, "none", ())
-
-
-def _linear(
-    node: fx.Node,
-    hw: Hardware,
-    x: fx.Node,
-    weight: fx.Node,
-    bias: fx.Node | None,
-    residual: fx.Node | None,
-    activation: str,
-    args: Sequence[float],
-) -> KernelCall | Refusal:
-    if len(shape_of(weight)) != 2:
-        return Refusal(f"the weight has {len(shape_of(weight))} dimensions, not 2")
-    if not _is_constant(weight):
-        return Refusal(f"the weight {weight.name} is not a constant")
-    return _packed_matmul(
-        node,
-        hw,
-        x,
-        weight,
-        weight_is_kn=False,
-        bias=bias,
-        residual=residual,
-        activation=activation,
-        args=args,
-    )
-
-
 def bind(node: fx.Node) -> tuple[Any, ...]:
     """The node's arguments in the order of the operator's schema, defaults filled in."""
     target: Any = node.target
@@ -147,3 +45,169 @@ def bind(node: fx.Node) -> tuple[Any, ...]:
     for argument in target._schema.arguments[len(values) :]:
         values.append(node.kwargs.get(argument.name, argument.default_value))
     return tuple(values)
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """What follows the product."""
+
+    bias: fx.Node | None = None
+    residual: fx.Node | None = None
+    activation: str = "none"
+    args: Sequence[float] = ()
+
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        return tuple(operand for operand in (self.bias, self.residual) if operand is not None)
+
+    def refusal(self, out: tuple[int, ...]) -> Refusal | None:
+        """Why the epilogue cannot be had for a result of shape `out`, or None."""
+        if self.bias is not None:
+            shape = shape_of(self.bias)
+            if prod(shape) != out[-1] or shape[-1:] != out[-1:]:
+                return Refusal(f"the bias has shape {shape}, not one value a column")
+        if self.residual is not None and shape_of(self.residual) != out:
+            return Refusal(f"the residual has shape {shape_of(self.residual)}, the result {out}")
+        return None
+
+
+def _pack(weight: torch.Tensor, columns: int, transposed: bool) -> torch.Tensor:
+    matrix = weight.reshape(weight.shape[-2:])
+    return pack_weight(matrix if transposed else matrix.t(), columns)
+
+
+def _product(
+    node: fx.Node,
+    hw: Hardware,
+    a: fx.Node,
+    b: fx.Node,
+    extra: _Extra,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+) -> KernelCall | Refusal:
+    """op(a) . op(b), by the packed kernel where b is one constant matrix."""
+    refusal = refuse_dtypes(node, a, b, *extra.operands) or extra.refusal(shape_of(node))
+    if refusal is not None:
+        return refusal
+    if not prod(shape_of(node)):
+        return Refusal("the result has no elements")
+    b_shape = shape_of(b)
+    if len(b_shape) < 2 or not shape_of(a):
+        return Refusal(f"operands of shapes {shape_of(a)} and {b_shape}: a vector is not a matrix")
+    if prod(b_shape[:-2]) == 1 and not transpose_a and shape_of(node)[:-1] == shape_of(a)[:-1]:
+        if b.op == "get_attr":
+            return _packed(node, hw, a, b, extra, transpose_b)
+        K = shape_of(a)[-1]
+        return _batched(node, hw, a, b, (prod(shape_of(a)[:-1]), K), b_shape[-2:], extra, False, transpose_b)
+    if len(shape_of(a)) < 2:
+        return Refusal(f"operands of shapes {shape_of(a)} and {b_shape}: a vector is not a matrix")
+    return _batched(node, hw, a, b, shape_of(a), b_shape, extra, transpose_a, transpose_b)
+
+
+def _packed(
+    node: fx.Node, hw: Hardware, x: fx.Node, weight: fx.Node, extra: _Extra, transposed: bool
+) -> KernelCall:
+    out = shape_of(node)
+    N, K = shape_of(weight)[-2:] if transposed else reversed(shape_of(weight)[-2:])
+    M = prod(out[:-1])
+    tiling = choose_tiling(hw, M, N, K)
+    func = matmul(
+        M,
+        K,
+        N,
+        hw,
+        bias=extra.bias is not None,
+        residual=extra.residual is not None,
+        activation=extra.activation,
+        args=extra.args,
+        tiling=tiling,
+        input_shape=shape_of(x),
+        bias_shape=shape_of(extra.bias) if extra.bias is not None else None,
+        output_shape=out,
+    )
+    layout = f"matmul_{'nk' if transposed else 'kn'}_panels_{tiling.columns}"
+    packed = Packed(weight, layout, partial(_pack, columns=tiling.columns, transposed=transposed))
+    work = _work(M, N, K, 1, tiling, M * K + N * K, extra)
+    return KernelCall(func, (x, packed, *extra.operands), "packed matmul", tiling.reason, work)
+
+
+def _batched(
+    node: fx.Node,
+    hw: Hardware,
+    a: fx.Node,
+    b: fx.Node,
+    a_shape: tuple[int, ...],
+    b_shape: tuple[int, ...],
+    extra: _Extra,
+    transpose_a: bool,
+    transpose_b: bool,
+) -> KernelCall:
+    out = shape_of(node)
+    M, K = reversed(a_shape[-2:]) if transpose_a else a_shape[-2:]
+    N = out[-1]
+    batch = prod(broadcast_batch(a_shape, b_shape))
+    tiling = choose_batch_tiling(hw, batch, M, N, K, transpose_a)
+    func = batch_matmul(
+        a_shape,
+        b_shape,
+        hw,
+        transpose_a=transpose_a,
+        transpose_b=transpose_b,
+        bias_shape=shape_of(extra.bias) if extra.bias is not None else None,
+        residual=extra.residual is not None,
+        activation=extra.activation,
+        args=extra.args,
+        buffer_shapes=(shape_of(a), shape_of(b), out),
+        tiling=tiling,
+    )
+    work = _work(M, N, K, batch, tiling, prod(a_shape) + prod(b_shape), extra)
+    return KernelCall(func, (a, b, *extra.operands), "batched matmul", tiling.reason, work)
+
+
+def _work(M: int, N: int, K: int, batch: int, tiling: Tiling, elements_read: int, extra: _Extra) -> Work:
+    return Work(
+        flops={"float32": 2.0 * M * N * K * batch},
+        bytes_read=4.0 * (elements_read + sum(prod(shape_of(operand)) for operand in extra.operands)),
+        bytes_written=4.0 * M * N * batch,
+        launches=int(tiling.tasks > 1),
+        tasks=tiling.panels * tiling.row_chunks * max(1, batch),
+        efficiency=max(0.01, tiling.efficiency),
+    )
+
+
+@kernel_for(dialect.linear.default)
+def linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(x . w^T + bias + residual), w[N, K]."""
+    x, weight, bias, residual, activation, args = bind(node)
+    return _product(node, hw, x, weight, _Extra(bias, residual, activation, args), transpose_b=True)
+
+
+@kernel_for(aten.linear.default)
+def aten_linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """x . w^T + bias."""
+    x, weight, bias = bind(node)
+    return _product(node, hw, x, weight, _Extra(bias), transpose_b=True)
+
+
+@kernel_for(dialect.matmul.default)
+def dialect_matmul(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(op(a) . op(b) + bias + residual)."""
+    a, b, bias, residual, transpose_a, transpose_b, activation, args = bind(node)
+    return _product(node, hw, a, b, _Extra(bias, residual, activation, args), transpose_a, transpose_b)
+
+
+@kernel_for(aten.mm.default, aten.bmm.default, aten.matmul.default)
+def aten_matmul(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """a . b"""
+    a, b = bind(node)[:2]
+    return _product(node, hw, a, b, _Extra())
+
+
+@kernel_for(aten.addmm.default)
+def addmm(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """added + a . b, where `added` is one row or a whole matrix."""
+    added, a, b, beta, alpha = bind(node)[:5]
+    if (beta, alpha) != (1, 1):
+        return Refusal(f"addmm is scaled: beta={beta}, alpha={alpha}")
+    whole = shape_of(added) == shape_of(node) and shape_of(node)[0] != 1
+    return _product(node, hw, a, b, _Extra(residual=added) if whole else _Extra(added))

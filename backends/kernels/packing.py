@@ -1,0 +1,124 @@
+"""Rearranging computed operands into panels at run time, transposed in registers where needed.
+
+A panel is [K][NR]: NR neighbouring columns, contiguous in k, zeros past the last column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from .loops import constant, span
+
+
+def pack_panel(
+    panel: Any,
+    source: Callable[[Any, Any], Any],
+    depth: int,
+    first: Any,
+    columns: int,
+    width: int,
+    lanes: int,
+) -> None:
+    """Fill panel[depth, width] from source(k, column index) for the columns from `first` on, `columns` in all.
+
+    `source` takes a vector of column indices: it is contiguous along columns.
+    """
+
+    def whole() -> None:
+        with T.serial(0, depth) as k:
+            for j in range(0, width, lanes):
+                T.buffer_store(panel, source(k, span(first + j, lanes)), [k, span(j, lanes)])
+
+    def partly() -> None:
+        tail = columns % width
+        with T.serial(0, depth) as k:
+            for j in range(tail // lanes * lanes, width, lanes):
+                T.buffer_store(panel, constant(0.0, lanes), [k, span(j, lanes)])
+            for j in range(0, tail // lanes * lanes, lanes):
+                T.buffer_store(panel, source(k, span(first + j, lanes)), [k, span(j, lanes)])
+            for j in range(tail // lanes * lanes, tail):
+                T.buffer_store(panel, source(k, first + j), [k, j])
+
+    _whole_or_partly(first, columns, width, whole, partly)
+
+
+def pack_panel_transposed(
+    panel: Any,
+    source: Callable[[Any, Any], Any],
+    depth: int,
+    first: Any,
+    columns: int,
+    width: int,
+    lanes: int,
+) -> None:
+    """Fill panel[depth, width] from source(column, k index), contiguous along k, by lanes x lanes transposes."""
+
+    def groups(count: int) -> None:
+        if depth >= lanes:
+            with T.serial(0, depth // lanes) as block, T.serial(0, count) as group:
+                k, j = block * lanes, group * lanes
+                rows = [T.bind(source(first + j + i, span(k, lanes))) for i in range(lanes)]
+                for i, row in enumerate(transpose_vectors(rows)):
+                    T.buffer_store(panel, row, [k + i, span(j, lanes)])
+        rest = depth % lanes
+        if rest:
+            with T.serial(0, rest) as i, T.serial(0, count * lanes) as j:
+                k = depth - rest + i
+                T.buffer_store(panel, source(first + j, k), [k, j])
+
+    def partly() -> None:
+        tail = columns % width
+        vectors, loose = divmod(tail, lanes)
+        if vectors:
+            groups(vectors)
+        with T.serial(0, depth) as k:
+            for j in range(vectors * lanes, width, lanes):
+                T.buffer_store(panel, constant(0.0, lanes), [k, span(j, lanes)])
+            for j in range(tail - loose, tail):
+                T.buffer_store(panel, source(first + j, k), [k, j])
+
+    _whole_or_partly(first, columns, width, lambda: groups(width // lanes), partly)
+
+
+def _whole_or_partly(
+    first: Any, columns: int, width: int, whole: Callable[[], None], partly: Callable[[], None]
+) -> None:
+    if columns % width == 0:
+        whole()
+    elif columns < width:
+        partly()
+    else:
+        with T.If(first + width <= columns):
+            with T.Then():
+                whole()
+            with T.Else():
+                partly()
+
+
+def transpose_vectors(rows: list[Any]) -> list[Any]:
+    """The transpose of a square of vectors (their number is their length, a power of two), by two-input shuffles.
+
+    Stage d exchanges the off-diagonal d x d blocks of every 2d x 2d block.
+    """
+    n = len(rows)
+    rows = list(rows)
+    distance = n // 2
+    while distance:
+        for i in range(n):
+            if i & distance:
+                continue
+            low = [lane if not lane & distance else n + lane - distance for lane in range(n)]
+            high = [lane + distance if not lane & distance else n + lane for lane in range(n)]
+            pair = [rows[i], rows[i + distance]]
+            rows[i] = T.bind(_shuffle(pair, low))
+            rows[i + distance] = T.bind(_shuffle(pair, high))
+        distance //= 2
+    return rows
+
+
+def _shuffle(vectors: list[Any], lanes: list[int]) -> Any:
+    return tirx.Shuffle(vectors, [tirx.const(lane, "int32") for lane in lanes])
