@@ -41,9 +41,7 @@ def _epilogue(x: Tensor, residual: Tensor | None, activation: str, args: Sequenc
 
 def _owned(result: Tensor, *sources: Tensor | None) -> Tensor:
     # An operator's result may not share memory with its inputs.
-    shared = any(
-        s is not None and s.untyped_storage()._cdata == result.untyped_storage()._cdata for s in sources
-    )
+    shared = any(s is not None and s.untyped_storage()._cdata == result.untyped_storage()._cdata for s in sources)
     return result.clone(memory_format=torch.contiguous_format) if shared else result.contiguous()
 
 
@@ -149,22 +147,16 @@ def _permute(input: Tensor, in_shape: Sequence[int], dims: Sequence[int], out_sh
     return _owned(input.reshape(in_shape).permute(list(dims)).reshape(out_shape), input)
 
 
-def _permute_fake(
-    input: Tensor, in_shape: Sequence[int], dims: Sequence[int], out_shape: Sequence[int]
-) -> Tensor:
+def _permute_fake(input: Tensor, in_shape: Sequence[int], dims: Sequence[int], out_shape: Sequence[int]) -> Tensor:
     return input.new_empty(out_shape)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     grouped = q.shape[-3] != k.shape[-3]
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped
-    ).contiguous()
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped).contiguous()
 
 
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> Tensor:
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
@@ -194,18 +186,14 @@ def _avg_pool2d(
     layout: str,
 ) -> Tensor:
     if not count_include_pad and (padding[0], padding[2]) != (padding[1], padding[3]):
-        raise ValueError(
-            f"avg_pool2d: padding {list(padding)} is uneven and not counted; pad the input first"
-        )
+        raise ValueError(f"avg_pool2d: padding {list(padding)} is uneven and not counted; pad the input first")
     x = input.permute(0, 3, 1, 2) if layout == "NHWC" else input
     x, pad = _pool_padding(x, padding, ceil_mode, 0.0)
     y = F.avg_pool2d(x, list(kernel), list(stride), pad, ceil_mode, count_include_pad, divisor)
     return _owned(y.permute(0, 2, 3, 1) if layout == "NHWC" else y, input)
 
 
-def _pool_padding(
-    x: Tensor, padding: Sequence[int], ceil_mode: bool, fill: float
-) -> tuple[Tensor, list[int]]:
+def _pool_padding(x: Tensor, padding: Sequence[int], ceil_mode: bool, fill: float) -> tuple[Tensor, list[int]]:
     # torch pools with even padding only; uneven padding is written out, which floor mode cannot tell apart.
     top, bottom, left, right = padding
     if (top, left) == (bottom, right):

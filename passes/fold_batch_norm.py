@@ -25,9 +25,7 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 _CONVS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.conv3d.default})
-_TRANSPOSED = frozenset(
-    {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
-)
+_TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
 _PRODUCTS = _CONVS | _TRANSPOSED | {aten.linear.default}
 
 
@@ -100,9 +98,7 @@ def _scaled(weight: torch.Tensor, scale: torch.Tensor, transposed_groups: int | 
     return (grouped * factors).reshape(weight.shape)
 
 
-def _rewrite(
-    graph: fx.GraphModule, product: fx.Node, norm: fx.Node, weight: torch.Tensor, bias: torch.Tensor
-) -> None:
+def _rewrite(graph: fx.GraphModule, product: fx.Node, norm: fx.Node, weight: torch.Tensor, bias: torch.Tensor) -> None:
     arguments: dict[str, Any] = rewrite.arguments(product)
     stem = arguments["weight"].target
     arguments["weight"] = rewrite.add_constant(graph, f"{stem}_normed", weight, norm)

@@ -40,9 +40,7 @@ def format_graph(graph: fx.GraphModule, constant_names: bool = True) -> str:
             lines.append(f"return {_format(_plain(node.args[0]), numbers)}")
             continue
         numbers[node] = f"%{len(numbers)}"
-        lines.append(
-            f"{numbers[node]}: {format_type(node.meta.get('val'))} = {_call(node, numbers, constant_names)}"
-        )
+        lines.append(f"{numbers[node]}: {format_type(node.meta.get('val'))} = {_call(node, numbers, constant_names)}")
     return "\n".join(lines)
 
 
@@ -62,9 +60,7 @@ def diff_graphs(before: str, after: str) -> str:
     Numbers change behind the first edit, so lines are compared without them and printed with them.
     """
     old, new = before.splitlines(), after.splitlines()
-    matcher = difflib.SequenceMatcher(
-        None, [_unnumbered(x) for x in old], [_unnumbered(x) for x in new], False
-    )
+    matcher = difflib.SequenceMatcher(None, [_unnumbered(x) for x in old], [_unnumbered(x) for x in new], False)
     lines = []
     for tag, i, j, k, m in matcher.get_opcodes():
         if tag != "equal":
@@ -81,9 +77,7 @@ def _call(node: fx.Node, numbers: dict[fx.Node, str], constant_names: bool) -> s
         return "input"
     if node.op == "get_attr":
         return f"constant {node.target}" if constant_names else "constant"
-    target = (
-        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    )
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     if isinstance(node.target, torch._ops.OpOverload):
         target = str(node.target)
     arguments = [_format(a, numbers) for a in node.args]

@@ -51,9 +51,7 @@ def _may_go(node: fx.Node) -> bool:
     if node.op == "get_attr":
         return True
     # The dtype and shape it asserts are part of the graph already.
-    return node.op == "call_function" and (
-        rewrite.is_pure(node) or node.target is aten._assert_tensor_metadata.default
-    )
+    return node.op == "call_function" and (rewrite.is_pure(node) or node.target is aten._assert_tensor_metadata.default)
 
 
 def _drop_constants(graph: fx.GraphModule) -> None:
@@ -80,11 +78,7 @@ def _reason_to_keep(node: fx.Node) -> bool:
     if any(user.target in _READS_STRIDES for user in node.users) and node.target in _COPIES:
         log.debug("keep %s: a reader looks at its strides", node)
         return True
-    if (
-        rewrite.feeds_output(node)
-        and node.target in _COPIES
-        and (len(source.users) > 1 or not _is_fresh(source))
-    ):
+    if rewrite.feeds_output(node) and node.target in _COPIES and (len(source.users) > 1 or not _is_fresh(source)):
         log.debug("keep %s: it is returned, and %s may not be", node, source)
         return True
     return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -43,11 +44,7 @@ def is_float(*nodes: object) -> bool:
     """Whether all are tensors of one and the same real floating point dtype, of known shape."""
     values = [value_of(n) if isinstance(n, fx.Node) else None for n in nodes]
     first = values[0]
-    return (
-        first is not None
-        and first.dtype in FLOATS
-        and all(v is not None and v.dtype == first.dtype for v in values)
-    )
+    return first is not None and first.dtype in FLOATS and all(v is not None and v.dtype == first.dtype for v in values)
 
 
 def sole_user(node: fx.Node) -> fx.Node | None:
@@ -108,8 +105,7 @@ def fake_mode(*nodes: fx.Node) -> FakeTensorMode:
     for node in nodes:
         value = node.meta.get("val")
         for tensor in value if isinstance(value, (tuple, list)) else (value,):
-            mode = getattr(tensor, "fake_mode", None)
-            if isinstance(mode, FakeTensorMode):
+            if (mode := fake_mode_of(tensor)) is not None:
                 return mode
     return FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -148,6 +144,20 @@ def run_fake(node: fx.Node) -> object:
         return node.target(*args, **kwargs)
 
 
+def packed(value: torch.Tensor) -> torch.Tensor:
+    """A fake tensor like `value` whose elements lie in order: what the dialect's operators return."""
+    if value.is_contiguous():
+        return value
+    with fake_mode_of(value) or nullcontext():
+        return value.new_empty(value.shape)
+
+
+def fake_mode_of(value: object) -> FakeTensorMode | None:
+    """The mode that made a fake tensor."""
+    mode = getattr(value, "fake_mode", None)
+    return mode if isinstance(mode, FakeTensorMode) else None
+
+
 def add_constant(graph: fx.GraphModule, name: str, tensor: torch.Tensor, before: fx.Node) -> fx.Node:
     """Store `tensor` under a free name like `name`, and insert a get_attr node that reads it."""
     free, count = name, 0
@@ -170,11 +180,34 @@ def replace(old: fx.Node, new: fx.Node) -> None:
     old.graph.erase_node(old)
 
 
+def replace_chain(first: fx.Node, last: fx.Node, new: fx.Node) -> None:
+    """Let the readers of `last` read `new`, and erase the chain of sole readers from `last` up to `first`."""
+    chain = [first]
+    while chain[-1] is not last:
+        (user,) = chain[-1].users
+        chain.append(user)
+    last.replace_all_uses_with(new)
+    for node in reversed(chain):
+        node.graph.erase_node(node)
+
+
 def erase_unused(*nodes: fx.Node) -> None:
     """Erase the calls that nobody reads any more, in the order given (readers first)."""
     for node in nodes:
         if node.op == "call_function" and not node.users and not node._erased:
             node.graph.erase_node(node)
+
+
+def erase_cone(node: fx.Node) -> None:
+    """Erase a node that nobody reads, and then the calls that only it read."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node.op != "call_function" or node.users or node._erased:
+            continue
+        operands = node.all_input_nodes
+        node.graph.erase_node(node)
+        waiting += operands
 
 
 def finish(graph: fx.GraphModule, count: int) -> int:

@@ -1,0 +1,115 @@
+"""scaled_dot_product_attention becomes graphwright::attention.
+
+    scaled_dot_product_attention(q, k, v, mask, 0, causal, scale) -> attention(q, k, v, mask, causal, scale)
+    the same with k and v repeated for groups of heads            -> attention of k and v as they are
+
+The scale torch leaves open is 1 / sqrt(depth). Three-dimensional operands get a batch of one head. A row whose
+mask is False everywhere gives 0, as torch has it.
+
+Refused with dropout, with a mask beside is_causal (torch refuses that as well), for operands whose batches
+differ or whose heads do not divide, for masks that are neither bool nor of q's dtype, and for dtypes that
+are not floating point.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..hwdb import Hardware
+from . import dialect, rewrite
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+def fuse_attention(graph: fx.GraphModule, hw: Hardware) -> int:
+    """Rewrite every attention the dialect can express; returns how many."""
+    count = 0
+    for node in list(graph.graph.nodes):
+        if not rewrite.calls(node, aten.scaled_dot_product_attention.default):
+            continue
+        a = rewrite.arguments(node)
+        a["key"], a["value"] = _without_repeats(a)
+        reason = _refused(node, a)
+        if reason is not None:
+            log.debug("keep %s: %s", node, reason)
+            continue
+        _rewrite(graph, node, a)
+        count += 1
+    return rewrite.finish(graph, count)
+
+
+def _refused(node: fx.Node, a: dict[str, Any]) -> str | None:
+    if a["dropout_p"] != 0:
+        return f"it drops {a['dropout_p']} of the weights"
+    if not rewrite.is_float(node, a["query"], a["key"], a["value"]):
+        return "not floating point of one dtype"
+    q, k, v = (rewrite.shape_of(a[name]) for name in ("query", "key", "value"))
+    if not len(q) == len(k) == len(v) or len(q) not in (3, 4):
+        return f"operands of rank {len(q)}, {len(k)} and {len(v)}"
+    if not q[0] == k[0] == v[0] or k[:-1] != v[:-1] or q[-1] != k[-1]:
+        return f"operands of shape {q}, {k} and {v}"
+    if len(q) == 4 and (not k[1] or q[1] % k[1]):
+        return f"{q[1]} heads of q, {k[1]} of k"
+    mask = a["attn_mask"]
+    if mask is None:
+        return None
+    value = rewrite.value_of(mask)
+    if value is None or value.dim() > len(q) or not (value.dtype == torch.bool or rewrite.is_float(mask, node)):
+        return "a mask of an unknown kind"
+    return "a mask and is_causal" if a["is_causal"] else None
+
+
+def _without_repeats(a: dict[str, Any]) -> tuple[fx.Node, fx.Node]:
+    """k and v before their heads were repeated for the groups of q's, where both were."""
+    key, value = _unrepeated(a["key"]), _unrepeated(a["value"])
+    if key is None or value is None or rewrite.shape_of(key)[1] != rewrite.shape_of(value)[1]:
+        return a["key"], a["value"]
+    return key, value
+
+
+def _unrepeated(node: fx.Node) -> fx.Node | None:
+    """x where `node` is reshape(expand(reshape(x, [B, H, 1, S, D]), [B, H, n, S, D]), [B, H * n, S, D])."""
+    expand = node.args[0] if rewrite.calls(node, aten.reshape.default) else None
+    if rewrite.calls(expand, aten.clone.default):
+        expand = expand.args[0]
+    split = expand.args[0] if rewrite.calls(expand, aten.expand.default) else None
+    source = split.args[0] if rewrite.calls(split, aten.reshape.default) else None
+    if not (isinstance(source, fx.Node) and isinstance(split, fx.Node) and isinstance(expand, fx.Node)):
+        return None
+    if any(rewrite.value_of(n) is None for n in (node, expand, split, source)):
+        return None
+    shape, spread = rewrite.shape_of(source), rewrite.shape_of(expand)
+    if len(shape) != 4 or rewrite.shape_of(split) != (*shape[:2], 1, *shape[2:]):
+        return None
+    batch, heads, length, depth = shape
+    fits = spread[:2] + spread[3:] == shape and rewrite.shape_of(node) == (
+        batch,
+        heads * spread[2],
+        length,
+        depth,
+    )
+    return source if fits else None
+
+
+def _rewrite(graph: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> None:
+    def reshaped(operand: fx.Node, shape: list[int]) -> fx.Node:
+        return rewrite.call(graph, aten.reshape.default, (operand, shape), before=node)
+
+    q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
+    value = rewrite.packed(node.meta["val"])
+    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(rewrite.shape_of(q)[-1])
+    batched = value.dim() == 4
+    if not batched:
+        q, k, v = (reshaped(n, [n_shape[0], 1, *n_shape[1:]]) for n in (q, k, v) for n_shape in [rewrite.shape_of(n)])
+        if mask is not None and len(rewrite.shape_of(mask)) == 3:
+            shape = rewrite.shape_of(mask)
+            mask = reshaped(mask, [shape[0], 1, *shape[1:]])
+    args = (q, k, v, mask, a["is_causal"], float(scale))
+    new = rewrite.call(graph, dialect.attention, args, before=node, value=value if batched else None)
+    rewrite.replace(node, new if batched else reshaped(new, list(value.shape)))
