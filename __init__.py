@@ -18,7 +18,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .compiler.api import compile as compile
-    from .compiler.artifact import load as load
+    from .compiler.loading import load as load
     from .compiler.compiled import Compiled as Compiled
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import graphwright` imports neither torch nor tvm.
 _LAZY = {
     "compile": ("compiler.api", "compile"),
-    "load": ("compiler.artifact", "load"),
+    "load": ("compiler.loading", "load"),
     "Compiled": ("compiler.compiled", "Compiled"),
 }
 

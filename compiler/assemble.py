@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from . import compare, fingerprint, loading, pipeline, verify
+from . import artifact, compare, fingerprint, loading, pipeline, verify
 from .build import Built, build, default_passes
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
@@ -117,7 +117,8 @@ def _write(
         },
         **built.sizes,
     )
-    loading.seal(directory, loading.Description(built.plan, captured.signature, report), options.hw)
+    described = loading.Description(built.plan, captured.signature, report)
+    artifact.seal(directory, options.hw, loading.to_data(described))
 
 
 def _verify(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..backends.aot import library as aot
-from ..hwdb import Hardware
+from ..errors import ArtifactError
+from . import artifact
 from .build import CONSTANTS_NAME
 from .capture import Constant, Signature, TensorSpec
 from .compiled import Compiled
@@ -33,6 +35,24 @@ class Description:
     plan: Plan
     signature: Signature
     report: Report
+
+
+def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Compiled:
+    """The compiled model saved at `path`, a directory or a .gw file.
+
+    Raises ArtifactError, before any code is loaded, for a damaged artifact and for one made for another machine.
+    """
+    found = artifact.load(Path(path))
+    try:
+        described = from_data(found.description)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{path} describes its model wrongly ({error!r}); compile the model again") from error
+    return assembled(found.directory, described, threads or described.report.threads)
+
+
+def describe(directory: Path) -> Description:
+    """What the artifact in `directory` says of its model; its files are not checked again."""
+    return from_data(artifact.inspect(directory)["description"])
 
 
 def runner(directory: Path, plan: Plan, threads: int) -> Run:
@@ -127,11 +147,3 @@ def _spec_from_data(data: Any, plain: Any) -> pytree.TreeSpec:
         except (NotImplementedError, KeyError, ValueError) as error:
             log.warning("the model returns a type that is not imported here, and a tuple takes its place: %s", error)
     return pytree.tree_structure(plain)
-
-
-def seal(directory: Path, described: Description, hw: Hardware) -> None:
-    raise NotImplementedError
-
-
-def describe(directory: Path) -> Description:
-    raise NotImplementedError

@@ -26,7 +26,9 @@ def main() -> None:
         console.print(f"[bold]{name}[/]: building the model and compiling it ...")
         model, inputs = zoo.build(name)
         compiled = graphwright.compile(model, inputs, cache=False)
-        timing = bench.interleave({"eager": bench.eager(model, inputs), "graphwright": lambda c=compiled, i=inputs: c(*i)})
+        timing = bench.interleave(
+            {"eager": bench.eager(model, inputs), "graphwright": lambda c=compiled, i=inputs: c(*i)}
+        )
         report = compiled.report()
         worst = max(report.errors, key=lambda e: e.relative_l2)
         table.add_row(
@@ -40,9 +42,13 @@ def main() -> None:
         )
         kernels = sorted({k.algorithm for k in report.kernels})
         console.print(f"  passes: {', '.join(f'{p.name} {p.rewrites}' for p in report.passes if p.rewrites)}")
-        console.print(f"  kernels: {', '.join(kernels)}; left to PyTorch: {sum(r.count for r in report.eager)} operators")
+        console.print(
+            f"  kernels: {', '.join(kernels)}; left to PyTorch: {sum(r.count for r in report.eager)} operators"
+        )
     console.print(table)
-    console.print("ratio: time of graphwright / time of PyTorch eager, medians of interleaved rounds; error: relative L2 against float64.")
+    console.print(
+        "ratio: time of graphwright / time of PyTorch eager, medians of interleaved rounds; error: relative L2 against float64."
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,11 @@ def test_imports_go_one_way(path: Path) -> None:
 
 def test_a_wrong_import_is_seen() -> None:
     source = "from ..compiler import api\nfrom .. import passes\ndef f():\n    from graphwright.hwdb import detect\n"
-    assert imported_folders(source, ("hwdb",)) == {"compiler", "passes", "absolute import of graphwright.hwdb"}
+    assert imported_folders(source, ("hwdb",)) == {
+        "compiler",
+        "passes",
+        "absolute import of graphwright.hwdb",
+    }
 
 
 @pytest.mark.parametrize("module", ["graphwright", "graphwright.hwdb"])

@@ -1,0 +1,278 @@
+"""graphwright.compile and the model it returns: called like the original, with clear errors where it cannot be."""
+
+from __future__ import annotations
+
+import threading
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphwright
+from graphwright.compiler.specialised import LIMIT, Specialised
+from graphwright.errors import CaptureError, GraphwrightError, InputError, UnknownTarget
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        y = torch.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(y if scale is None else y * scale)
+
+
+@pytest.fixture(scope="module")
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block().eval()
+
+
+@pytest.fixture(scope="module")
+def image() -> torch.Tensor:
+    return torch.randn(2, 3, 9, 7)
+
+
+@pytest.fixture(scope="module")
+def compiled(block: Block, image: torch.Tensor) -> Any:
+    return graphwright.compile(block, (image, torch.tensor(2.0)))
+
+
+def close(result: torch.Tensor, expected: torch.Tensor) -> None:
+    # Two orders of summation over a few dozen products in float32.
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_called_like_the_model(compiled: Any, block: Block, image: torch.Tensor) -> None:
+    expected = block(image, torch.tensor(3.0)).detach()
+    close(compiled(image, torch.tensor(3.0)), expected)
+    close(compiled(image, scale=torch.tensor(3.0)), expected)
+    close(compiled(scale=torch.tensor(3.0), x=image), expected)
+
+
+def test_results_are_fresh_tensors(compiled: Any, image: torch.Tensor) -> None:
+    first = compiled(image, torch.tensor(1.0))
+    copy = first.clone()
+    second = compiled(image + 1, torch.tensor(1.0))
+    assert first.data_ptr() != second.data_ptr()
+    assert torch.equal(first, copy)
+    assert not first.requires_grad
+
+
+@pytest.mark.parametrize("view", ["channels_last", "transposed", "strided", "expanded", "misaligned"])
+def test_inputs_with_any_strides(compiled: Any, block: Block, view: str) -> None:
+    base = torch.randn(2, 3, 9, 7)
+    image = {
+        "channels_last": lambda: base.to(memory_format=torch.channels_last),
+        "transposed": lambda: torch.randn(2, 3, 7, 9).transpose(2, 3),
+        "strided": lambda: torch.randn(2, 6, 18, 7)[:, ::2, ::2],
+        "expanded": lambda: torch.randn(1, 3, 9, 7).expand(2, 3, 9, 7),
+        "misaligned": lambda: torch.randn(base.numel() + 1)[1:].view(2, 3, 9, 7),
+    }[view]()
+    close(compiled(image, torch.tensor(1.0)), block(image, torch.tensor(1.0)).detach())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.randn(1, 3, 9, 7), torch.tensor(1.0)), r"x: expected float32\[2, 3, 9, 7\], got shape \(1, 3, 9, 7\)"),
+        ((torch.randn(2, 3, 9, 7).double(), torch.tensor(1.0)), r"x: expected float32.*got dtype torch.float64"),
+        ((torch.randn(2, 3, 9, 7, device="meta"), torch.tensor(1.0)), "x: is on device meta"),
+        ((torch.randn(2, 3, 9, 7),), "another structure"),
+        ((torch.randn(2, 3, 9, 7), 1.0), "scale: expected a tensor, got float"),
+        ((torch.randn(2, 3, 9, 7, requires_grad=True), torch.tensor(1.0)), "requires a gradient"),
+    ],
+)
+def test_wrong_inputs_are_explained(compiled: Any, args: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        compiled(*args)
+
+
+def test_gradients_are_ignored_where_none_are_recorded(compiled: Any, block: Block, image: torch.Tensor) -> None:
+    with torch.no_grad():
+        close(compiled(image.clone().requires_grad_(), torch.tensor(1.0)), block(image, torch.tensor(1.0)))
+
+
+def test_many_threads_on_one_model(compiled: Any, block: Block) -> None:
+    inputs = [torch.randn(2, 3, 9, 7) for _ in range(8)]
+    expected = [compiled(x, torch.tensor(1.0)) for x in inputs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        for _ in range(50):
+            if not torch.equal(compiled(inputs[i], torch.tensor(1.0)), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_threads_can_be_set(block: Block, image: torch.Tensor) -> None:
+    one = graphwright.compile(block, (image,), threads=1)
+    assert one.threads == 1
+    one.threads = 2
+    assert one.threads == 2
+    close(one(image), block(image).detach())
+    with pytest.raises(InputError, match="at least 1"):
+        one.threads = 0
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+def test_structures_of_arguments_and_results() -> None:
+    def model(pair: dict[str, torch.Tensor], *, flip: bool = False) -> Any:
+        a, b = pair["a"], pair["b"]
+        return {"pair": Pair(b, a) if flip else Pair(a + b, a), "list": [a * 2, None, "text"], "flip": flip}
+
+    pair = {"a": torch.randn(3), "b": torch.randn(3)}
+    compiled = graphwright.compile(model, {"pair": pair, "flip": False})
+    result = compiled(pair=pair, flip=False)
+    assert isinstance(result["pair"], Pair)
+    assert torch.equal(result["pair"].left, pair["a"] + pair["b"])
+    assert torch.equal(result["pair"].right, pair["a"])
+    assert result["pair"].right.data_ptr() != pair["a"].data_ptr()
+    assert result["list"][1:] == [None, "text"]
+    with pytest.raises(InputError, match="compiled with False and called with True"):
+        compiled(pair=pair, flip=True)
+
+
+def test_one_tensor_as_two_inputs() -> None:
+    x = torch.randn(4)
+    compiled = graphwright.compile(lambda a, b: a - 2 * b, (x, x))
+    assert torch.equal(compiled(x, torch.zeros(4)), x)
+
+
+def test_a_result_that_is_an_input_or_comes_twice() -> None:
+    x = torch.randn(4)
+    same, double, again, view = graphwright.compile(lambda a: (a, a * 2, a * 2, a.view(2, 2)), (x,))(x)
+    assert torch.equal(same, x)
+    assert torch.equal(double, again)
+    assert torch.equal(view, x.view(2, 2))
+    assert len({t.data_ptr() for t in (x, same, double, again, view)}) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int32, torch.bool, torch.complex64, torch.float16])
+def test_other_dtypes_are_computed_somewhere(dtype: torch.dtype) -> None:
+    x = torch.tensor([[1, 0, 3], [0, 5, 7]]).to(dtype)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x.t(), x.t()], 1) == x.t().repeat(1, 2)
+
+    assert graphwright.compile(model, (x,))(x).all()
+    if dtype is not torch.bool:
+        assert torch.equal(graphwright.compile(lambda x: x * x + x, (x,))(x), x * x + x)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 0, 8)])
+def test_zero_sized_tensors(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.relu(x) + 1, x.sum((2, 3)), torch.cat([x, x], 1), x.flatten(1)
+
+    for result, expected in zip(graphwright.compile(model, (x,))(x), model(x), strict=True):
+        assert torch.equal(result, expected)
+
+
+def test_a_model_without_operators_or_inputs() -> None:
+    x = torch.randn(3)
+    assert torch.equal(graphwright.compile(nn.Sequential(), (x,))(x), x)
+    assert torch.equal(graphwright.compile(lambda: torch.ones(3), ())(), torch.ones(3))
+
+
+def test_an_operator_without_lowering_runs_in_pytorch_and_is_reported() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.inv(torch.relu(x) + 3 * torch.eye(3)).sin()
+
+    x = torch.randn(3, 3)
+    compiled = graphwright.compile(model, (x,))
+    close(compiled(x), model(x))
+    assert any("inv" in row.operator for row in compiled.report().eager)
+
+
+def test_data_dependent_shapes_run_in_pytorch() -> None:
+    x = torch.tensor([1.0, -1.0, 2.0])
+    compiled = graphwright.compile(lambda x: torch.unique(x.sign()).shape[0] * torch.relu(x).sum(), None)
+    with pytest.raises(CaptureError):
+        # The number of unique values decides a Python number: torch.export has to refuse, with its reason.
+        compiled(x)
+
+
+def test_without_examples_the_first_call_compiles(block: Block) -> None:
+    lazy = graphwright.compile(block)
+    assert isinstance(lazy, Specialised)
+    with pytest.raises(InputError, match="has not been called yet"):
+        lazy.report()
+    for batch in (1, 2, 1):
+        image = torch.randn(batch, 3, 6, 6)
+        close(lazy(image), block(image).detach())
+    assert len(lazy.specialisations) == 2
+
+
+def test_dynamic_shapes_admit_what_they_declare(block: Block) -> None:
+    batch = torch.export.Dim("batch", min=1, max=4)
+    lazy = graphwright.compile(block, (torch.randn(2, 3, 6, 6),), dynamic_shapes={"x": {0: batch}, "scale": None})
+    for size in (2, 3, 4):
+        image = torch.randn(size, 3, 6, 6)
+        close(lazy(image), block(image).detach())
+    with pytest.raises((CaptureError, InputError)):
+        lazy(torch.randn(5, 3, 6, 6))
+    assert LIMIT >= 8
+
+
+def test_an_exported_program_and_its_file(block: Block, image: torch.Tensor, tmp_path: Path) -> None:
+    program = torch.export.export(block, (image,))
+    expected = block(image).detach()
+    close(graphwright.compile(program)(image), expected)
+    torch.export.save(program, tmp_path / "block.pt2")
+    close(graphwright.compile(tmp_path / "block.pt2")(image), expected)
+    close(graphwright.compile(str(tmp_path / "block.pt2"))(image), expected)
+
+
+def test_an_fx_graph_module(block: Block, image: torch.Tensor) -> None:
+    close(graphwright.compile(torch.fx.symbolic_trace(block), (image, None))(image, None), block(image).detach())
+
+
+def test_the_report_and_the_graph(compiled: Any, image: torch.Tensor) -> None:
+    report = compiled.report()
+    data = report.to_dict()
+    assert data["errors"][0]["relative_l2"] < 1e-6
+    assert {p["name"] for p in data["passes"]} >= {"fold_batch_norm", "fuse_conv_activation", "fuse_matmul_bias"}
+    assert sum(p["rewrites"] for p in data["passes"]) >= 3
+    assert any("conv" in k["algorithm"] for k in data["kernels"])
+    assert data["arena_bytes"] <= 1.1 * data["arena_lower_bound_bytes"] + 64
+    assert "direct conv" in report.text() or "conv" in report.text()
+    close(compiled.graph(image, torch.tensor(2.0))[0], compiled(image, torch.tensor(2.0)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"target": "x86-64-v9"}, UnknownTarget, "x86-64-v"),
+        ({"target": "raspbery-pi"}, UnknownTarget, "did you mean"),
+        ({"precision": "bf16"}, GraphwrightError, "not built yet"),
+        ({"threads": 0}, InputError, "at least 1"),
+        ({"tolerance": -1.0}, InputError, "positive"),
+    ],
+)
+def test_wrong_options_are_explained(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        graphwright.compile(nn.ReLU(), (torch.ones(2),), **options)
+
+
+def test_wrong_examples_are_explained() -> None:
+    with pytest.raises(InputError, match="example_inputs is a int"):
+        graphwright.compile(nn.ReLU(), 3)
+    with pytest.raises(CaptureError, match="Sequential"):
+        graphwright.compile(nn.Sequential(nn.Linear(3, 4)), (torch.ones(2, 5),))

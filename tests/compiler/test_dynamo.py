@@ -1,0 +1,165 @@
+"""torch.compile(model, backend="graphwright")."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphwright
+from graphwright.compiler import dynamo
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(self.body(x), -1)
+
+
+def close(result: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def compiled_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every compilation from now on, as it happens."""
+    calls: list[Any] = []
+    original = graphwright.compile
+
+    def compile(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr("graphwright.compiler.api.compile", compile)
+    return calls
+
+
+def test_found_by_name_without_importing_it() -> None:
+    code = (
+        "import torch; assert 'graphwright' in torch._dynamo.list_backends();"
+        "f = torch.compile(lambda x: x.relu() * 2, backend='graphwright');"
+        "x = torch.tensor([-1.0, 2.0]); print(f(x).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[0.0, 4.0]"
+
+
+def test_a_model_is_compiled_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = compiled_calls(monkeypatch)
+    net = Net().eval()
+    model = torch.compile(net, backend="graphwright")
+    with torch.no_grad():
+        for batch in (2, 2, 5, 7, 5):
+            x = torch.randn(batch, 8)
+            close(model(x), net(x))
+    assert len(calls) == 3
+
+
+def test_graph_breaks() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        if y.sum() > 0:
+            return y.exp()
+        return y.sin()
+
+    compiled = torch.compile(model, backend="graphwright")
+    with torch.no_grad():
+        for x in (torch.ones(3), -torch.ones(3)):
+            close(compiled(x), model(x))
+
+
+def test_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = compiled_calls(monkeypatch)
+    model = torch.compile(Net().eval(), backend="graphwright", options={"threads": 1, "verify": False})
+    with torch.no_grad():
+        model(torch.randn(2, 8))
+    assert calls[0][1]["threads"] == 1
+    assert calls[0][1]["verify"] is False
+
+
+def test_an_unknown_option_is_refused() -> None:
+    model = torch.compile(Net().eval(), backend="graphwright", options={"thread": 1})
+    with pytest.raises(Exception, match="no option thread; it takes"):
+        model(torch.randn(2, 8))
+
+
+def test_an_unsupported_operator_still_runs() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.svdvals(x.relu() + 1)
+
+    x = torch.randn(3, 3)
+    with torch.no_grad():
+        close(torch.compile(model, backend="graphwright")(x), model(x))
+
+
+@pytest.mark.parametrize("change", ["optimizer", "load_state_dict", "data"])
+def test_changed_weights_are_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = compiled_calls(monkeypatch)
+    net, x = Net().eval(), torch.randn(2, 8)
+    model = torch.compile(net, backend="graphwright")
+    with torch.no_grad():
+        before = model(x)
+        close(before, net(x))
+    if change == "optimizer":
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        net(x).square().sum().backward()
+        optimizer.step()
+    elif change == "load_state_dict":
+        net.load_state_dict(Net().state_dict())
+    else:
+        net.body[0].weight.data = torch.randn(16, 8)
+    with torch.no_grad():
+        after = model(x)
+        close(after, net(x))
+        assert not torch.allclose(before, after)
+        model(x)
+    assert len(calls) == 2
+
+
+def test_with_gradients_it_runs_in_pytorch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    net, x = Net().train(), torch.randn(2, 8)
+    model = torch.compile(net, backend="graphwright")
+    with caplog.at_level(logging.WARNING, logger="graphwright"):
+        result = model(x)
+        result.square().sum().backward()
+        model(x)
+    assert net.body[0].weight.grad is not None
+    assert sum("gradients are needed" in r.message for r in caplog.records) == 1
+
+
+def test_a_graph_that_changes_its_buffers_runs_in_pytorch() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    x = torch.randn(2, 3, 8, 8)
+    before = net[1].running_mean.clone()
+    with torch.no_grad():
+        torch.compile(net, backend="graphwright")(x)
+    assert not torch.equal(before, net[1].running_mean)
+
+
+def test_numbers_from_python_are_part_of_the_specialisation() -> None:
+    model = torch.compile(lambda x, n: x * n + x[:n].sum(), backend="graphwright", dynamic=True)
+    with torch.no_grad():
+        for n in (2, 3, 4):
+            x = torch.arange(6.0)
+            close(model(x, n), x * n + x[:n].sum())
+
+
+def test_more_shapes_than_the_limit_run_in_pytorch() -> None:
+    compiled = dynamo._Specialised(torch.fx.symbolic_trace(lambda x: x * 2), {})
+    for size in range(1, dynamo.SHAPES + 3):
+        assert torch.equal(compiled(torch.ones(size)), 2 * torch.ones(size))
+    assert len(compiled.entries) == dynamo.SHAPES

@@ -1,0 +1,96 @@
+"""A planted wrong pass, or a planted wrong definition, is found and named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import graphwright
+from graphwright.backends.lowering import registry
+from graphwright.compiler import build, verify
+from graphwright.errors import NumericMismatch
+from graphwright.hwdb import Hardware
+
+aten = torch.ops.aten
+
+
+def scale_sigmoid(graph: fx.GraphModule, hw: Hardware) -> int:
+    """Wrong on purpose: sigmoid(x) -> tanh(x)."""
+    count = 0
+    for node in graph.graph.nodes:
+        if node.target is aten.sigmoid.default:
+            node.target = aten.tanh.default
+            count += 1
+    return count
+
+
+class Gate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.linear(x)) * x
+
+
+def test_a_wrong_pass_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = build.default_passes()
+    for module in ("build", "assemble", "verify"):
+        monkeypatch.setattr(f"graphwright.compiler.{module}.default_passes", lambda: (*passes, scale_sigmoid))
+    with pytest.raises(NumericMismatch, match=r"pass scale_sigmoid changed the numbers, first at node .*tanh") as caught:
+        graphwright.compile(Gate().eval(), (torch.randn(3, 6),), cache=False)
+    assert "torch.sigmoid(self.linear(x)) * x" in str(caught.value)
+
+
+def test_a_wrong_definition_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = registry.LOWERINGS[aten.sin.default]
+
+    def wrong(out: Any, x: Any) -> Any:
+        from tvm import te
+
+        return te.compute(x.shape, lambda *i: right.compute(out, x)(*i) + te.const(0.25, out.dtype), name="wrong")
+
+    monkeypatch.setitem(registry.LOWERINGS, aten.sin.default, registry.Lowering(wrong, right.can))
+    with pytest.raises(NumericMismatch, match=r"the machine code differs .* first at .*aten\.sin"):
+        graphwright.compile(lambda x: (x.cos() + 1).sin().exp(), (torch.randn(5),), cache=False)
+
+
+def test_verify_false_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = build.default_passes()
+    monkeypatch.setattr("graphwright.compiler.build.default_passes", lambda: (*passes, scale_sigmoid))
+    net, x = Gate().eval(), torch.randn(3, 6)
+    compiled = graphwright.compile(net, (x,), cache=False, verify=False)
+    assert not torch.allclose(compiled(x), net(x))
+    assert compiled.report().errors == ()
+
+
+def test_a_failing_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(graph: fx.GraphModule, hw: Hardware) -> int:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("graphwright.compiler.build.default_passes", lambda: (explode,))
+    with pytest.raises(graphwright.PassError, match="pass explode failed after no other pass: boom"):
+        graphwright.compile(nn.ReLU(), (torch.ones(2),), cache=False)
+
+
+def test_every_stage_is_listed() -> None:
+    result = verify.verify_model(Gate().eval(), torch.randn(3, 6))
+    stages = [name for name, _ in result.stages]
+    assert stages[-1] == "machine code"
+    assert len(stages) > 1
+    assert "machine code" in result.text()
+    assert all(row.relative_l2 < 1e-6 for _, rows in result.stages for row in rows)
+
+
+def test_a_failing_definition_leaves_the_operator_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(out: Any, x: Any) -> Any:
+        raise TypeError("not today")
+
+    monkeypatch.setitem(registry.LOWERINGS, aten.sin.default, registry.Lowering(broken, registry.always))
+    x = torch.randn(5)
+    compiled = graphwright.compile(lambda x: torch.exp(x.sin()), (x,), cache=False)
+    torch.testing.assert_close(compiled(x), torch.exp(x.sin()))
+    assert [r.reason for r in compiled.report().eager] == ["its lowering failed: not today"]
