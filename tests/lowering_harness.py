@@ -104,7 +104,10 @@ def _to_tvm(tensor: torch.Tensor) -> Any:
     # TVM wants C-order strides even of a tensor without elements; torch's are at least 1.
     if tensor.numel() == 0:
         return tvm.runtime.empty(tuple(tensor.shape), dtype_name(tensor.dtype))
-    return tvm.runtime.from_dlpack(tensor.detach().resolve_conj().resolve_neg().contiguous())
+    tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    if tensor.data_ptr() % 64:  # TVM assumes this alignment; results made by torch.zeros have it
+        tensor = tensor.clone()
+    return tvm.runtime.from_dlpack(tensor)
 
 
 def run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> tuple[list[torch.Tensor], Any]:
