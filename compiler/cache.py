@@ -31,15 +31,15 @@ DEFAULT_LIMIT_BYTES = 10 << 30
 _INDEX = ".index.json"
 _LOCK = ".lock"
 _NAME = re.compile(r"[0-9A-Za-z_-]{1,128}")
-# What says that the place cannot be written, rather than that writing went wrong.
-_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Cache:
-    """Entries under `root` (by default the user's cache directory, or GRAPHWRIGHT_CACHE), at most `limit_bytes` of them.
+    """Entries under `root`: by default the user's cache directory, or GRAPHWRIGHT_CACHE.
 
-    The limit is 10 GiB, or GRAPHWRIGHT_CACHE_BYTES; beyond it the entries used longest ago go. Safe for several
-    processes and threads at once. Where the directory cannot be written, `put` warns and uses a temporary one.
+    They take at most `limit_bytes` (by default 10 GiB, or GRAPHWRIGHT_CACHE_BYTES); beyond that the entries used
+    longest ago go. Safe for several processes and threads at once. Where the directory cannot be written, `put` warns
+    and uses a temporary one.
     """
 
     def __init__(self, root: Path | None = None, limit_bytes: int | None = None) -> None:
@@ -52,10 +52,12 @@ class Cache:
         try:
             index = json.loads((entry / _INDEX).read_text())
             damage = _damage(entry, index)
-        except FileNotFoundError:
-            return None  # not there, or being removed
-        except (OSError, ValueError) as error:
+        except FileNotFoundError as error:
+            if not entry.exists():
+                return None
             damage = str(error)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            damage = f"its index is damaged ({error})"
         if damage:
             log.warning("dropping %s from the cache: %s", entry, damage)
             self.drop(key)
@@ -71,17 +73,22 @@ class Cache:
         passes through and leaves nothing behind.
         """
         entry = self._entry(key)
+        theirs: BaseException | None = None
         try:
             with self._temporary() as made:
-                write(made)
+                try:
+                    write(made)
+                except BaseException as error:
+                    theirs = None if isinstance(error, OSError) and error.errno in _FULL else error
+                    raise
                 (made / _INDEX).write_text(json.dumps(_index(made)))
-                if not _renamed(made, entry):
-                    known = self.get(key)  # drops it if it is damaged
-                    if known is not None:
+                while not _renamed(made, entry):
+                    if known := self.get(key):
                         return known
-                    _renamed(made, entry)
+                    if entry.exists():  # damaged, and could not be dropped
+                        raise PermissionError(errno.EACCES, "cannot be replaced", str(entry))
         except OSError as error:
-            if error.errno not in _UNWRITABLE:
+            if error is theirs:
                 raise
             log.warning(
                 "the cache %s cannot be written (%s), so nothing is kept for the next run; "

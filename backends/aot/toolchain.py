@@ -6,9 +6,12 @@ flags. Linking uses ld.lld alone and leaves C library symbols to the process tha
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +37,7 @@ def runtime_objects(triple: str) -> list[Path]:
         digest.update(part.encode() + b"\0")
     for name in (*_HEADERS, *_SOURCES):
         digest.update((here / name).read_bytes())
-    kept = _cache_directory() / "runtime" / f"{target}-{digest.hexdigest()[:24]}"
+    kept = _workshop() / "runtime" / f"{target}-{digest.hexdigest()[:24]}"
     objects = [kept / f"{Path(name).stem}.o" for name in _SOURCES]
     if all(path.is_file() for path in objects):
         return objects
@@ -81,7 +84,7 @@ def zig_target(triple: str) -> str:
 
 def _zig(*arguments: str) -> None:
     command = [sys.executable, "-m", "ziglang", *arguments]
-    caches = _cache_directory() / "zig"
+    caches = _workshop() / "zig"
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(caches), "ZIG_LOCAL_CACHE_DIR": str(caches)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -91,13 +94,24 @@ def _zig(*arguments: str) -> None:
         )
 
 
-def _cache_directory() -> Path:
-    """A directory that can be written: the user's cache, or a fresh temporary one where that is read-only."""
-    wanted = Path(os.environ.get("GRAPHWRIGHT_CACHE") or platformdirs.user_cache_dir("graphwright"))
+def cache_directory() -> Path:
+    """Where things are kept between runs: GRAPHWRIGHT_CACHE, or the user's cache directory. It may be read-only."""
+    return Path(os.environ.get("GRAPHWRIGHT_CACHE") or platformdirs.user_cache_dir("graphwright"))
+
+
+def _workshop() -> Path:
+    """The cache directory, or one of this process alone where that cannot be written."""
+    wanted = cache_directory()
     try:
-        wanted.mkdir(parents=True, exist_ok=True)
-        if os.access(wanted, os.W_OK):
+        wanted.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=wanted):
             return wanted
     except OSError:
-        pass
-    return Path(tempfile.gettempdir(), f"graphwright-{os.getuid()}")
+        return _own_directory()
+
+
+@functools.lru_cache(maxsize=1)
+def _own_directory() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="graphwright-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
