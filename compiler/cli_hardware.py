@@ -24,7 +24,7 @@ def list_records(
     kind: Annotated[str | None, typer.Option(help="architecture or device.")] = None,
     isa: Annotated[str | None, typer.Option(help="x86_64 or aarch64.")] = None,
 ) -> None:
-    """List the names that --target takes, one a line: id, kind, instruction set, vector bits, GFLOP/s, name, aliases."""
+    """List the names that --target takes, one a line when piped."""
     from .. import hwdb
     from ..hwdb.isa import FLAGS
     from ..hwdb.loader import database
