@@ -1,12 +1,308 @@
-"""The generic CPU schedule: any PrimFunc that TE and FuseTIR produce becomes parallel, vectorised loops."""
+"""The generic CPU schedule: any PrimFunc that TE and FuseTIR produce becomes parallel, vectorised loops.
+
+    read stages -> inline cheap producers -> join stages that share their outer axes -> loops, one group after another
+
+A group of stages that share outer axes runs row by row (softmax: maximum, exponential, sum, quotient of one row), its
+intermediate results in a scratch row. Outer loops are parallel where there is enough work. Two rules hold: elements that are
+only moved stay bit-exact, and a schedule never fails: what a rule cannot do falls to the next simpler one, at last to
+the function as it came.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from tvm import tirx
+from tvm.ir import Range
+
 from ...hwdb import Hardware
+from . import access
+from .access import Nest, Views, element_bits
+from .emit import Plan, choose_plan, constant, emit, sequence
+from .stages import Axis, Expr, Stage, Stmt, Var, inline_producers, read_stages, substitute
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_MHZ = 2500.0
+_SCRATCH_BYTES = 1 << 17  # of one row group; beyond this the stages run one after another over whole tensors
 
 
 def schedule(func: Any, hw: Hardware) -> Any:
-    """Return `func` with its loops arranged for `hw`; what no rule covers stays as it is."""
+    """Return `func` with its loops arranged for `hw`; its results are the same up to the order of sums.
+
+    `func` is a tirx.PrimFunc with static shapes, before `expand_math`. What no rule covers stays as it is.
+    """
+    for rule in (_joined, _separate):
+        try:
+            return rule(func, hw)
+        except Exception as error:  # any schedule is better than none: the function itself is always correct
+            log.debug("%s of %s: %s", rule.__name__, _name(func), error, exc_info=True)
     return func
+
+
+def _name(func: Any) -> str:
+    return str(func.attrs.get("global_symbol", "?")) if func.attrs is not None else "?"
+
+
+def _joined(func: Any, hw: Hardware) -> Any:
+    return _scheduled(func, hw, join=True)
+
+
+def _separate(func: Any, hw: Hardware) -> Any:
+    return _scheduled(func, hw, join=False)
+
+
+def _scheduled(func: Any, hw: Hardware, join: bool) -> Any:
+    stages, allocated = read_stages(func)
+    stages = inline_producers(stages, allocated)
+    live = {buffer for stage in stages for buffer in (*stage.reads, *stage.writes)}
+    groups = _groups(stages, hw) if join else [([stage], 0) for stage in stages]
+    views = Views()
+    statements: list[Stmt] = []
+    inner: set[Any] = set()
+    for index, (members, depth) in enumerate(groups):
+        later = {b for ms, _ in groups[index + 1 :] for stage in ms for b in stage.reads}
+        private = [
+            b
+            for stage in members
+            for b in stage.writes
+            if b in set(allocated) and b not in later and depth and len(members) > 1
+        ]
+        inner.update(private)
+        statements.append(_group(members, depth, private, views, hw))
+    allocations = [tirx.AllocBuffer(b) for b in allocated if b in live and b not in inner]
+    body = sequence([*allocations, *views.declarations, *statements])
+    root = func.body.block
+    block = type(root)(
+        root.iter_vars,
+        root.reads,
+        root.writes,
+        root.name_hint,
+        body,
+        root.init,
+        [],
+        root.match_buffers,
+        root.annotations,
+    )
+    return func.with_body(type(func.body)(func.body.iter_values, func.body.predicate, block))
+
+
+# ---- grouping ----
+
+
+def _groups(stages: list[Stage], hw: Hardware) -> list[tuple[list[Stage], int]]:
+    """Runs of stages and the number of outer axes they share."""
+    groups: list[tuple[list[Stage], int]] = []
+    for stage in stages:
+        if groups:
+            members, depth = groups[-1]
+            shared = _shared_depth([*members, stage], hw)
+            if shared:
+                groups[-1] = ([*members, stage], shared)
+                continue
+        groups.append(([stage], 0))
+    return groups
+
+
+def _shared_depth(members: list[Stage], hw: Hardware) -> int:
+    """How many outer axes all stages share, element for element; 0 if joining them does not pay."""
+    if any(not stage.simple or 0 in [a.extent for a in (*stage.spatial, *stage.reduce)] for stage in members):
+        return 0
+    written = {stage.writes[0]: stage for stage in members}
+    if not any(b in written for stage in members for b in stage.reads if stage.writes[0] is not b):
+        return 0
+    depth = min(len(stage.spatial) for stage in members)
+    for stage in members:
+        while depth and not _aligned(stage, depth, set(written)):
+            depth -= 1
+    first = members[0].spatial
+    for k in range(depth):
+        if any(stage.spatial[k].extent != first[k].extent for stage in members):
+            depth = k
+            break
+    # The axis along which the heavy stages are vectorised stays inside.
+    total = sum(stage.points for stage in members)
+    for stage in members:
+        if stage.points * 4 >= total:
+            depth = min(depth, _outer_axes(stage, hw))
+    rows = math.prod(axis.extent for axis in first[:depth])
+    if not depth:
+        return 0
+    scratch = sum(access.size_of(b) * element_bits(str(b.dtype)) // 8 // rows for b in written)
+    enough = rows >= hw.cores or total < 1 << 14
+    return depth if enough and scratch <= _SCRATCH_BYTES else 0
+
+
+def _aligned(stage: Stage, depth: int, written: set[Any]) -> bool:
+    """Whether every access to a buffer of the group has the first `depth` axes as its first varying indices."""
+    from tvm.ir import TensorLoad
+
+    from .stages import collect
+
+    accesses = [(n.source, n.indices) for n in collect(stage.body, TensorLoad) if n.source in written]
+    accesses += [(stage.body.buffer, stage.body.indices)]
+    for _, indices in accesses:
+        varying = [i for i in indices if not isinstance(i, tirx.IntImm)]
+        if len(varying) < depth:
+            return False
+        if any(not varying[k].same_as(stage.spatial[k].var) for k in range(depth)):
+            return False
+    return True
+
+
+def _outer_axes(stage: Stage, hw: Hardware) -> int:
+    """How many leading axes lie outside of the axis that this stage would be vectorised along."""
+    nest = access.flatten(stage, Views())
+    plan = choose_plan(nest, nest.axes, hw)
+    if plan.axis is None or plan.axis in nest.reduce:
+        return len(stage.spatial)
+    place = nest.spatial.index(plan.axis)
+    # Short vectorised axes are fused with their neighbours: leave room for that.
+    length = plan.axis.extent
+    while place and length < 64:
+        place -= 1
+        length *= nest.spatial[place].extent
+    return place
+
+
+# ---- one group ----
+
+
+def _group(members: list[Stage], depth: int, private: Sequence[Any], views: Views, hw: Hardware) -> Stmt:
+    if len(members) > 1:
+        return _rows(members, depth, private, views, hw)
+    stage = members[0]
+    if stage.opaque is not None:
+        return stage.opaque
+    if 0 in [axis.extent for axis in stage.spatial]:
+        return tirx.Evaluate(tirx.const(0, "int32"))
+    nest = access.flatten(stage, views)
+    access.split_by_divisors(nest)
+    access.collapse(nest, 0)
+    plan = choose_plan(nest, nest.axes, hw)
+    outer = [axis for axis in nest.spatial if axis is not plan.axis]
+    tasks = _tasks(nest.axes, plan.cycles, hw)
+    if not nest.axes:
+        return emit(nest, {}, plan)
+    rows = math.prod(axis.extent for axis in outer)
+    shares = 1
+    if plan.axis in nest.spatial and tasks > rows:
+        group = plan.lanes * (4 if nest.reduce else 1)
+        shares = max(1, min(-(-tasks // rows), plan.axis.extent // group))  # type: ignore[union-attr]
+    like = nest.axes[0].var
+    if shares > 1 and not _guarded(nest, plan):
+        share = Axis(tirx.Var("share", str(like.ty.dtype)), shares)
+        return _parallel(
+            [*outer, share], tasks, like, lambda at: emit(nest, at, plan, (at[share.var], shares)), []
+        )
+    return _parallel(outer, tasks, like, lambda at: emit(nest, at, plan), [])
+
+
+def _guarded(nest: Nest, plan: Plan) -> bool:
+    return plan.axis is not None and len(access.merge(access.pieces(nest, plan.axis))) > 1
+
+
+def _rows(members: list[Stage], depth: int, private: Sequence[Any], views: Views, hw: Hardware) -> Stmt:
+    allocations: list[Stmt] = []
+    for buffer in private:
+        kept = [int(e) for e in buffer.shape]
+        dims, seen = 0, 0
+        while seen < depth:  # dims of extent 1 are no axes
+            seen += kept[dims] != 1
+            dims += 1
+        size = math.prod(kept[dims:])
+        scratch = tirx.decl_buffer((size,), str(buffer.dtype), f"{buffer.name}_row")
+        views.scratch[buffer] = (scratch, dims)
+        allocations.append(tirx.AllocBuffer(scratch))
+    shared = [Axis(tirx.Var(a.var.name, str(a.var.ty.dtype)), a.extent) for a in members[0].spatial[:depth]]
+    nests: list[tuple[Nest, Plan]] = []
+    cycles = 0.0
+    for stage in members:
+        nest = access.flatten(stage, views)
+        values = {
+            own.var: _as(common.var, own.var) for own, common in zip(stage.spatial, shared, strict=False)
+        }
+        body = substitute(nest.body, values)
+        init = None if nest.init is None else substitute(nest.init, values)
+        nest = Nest([*shared, *nest.spatial[depth:]], nest.reduce, body, init, nest.simple)
+        access.split_by_divisors(nest)
+        access.collapse(nest, depth)
+        plan = choose_plan(nest, [*nest.spatial[depth:], *nest.reduce], hw)
+        nests.append((nest, plan))
+        cycles += plan.cycles * math.prod(a.extent for a in (*nest.spatial[depth:], *nest.reduce))
+
+    def row(at: dict[Var, Expr]) -> Stmt:
+        return sequence([emit(nest, at, plan) for nest, plan in nests])
+
+    tasks = _tasks(shared, cycles, hw)
+    return _parallel(shared, tasks, shared[0].var, row, allocations)
+
+
+def _as(value: Expr, like: Var) -> Expr:
+    dtype = str(like.ty.dtype)
+    return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
+
+
+def _tasks(axes: Sequence[Axis], cycles: float, hw: Hardware) -> int:
+    """Into how many parallel pieces the work is worth dividing: one, if starting a region costs more than it saves."""
+    points = math.prod(axis.extent for axis in axes)
+    microseconds = points * cycles / (hw.clock_mhz or _DEFAULT_MHZ)
+    if hw.cores < 2 or microseconds < 2 * hw.launch_us:
+        return 1
+    return max(hw.cores, min(4 * hw.cores, int(microseconds / (4 * hw.launch_us))))
+
+
+def _parallel(axes: Sequence[Axis], tasks: int, like: Var, body: Any, allocations: Sequence[Stmt]) -> Stmt:
+    """Run `body` for every position of `axes`, divided into `tasks` equal shares; each share has its own allocations."""
+    rows = math.prod(axis.extent for axis in axes)
+    dtype = str(like.ty.dtype)
+
+    def span(first: Expr, count: Expr | int) -> Stmt:
+        if isinstance(count, int) and count == 1:
+            return sequence([*allocations, _at(axes, first, like, body)])
+        var = tirx.Var("row", dtype)
+        extent = constant(count, like) if isinstance(count, int) else count
+        inner = tirx.For(
+            var, constant(0, like), extent, tirx.ForKind.SERIAL, _at(axes, first + var, like, body)
+        )
+        return sequence([*allocations, inner])
+
+    tasks = min(tasks, rows)
+    if tasks <= 1:
+        return span(constant(0, like), rows)
+    task = tirx.Var("task", dtype)
+    if rows % tasks == 0:
+        share = span(task * constant(rows // tasks, like), rows // tasks)
+    else:
+        first = tirx.floordiv(task * constant(rows, like), constant(tasks, like))
+        last = tirx.floordiv((task + constant(1, like)) * constant(rows, like), constant(tasks, like))
+        share = span(first, last - first)
+    return tirx.For(task, constant(0, like), constant(tasks, like), tirx.ForKind.PARALLEL, share)
+
+
+def _at(axes: Sequence[Axis], position: Expr, like: Var, body: Any) -> Stmt:
+    """`body` with the axes bound to where `position` lies in row-major order."""
+    if not axes:
+        return body({})
+    if len(axes) == 1:
+        return body({axes[0].var: _as(position, axes[0].var)})
+    flat = tirx.Var("position", str(like.ty.dtype))
+    bindings: list[Stmt] = [tirx.Bind(flat, position)]
+    values: dict[Var, Expr] = {}
+    rest: Expr = flat
+    inner = math.prod(axis.extent for axis in axes)
+    for axis in axes:
+        inner //= axis.extent
+        bound = tirx.Var(axis.var.name, str(axis.var.ty.dtype))
+        value = rest if inner == 1 else tirx.floordiv(rest, constant(inner, like))
+        if not axis.var.same_as(axes[0].var):
+            value = tirx.floormod(value, constant(axis.extent, like))
+        bindings.append(tirx.Bind(bound, _as(value, axis.var)))
+        values[axis.var] = bound
+    return sequence([*bindings, body(values)])
+
+
+_ = Range
