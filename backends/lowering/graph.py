@@ -363,7 +363,7 @@ class _Extractor:
         function = self.module[name]
         if name in self.builder.calls:
             return function
-        return schedule(expand_math(function), self.hw)
+        return expand_math(schedule(function, self.hw))
 
     def _info(self, name: str) -> KernelInfo:
         if name not in self.builder.calls:
