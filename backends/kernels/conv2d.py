@@ -32,11 +32,11 @@ from .window import Run, runs
 
 
 def conv2d(conv: Conv, plan: Plan) -> Any:
-    """Return the kernel (x, packed weight[, packed bias][, residual], out)."""
+    """Return the kernel (x, packed weight[, bias][, residual], out)."""
     groups = conv.groups // plan.merged
     depth = plan.merged * conv.group_channels * conv.kernel[0] * conv.kernel[1]
     operands: list[tuple[int, ...]] = [conv.input_shape, (groups * plan.padded_filters * depth,)]
-    operands += [(groups * plan.padded_filters,)] * conv.bias + [conv.output_shape] * conv.residual
+    operands += [(conv.filters,)] * conv.bias + [conv.output_shape] * conv.residual
 
     def body(x: Any, weight: Any, *rest: Any) -> None:
         _Nest(
@@ -61,7 +61,6 @@ class _Panel:
     group: Any
     channel: Any  # first output channel
     weight: Any  # offset of its weights
-    bias: Any  # offset of its bias
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class _Nest:
         conv, plan = self.conv, self.plan
         wide, depth = plan.vectors * plan.lanes, conv.kernel[0] * conv.kernel[1] * conv.group_channels
         every = conv.groups > 1
-        group_weight, group_bias = group * (plan.padded_filters * depth), group * plan.padded_filters
+        group_weight = group * (plan.padded_filters * depth)
 
         def panel(index: Any, vectors: int) -> None:
             channels = vectors * plan.lanes
@@ -114,7 +113,6 @@ class _Nest:
                     group,
                     group * conv.group_filters + index * wide,
                     group_weight + index * (wide * depth),
-                    group_bias + index * wide,
                 ),
             )
 
@@ -220,7 +218,7 @@ class _Nest:
                 at = span(base + p * self.conv.filters + offset, width)
                 value = acc[span(p * vectors * lanes + offset, width)]
                 if self.bias is not None:
-                    value = value + self.bias[span(panel.bias + offset, width)]
+                    value = value + self.bias[span(panel.channel + offset, width)]
                 if self.residual is not None:
                     value = value + self.residual[at]
                 T.buffer_store(self.out, value if heavy else self._activate(value), [at])

@@ -59,6 +59,12 @@ class Conv:
         return self.batch, self.rows.out, self.columns.out, self.filters
 
     @property
+    def pointwise(self) -> bool:
+        """Whether it is the matrix product of all pixels with the filters."""
+        one = self.kernel == self.stride == (1, 1)
+        return one and self.groups == 1 and not any(self.padding)
+
+    @property
     def group_channels(self) -> int:
         """Input channels of one group."""
         return self.channels // self.groups
@@ -90,6 +96,28 @@ class Plan:
     row_blocks: int
     unit_blocks: int  # a unit is a panel, or with groups > 1 a group
     merged: int  # groups computed as one because each is narrower than a vector
+    efficiency: float  # share of a core's peak that the register tiles are predicted to reach
+
+    @property
+    def reason(self) -> str:
+        """The choice in a few words."""
+        nr = self.vectors * self.lanes
+        text = f"{self.pixels}x{nr}, {self.panels} panels"
+        if self.tail_vectors:
+            text += f" and one {self.tail_pixels}x{self.tail_vectors * self.lanes}"
+        if self.merged > 1:
+            text += f", {self.merged} groups as one"
+        blocks = f"{self.row_blocks} row x {self.unit_blocks} channel blocks"
+        return f"{text}, {blocks}, predicted {self.efficiency:.0%} of peak"
+
+    @property
+    def layout(self) -> str:
+        """A name of the packed weight's arrangement."""
+        return f"conv_panels_{self.lanes}x{self.vectors}x{self.panels}_{self.tail_vectors}_{self.merged}"
+
+    def tasks(self, conv: Conv) -> int:
+        """Pieces of work that may run at once."""
+        return conv.batch * self.row_blocks * self.unit_blocks
 
     @property
     def padded_filters(self) -> int:
@@ -123,11 +151,15 @@ def choose_plan(conv: Conv, hw: Hardware) -> Plan:
         if best is None or cycles < best[0]:
             best = (cycles, vectors, pixels, tail, tail_pixels)
     assert best is not None
-    _, vectors, pixels, tail, tail_pixels = best
+    cycles, vectors, pixels, tail, tail_pixels = best
+    ideal = conv.flops / 2 / lanes / hw.fma_per_cycle
+    efficiency = min(1.0, ideal / (cycles * conv.batch * conv.rows.out * conv.groups))
     panels = needed // vectors
     units = conv.groups if conv.groups > 1 else panels + (1 if tail else 0)
     row_blocks, unit_blocks = _blocks(conv, hw, units)
-    return Plan(lanes, panels, vectors, pixels, tail, tail_pixels, row_blocks, unit_blocks, merged)
+    return Plan(
+        lanes, panels, vectors, pixels, tail, tail_pixels, row_blocks, unit_blocks, merged, efficiency
+    )
 
 
 def _best_pixels(conv: Conv, hw: Hardware, vectors: int) -> tuple[int, float]:
@@ -175,7 +207,7 @@ def _blocks(conv: Conv, hw: Hardware, units: int) -> tuple[int, int]:
         )
         block_input = 4 * input_rows * conv.width * conv.channels
         blocks_seen = -(-turns // unit_blocks)
-        fetched = blocks_seen * block_input * (1 if block_input <= fits else block_units)
+        fetched: float = blocks_seen * block_input * (1 if block_input <= fits else block_units)
         share_of_weights = weights * min(1.0, turns / unit_blocks)
         fetched += share_of_weights * (1 if share_of_weights <= fits else blocks_seen)
         return flops + flops_per_byte * fetched
@@ -209,9 +241,3 @@ def pack_weight(weight: torch.Tensor, conv: Conv, plan: Plan) -> torch.Tensor:
     full = w[..., : plan.panels * nr].reshape(*w.shape[:4], plan.panels, nr).permute(0, 4, 1, 2, 3, 5)
     tail = w[..., plan.panels * nr :]
     return torch.cat([full.reshape(w.shape[0], -1), tail.reshape(w.shape[0], -1)], dim=1).flatten()
-
-
-def pack_bias(bias: torch.Tensor, conv: Conv, plan: Plan) -> torch.Tensor:
-    """Rearrange bias[K] as the panels lie, zeros past each group's last channel."""
-    by_group = bias.reshape(conv.groups // plan.merged, -1)
-    return torch.nn.functional.pad(by_group, (0, plan.padded_filters - by_group.shape[1])).flatten()

@@ -64,6 +64,12 @@ class SweepPlan:
     channel_blocks: int
 
     @property
+    def reason(self) -> str:
+        """The choice in a few words."""
+        blocks = f"{self.row_blocks} row x {self.channel_blocks} channel blocks"
+        return f"{self.pixels}x{self.lanes}, strips of {self.strip * self.lanes} channels, {blocks}"
+
+    @property
     def tasks(self) -> int:
         """Pieces of one image."""
         return self.row_blocks * self.channel_blocks

@@ -1,0 +1,210 @@
+"""Kernels of convolution and pooling in NHWC: pointwise, direct, depthwise.
+
+Refused: NCHW (the layout pass decides where NHWC pays), other dtypes than float32, weights that are not constants,
+images whose elements a 32-bit index cannot count. The TE definition serves those.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...hwdb import Hardware
+from ...hwdb.cost import Work
+from ...passes import dialect
+from ..kernels.conv2d import conv2d
+from ..kernels.conv_plan import Conv, choose_plan, pack_weight
+from ..kernels.depthwise import depthwise
+from ..kernels.depthwise import pack_weight as pack_depthwise
+from ..kernels.matmul import matmul
+from ..kernels.matmul import pack_weight as pack_panels
+from ..kernels.pool2d import avg_pool2d, max_pool2d
+from ..kernels.sweep import SweepPlan, Windows, choose_sweep
+from ..kernels.window import Axis
+from ..tiling import choose_tiling
+from .kernels_matmul import bind, refuse_dtypes, shape_of
+from .registry import KernelCall, Packed, Refusal, kernel_for
+
+SWEEP_EFFICIENCY = (
+    0.6  # of peak multiply-adds, measured on the depthwise layers of MobileNetV2 while in cache
+)
+
+
+@kernel_for(dialect.conv2d)
+def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(conv(x, w) + bias + residual)."""
+    x, weight, bias, residual, stride, padding, dilation, groups, activation, args, layout = bind(node)
+    tensors = [t for t in (node, x, weight, bias, residual) if t is not None]
+    refusal = _refuse_image(layout, *tensors)
+    if refusal is not None:
+        return refusal
+    if weight.op != "get_attr":
+        return Refusal(f"the weight {weight.name} is computed, not a constant")
+    if bias is not None and shape_of(bias) != shape_of(node)[3:]:
+        return Refusal(f"the bias has shape {shape_of(bias)}, not one value a channel")
+    if residual is not None and shape_of(residual) != shape_of(node):
+        return Refusal(f"the residual has shape {shape_of(residual)}, the result {shape_of(node)}")
+    batch, height, width, channels = shape_of(x)
+    filters, _, *kernel = shape_of(weight)
+    problem = Conv(
+        batch,
+        height,
+        width,
+        channels,
+        filters,
+        (kernel[0], kernel[1]),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        groups,
+        bias is not None,
+        residual is not None,
+        activation,
+        tuple(args),
+    )
+    extra = tuple(t for t in (bias, residual) if t is not None)
+    if groups == channels == filters and groups > 1:
+        return _depthwise(problem, x, weight, extra, hw)
+    if problem.pointwise:
+        return _pointwise(problem, x, weight, extra, hw)
+    plan = choose_plan(problem, hw)
+    packed = Packed(weight, plan.layout, partial(pack_weight, conv=problem, plan=plan))
+    work = Work(
+        flops={"float32": problem.flops},
+        bytes_read=4.0 * sum(prod(shape_of(t)) for t in (x, weight, *extra)),
+        bytes_written=4.0 * prod(problem.output_shape),
+        launches=int(plan.tasks(problem) > 1),
+        tasks=plan.tasks(problem),
+        efficiency=max(0.01, plan.efficiency),
+    )
+    algorithm = "stem conv" if channels < plan.lanes and groups == 1 else "direct conv"
+    return KernelCall(conv2d(problem, plan), (x, packed, *extra), algorithm, plan.reason, work)
+
+
+def _pointwise(
+    problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node, ...], hw: Hardware
+) -> KernelCall:
+    """A 1x1 convolution of stride 1 is the matrix product of all pixels with the filters."""
+    M, K, N = prod(problem.output_shape[:3]), problem.channels, problem.filters
+    tiling = choose_tiling(hw, M, N, K)
+    func = matmul(
+        M,
+        K,
+        N,
+        hw,
+        bias=problem.bias,
+        residual=problem.residual,
+        activation=problem.activation,
+        args=problem.args,
+        tiling=tiling,
+        input_shape=problem.input_shape,
+        output_shape=problem.output_shape,
+    )
+    packed = Packed(
+        weight, f"matmul_nk_panels_{tiling.columns}", partial(_pack_pointwise, columns=tiling.columns)
+    )
+    work = Work(
+        flops={"float32": problem.flops},
+        bytes_read=4.0 * (M * K + K * N + sum(prod(shape_of(t)) for t in extra)),
+        bytes_written=4.0 * M * N,
+        launches=int(tiling.tasks > 1),
+        tasks=tiling.panels * tiling.row_chunks,
+        efficiency=max(0.01, tiling.efficiency),
+    )
+    return KernelCall(func, (x, packed, *extra), "pointwise conv", tiling.reason, work)
+
+
+def _pack_pointwise(weight: torch.Tensor, columns: int) -> torch.Tensor:
+    return pack_panels(weight.flatten(1), columns)
+
+
+def _depthwise(
+    problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node, ...], hw: Hardware
+) -> KernelCall:
+    windows = Windows(problem.batch, problem.rows, problem.columns, problem.channels)
+    plan = choose_sweep(windows, hw)
+    func = depthwise(
+        windows,
+        plan,
+        bias=problem.bias,
+        residual=problem.residual,
+        activation=problem.activation,
+        args=problem.args,
+    )
+    packed = Packed(weight, "depthwise_taps", pack_depthwise)
+    return KernelCall(
+        func, (x, packed, *extra), "depthwise conv", plan.reason, _sweep_work(windows, plan, hw, len(extra))
+    )
+
+
+@kernel_for(dialect.max_pool2d)
+def max_pool(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """The maximum over each window."""
+    x, kernel, stride, padding, dilation, _, layout = bind(node)
+    refusal = _refuse_image(layout, node, x)
+    if refusal is not None:
+        return refusal
+    windows = _windows(node, x, kernel, stride, padding, dilation)
+    plan = choose_sweep(windows, hw)
+    return KernelCall(
+        max_pool2d(windows, plan), (x,), "max pooling", plan.reason, _sweep_work(windows, plan, hw)
+    )
+
+
+@kernel_for(dialect.avg_pool2d)
+def avg_pool(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """The mean over each window."""
+    x, kernel, stride, padding, _, count_include_pad, divisor, layout = bind(node)
+    refusal = _refuse_image(layout, node, x)
+    if refusal is not None:
+        return refusal
+    windows = _windows(node, x, kernel, stride, padding, (1, 1))
+    plan = choose_sweep(windows, hw)
+    func = avg_pool2d(
+        windows,
+        plan,
+        count_include_pad=count_include_pad,
+        padding_after=(padding[1], padding[3]),
+        divisor=divisor,
+    )
+    return KernelCall(func, (x,), "average pooling", plan.reason, _sweep_work(windows, plan, hw))
+
+
+def _windows(node: fx.Node, x: fx.Node, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Windows:
+    batch, height, width, channels = shape_of(x)
+    _, rows, columns, _ = shape_of(node)
+    return Windows(
+        batch,
+        Axis(height, rows, kernel[0], stride[0], padding[0], dilation[0]),
+        Axis(width, columns, kernel[1], stride[1], padding[2], dilation[1]),
+        channels,
+    )
+
+
+def _sweep_work(windows: Windows, plan: SweepPlan, hw: Hardware, extra: int = 0) -> Work:
+    out = prod(windows.output_shape)
+    return Work(
+        flops={"float32": 2.0 * windows.reads},
+        bytes_read=4.0 * (prod(windows.input_shape) + (out if extra > 1 else 0)),
+        bytes_written=4.0 * out,
+        launches=int(windows.batch * plan.tasks > 1),
+        tasks=windows.batch * plan.tasks,
+        efficiency=SWEEP_EFFICIENCY,
+    )
+
+
+def _refuse_image(layout: str, *tensors: fx.Node) -> Refusal | None:
+    """Why the NHWC kernels cannot take an operator on `tensors`, or None."""
+    if layout != "NHWC":
+        return Refusal(f"the layout is {layout}")
+    for tensor in tensors:
+        elements = prod(shape_of(tensor))
+        if not elements:
+            return Refusal(f"{tensor.name} has no elements")
+        if elements >= 2**31:
+            return Refusal(f"{tensor.name} has {elements} elements, more than a 32-bit index counts")
+    return refuse_dtypes(*tensors)
