@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import operator
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from ..errors import CaptureError, InputError
 log = logging.getLogger(__name__)
 
 # Checks of dtype and device that export has already decided.
+_WITH_EFFECTS = torch.ops.higher_order.with_effects
 _STATIC_CHECKS = {torch.ops.aten._assert_tensor_metadata.default}
 
 Model: TypeAlias = "torch.nn.Module | Callable[..., Any] | ExportedProgram | str | os.PathLike[str]"
@@ -144,7 +147,9 @@ def capture(exported: ExportedProgram, parameters: tuple[str, ...] = ()) -> Capt
     _refuse_mutation(exported)
     from ..backends.lowering import decompositions
 
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch copies its own tree specifications in a way that it warns of.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
         core = exported.run_decompositions(decompositions.table())
     _refuse_mutation(core)
     graph, signature = _flatten(core, parameters)
@@ -252,6 +257,8 @@ def _flatten(exported: ExportedProgram, parameters: tuple[str, ...]) -> tuple[fx
     inputs: list[TensorSpec | Constant] = []
     constants: dict[int, str] = {}
     for old, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
+        if spec.kind is InputKind.TOKEN:
+            continue
         if spec.kind is not InputKind.USER_INPUT:
             nodes[old] = _attribute(graph, root, old, _stored(exported, spec), constants)
         elif isinstance(spec.arg, TensorArgument):
@@ -273,16 +280,23 @@ def _flatten(exported: ExportedProgram, parameters: tuple[str, ...]) -> tuple[fx
                 f"{old.target} is a nested graph (torch.cond or another control-flow operator), "
                 'which graphwright does not compile; use torch.compile(model, backend="graphwright")'
             )
-        nodes[old] = graph.node_copy(old, lambda n: nodes[n])
-        nodes[old].meta = dict(old.meta)
+        if old.target is _WITH_EFFECTS:
+            nodes[old] = _effect(graph, old, nodes)
+        elif old.target is operator.getitem and old.args[0].target is _WITH_EFFECTS:
+            _effect_result(graph, old, nodes)
+        else:
+            nodes[old] = graph.node_copy(old, lambda n: nodes[n])
+            nodes[old].meta = dict(old.meta)
     outputs: list[TensorSpec | Constant] = []
     results: list[fx.Node] = []
     output = next(n for n in exported.graph.nodes if n.op == "output")
     for spec, leaf in zip(exported.graph_signature.output_specs, output.args[0], strict=True):
+        if spec.kind is OutputKind.TOKEN:
+            continue
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(f"the model has an output of kind {spec.kind.name}, which graphwright does not compile")
         if isinstance(spec.arg, TensorArgument):
-            outputs.append(_tensor_spec(leaf, leaf.name))
+            outputs.append(_output_spec(leaf))
             results.append(nodes[leaf])
         elif isinstance(spec.arg, ConstantArgument):
             outputs.append(Constant(spec.arg.value))
@@ -317,6 +331,36 @@ def _attribute(
     node = graph.get_attr(name)
     node.meta = dict(old.meta)
     return node
+
+
+def _effect(graph: fx.Graph, old: fx.Node, nodes: dict[fx.Node, fx.Node]) -> fx.Node:
+    """with_effects(token, operator, *args) -> operator(*args): a graph runs in its order, and needs no tokens for it."""
+    _, effect, *rest = old.args
+    args, kwargs = fx.node.map_arg((tuple(rest), old.kwargs), lambda n: nodes[n])  # type: ignore[misc]
+    node = graph.call_function(effect, args, kwargs)  # type: ignore[arg-type]
+    _, *values = old.meta["val"]
+    node.meta = {**old.meta, "val": values[0] if len(values) == 1 else tuple(values)}
+    return node
+
+
+def _effect_result(graph: fx.Graph, old: fx.Node, nodes: dict[fx.Node, fx.Node]) -> None:
+    """A result of with_effects: number 0 is the token, which is not needed."""
+    source, index = old.args
+    assert isinstance(source, fx.Node)
+    assert isinstance(index, int)
+    if index == 0:
+        return
+    if isinstance(nodes[source].meta["val"], tuple):
+        nodes[old] = graph.call_function(operator.getitem, (nodes[source], index - 1))
+        nodes[old].meta = dict(old.meta)
+    else:
+        nodes[old] = nodes[source]
+
+
+def _output_spec(node: fx.Node) -> TensorSpec:
+    """Like `_tensor_spec`, with -1 for an extent that is only known at run time."""
+    value = node.meta["val"]
+    return TensorSpec(node.name, tuple(d if isinstance(d, int) else -1 for d in value.shape), value.dtype)
 
 
 def _tensor_spec(node: fx.Node, name: str) -> TensorSpec:

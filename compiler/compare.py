@@ -43,10 +43,21 @@ def reference(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Referenc
 
 def is_random(graph: fx.GraphModule) -> bool:
     """Whether two runs of the graph differ by design (dropout in training, random tensors)."""
-    return any(
-        isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
-        for n in graph.graph.nodes
-    )
+    return any(_draws(node) for node in graph.graph.nodes)
+
+
+def _draws(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    # Operators that draw only where their dropout probability (dropout_p, p) is not 0.
+    names = [a.name for a in node.target._schema.arguments]
+    for name in ("dropout_p", "p"):
+        if name in names:
+            position = names.index(name)
+            default = node.target._schema.arguments[position].default_value
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+            return given != 0.0
+    return True
 
 
 def compare(results: Sequence[torch.Tensor], expected: Reference, tolerance: float | None) -> Difference | None:

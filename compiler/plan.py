@@ -5,6 +5,7 @@ A plan is plain data, so that it can be saved as JSON beside the machine code an
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from torch import fx
 
 from ..errors import ArtifactError, UnsupportedOp
 from .partition import Part
+
+
+_FUNCTIONS: dict[str, Any] = {"operator": operator, "math": math, "torch": torch}
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class RegionCall:
 class OperatorCall:
     """A call of a PyTorch operator; arguments refer to slots and constants."""
 
-    operator: str  # "aten.nonzero.default", or "getitem"
+    operator: str  # "aten.nonzero.default", "operator:getitem"
     args: Any  # encoded, see _encode
     kwargs: Any
     output: int
@@ -82,24 +86,32 @@ def make_plan(graph: fx.GraphModule, parts: Sequence[Part]) -> tuple[Plan, dict[
             regions += 1
             continue
         for node in part.nodes:
-            name = "getitem" if node.target is operator.getitem else str(node.target)
-            calls.append(OperatorCall(name, _encode(node.args, slot), _encode(node.kwargs, slot), slot(node)))
+            calls.append(OperatorCall(_name_of(node.target), _encode(node.args, slot), _encode(node.kwargs, slot), slot(node)))
     output = next(n for n in graph.graph.nodes if n.op == "output")
     outputs = tuple(slot(n) for n in output.args[0])  # type: ignore[union-attr, arg-type]
     return Plan(tuple(calls), len(placeholders), outputs, len(slots), constants), tensors
 
 
+def _name_of(target: Any) -> str:
+    """The name `resolve` finds an operator by; arithmetic on sizes uses functions of Python and torch."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    module = {"_operator": "operator"}.get(target.__module__, target.__module__)
+    if module in _FUNCTIONS and getattr(_FUNCTIONS[module], target.__name__, None) is target:
+        return f"{module}:{target.__name__}"
+    raise UnsupportedOp(f"the model calls {module}.{target.__name__}, which is not an operator of PyTorch")
+
+
 def resolve(name: str) -> Callable[..., Any]:
     """The operator called `name`, or ArtifactError where this PyTorch does not have it."""
-    if name == "getitem":
-        return operator.getitem
+    module, _, function = name.partition(":")
+    found: Any = _FUNCTIONS.get(module, torch.ops)
     if name.startswith("graphwright."):
         from ..passes import dialect
 
         assert dialect is not None
-    found: Any = torch.ops
     try:
-        for part in name.split("."):
+        for part in (function or name).split("."):
             found = getattr(found, part)
     except (AttributeError, RuntimeError) as error:
         raise ArtifactError(

@@ -17,12 +17,12 @@ from graphwright.hwdb import Hardware
 aten = torch.ops.aten
 
 
-def scale_sigmoid(graph: fx.GraphModule, hw: Hardware) -> int:
-    """Wrong on purpose: sigmoid(x) -> tanh(x)."""
+def confuse_sines(graph: fx.GraphModule, hw: Hardware) -> int:
+    """Wrong on purpose: sin(x) -> cos(x)."""
     count = 0
     for node in graph.graph.nodes:
-        if node.target is aten.sigmoid.default:
-            node.target = aten.tanh.default
+        if node.target is aten.sin.default:
+            node.target = aten.cos.default
             count += 1
     return count
 
@@ -33,16 +33,16 @@ class Gate(nn.Module):
         self.linear = nn.Linear(6, 6)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.sigmoid(self.linear(x)) * x
+        return torch.sin(self.linear(x)) * x
 
 
 def test_a_wrong_pass_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = build.default_passes()
     for module in ("build", "assemble", "verify"):
-        monkeypatch.setattr(f"graphwright.compiler.{module}.default_passes", lambda: (*passes, scale_sigmoid))
-    with pytest.raises(NumericMismatch, match=r"pass scale_sigmoid changed the numbers, first at node .*tanh") as caught:
+        monkeypatch.setattr(f"graphwright.compiler.{module}.default_passes", lambda: (*passes, confuse_sines))
+    with pytest.raises(NumericMismatch, match=r"pass confuse_sines changed the numbers, first at node .*cos") as caught:
         graphwright.compile(Gate().eval(), (torch.randn(3, 6),), cache=False)
-    assert "torch.sigmoid(self.linear(x)) * x" in str(caught.value)
+    assert "torch.sin(self.linear(x)) * x" in str(caught.value)
 
 
 def test_a_wrong_definition_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_a_wrong_definition_is_named_with_its_node(monkeypatch: pytest.MonkeyPat
 
 def test_verify_false_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = build.default_passes()
-    monkeypatch.setattr("graphwright.compiler.build.default_passes", lambda: (*passes, scale_sigmoid))
+    monkeypatch.setattr("graphwright.compiler.build.default_passes", lambda: (*passes, confuse_sines))
     net, x = Gate().eval(), torch.randn(3, 6)
     compiled = graphwright.compile(net, (x,), cache=False, verify=False)
     assert not torch.allclose(compiled(x), net(x))
