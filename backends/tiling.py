@@ -66,16 +66,20 @@ def choose_tiling(
     *,
     row_stride_bytes: int | None = None,
     repeats: int = 1,
+    fixed_rows: int | None = None,
     fixed_columns: int | None = None,
 ) -> Tiling:
     """Return the cheapest tiling of `repeats` float32 products that share the cores.
 
-    `row_stride_bytes` separates rows of the left operand; `fixed_columns` keeps a panel width already chosen.
+    `row_stride_bytes` separates rows of the left operand; `fixed_rows` and `fixed_columns` keep a
+    register tile's extent already chosen.
     """
     lanes = hw.lanes("float32")
     stride = 4 * depth if row_stride_bytes is None else row_stride_bytes
     candidates = []
-    for tile_rows in range(1, min(rows, 16) + 1):
+    for tile_rows in range(1, max(1, min(rows, 16)) + 1):
+        if fixed_rows not in (None, tile_rows):
+            continue
         for vectors in range(1, vectors_limit(hw, tile_rows) + 1):
             if fixed_columns in (None, vectors * lanes):
                 candidates.append(_cost(hw, rows, columns, depth, stride, repeats, tile_rows, vectors))

@@ -123,13 +123,16 @@ def batch_matmul(
 
                 def pack_and_multiply() -> None:
                     if packed is not None:
-                        first = panel * t.columns
-                        if transpose_b:
-                            pack_panel_transposed(
-                                packed, lambda n, k: b[ib, n, k], K, first, N, t.columns, t.lanes
-                            )
-                        else:
-                            pack_panel(packed, lambda k, n: b[ib, k, n], K, first, N, t.columns, t.lanes)
+                        pack = pack_panel_transposed if transpose_b else pack_panel
+                        pack(
+                            lambda value, k, j: T.buffer_store(packed, value, [k, j]),
+                            lambda row, column: b[ib, row, column],
+                            K,
+                            panel * t.columns,
+                            N,
+                            t.columns,
+                            t.lanes,
+                        )
                     multiply(from_panel=True)
 
                 if not in_place or N < t.columns:

@@ -15,7 +15,7 @@ from .loops import constant, span
 
 
 def pack_panel(
-    panel: Any,
+    store: Callable[[Any, Any, Any], None],
     source: Callable[[Any, Any], Any],
     depth: int,
     first: Any,
@@ -23,31 +23,31 @@ def pack_panel(
     width: int,
     lanes: int,
 ) -> None:
-    """Fill panel[depth, width] from source(k, column index) for the columns from `first` on, `columns` in all.
+    """Fill a panel [depth, width] from source(k, column) for the columns from `first` on, `columns` in all.
 
-    `source` takes a vector of column indices: it is contiguous along columns.
+    store(value, k, column in the panel) writes it. Columns are passed as vectors: the source is contiguous there.
     """
 
     def whole() -> None:
         with T.serial(0, depth) as k:
             for j in range(0, width, lanes):
-                T.buffer_store(panel, source(k, span(first + j, lanes)), [k, span(j, lanes)])
+                store(source(k, span(first + j, lanes)), k, span(j, lanes))
 
     def partly() -> None:
         tail = columns % width
         with T.serial(0, depth) as k:
             for j in range(tail // lanes * lanes, width, lanes):
-                T.buffer_store(panel, constant(0.0, lanes), [k, span(j, lanes)])
+                store(constant(0.0, lanes), k, span(j, lanes))
             for j in range(0, tail // lanes * lanes, lanes):
-                T.buffer_store(panel, source(k, span(first + j, lanes)), [k, span(j, lanes)])
+                store(source(k, span(first + j, lanes)), k, span(j, lanes))
             for j in range(tail // lanes * lanes, tail):
-                T.buffer_store(panel, source(k, first + j), [k, j])
+                store(source(k, first + j), k, j)
 
     _whole_or_partly(first, columns, width, whole, partly)
 
 
 def pack_panel_transposed(
-    panel: Any,
+    store: Callable[[Any, Any, Any], None],
     source: Callable[[Any, Any], Any],
     depth: int,
     first: Any,
@@ -55,7 +55,7 @@ def pack_panel_transposed(
     width: int,
     lanes: int,
 ) -> None:
-    """Fill panel[depth, width] from source(column, k index), contiguous along k, by lanes x lanes transposes."""
+    """As `pack_panel` from source(column, k), contiguous along k, by lanes x lanes transposes."""
 
     def groups(count: int) -> None:
         if depth >= lanes:
@@ -63,12 +63,12 @@ def pack_panel_transposed(
                 k, j = block * lanes, group * lanes
                 rows = [T.bind(source(first + j + i, span(k, lanes))) for i in range(lanes)]
                 for i, row in enumerate(transpose_vectors(rows)):
-                    T.buffer_store(panel, row, [k + i, span(j, lanes)])
+                    store(row, k + i, span(j, lanes))
         rest = depth % lanes
         if rest:
             with T.serial(0, rest) as i, T.serial(0, count * lanes) as j:
                 k = depth - rest + i
-                T.buffer_store(panel, source(first + j, k), [k, j])
+                store(source(first + j, k), k, j)
 
     def partly() -> None:
         tail = columns % width
@@ -77,9 +77,9 @@ def pack_panel_transposed(
             groups(vectors)
         with T.serial(0, depth) as k:
             for j in range(vectors * lanes, width, lanes):
-                T.buffer_store(panel, constant(0.0, lanes), [k, span(j, lanes)])
+                store(constant(0.0, lanes), k, span(j, lanes))
             for j in range(tail - loose, tail):
-                T.buffer_store(panel, source(first + j, k), [k, j])
+                store(source(first + j, k), k, j)
 
     _whole_or_partly(first, columns, width, lambda: groups(width // lanes), partly)
 
