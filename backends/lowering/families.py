@@ -7,17 +7,22 @@ import importlib.util
 
 FAMILIES = (
     "convolution_te",
+    "activations",
     "creation",
     "elementwise",
+    "grid_sample",
     "indexing",
     "matmul_te",
     "movement",
     "normalisation",
+    "padding",
     "pooling",
     "reduction",
     "resize",
     "scan",
+    "scatter",
     "sort",
+    "unary",
 )
 
 

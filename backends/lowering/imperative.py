@@ -1,0 +1,99 @@
+"""Tensor expressions written as loop nests, for what no formula per element says: scatters, sorts, searches.
+
+The body is built with TVM's IR builder, sequentially where the order of writes is the meaning. FuseOps takes such a
+function for opaque.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tvm import te, tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from .index_math import Expr
+from .registry import Out
+
+# Below this many elements a second thread costs more than it brings (a wake-up is a few microseconds).
+PARALLEL_ELEMENTS = 1 << 15
+
+
+class Elements:
+    """A buffer read and written by index: `x[i, j]`, `x[i, j] = value`."""
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer = buffer
+        self.shape = tuple(int(extent) for extent in buffer.shape)
+        self.dtype = str(buffer.dtype)
+
+    def __getitem__(self, index: Expr | Sequence[Expr]) -> Expr:
+        return tirx.BufferLoad(self.buffer, _listed(index))
+
+    def __setitem__(self, index: Expr | Sequence[Expr], value: Expr) -> None:
+        T.buffer_store(self.buffer, value, _listed(index))
+
+
+def _listed(index: Any) -> list[Expr]:
+    return list(index) if isinstance(index, (tuple, list)) else [index]
+
+
+def loop_nest(
+    outs: Sequence[Out],
+    inputs: Sequence[te.Tensor],
+    body: Callable[[Sequence[Elements], Sequence[Elements]], None],
+    name: str,
+) -> tuple[te.Tensor, ...]:
+    """The tensors that `body(inputs, outs)` writes; it is called inside an IR builder."""
+    # Buffers of our own: te.extern's default ones carry a symbolic offset that a plain C call does not pass.
+    sources = [tirx.decl_buffer(t.shape, t.dtype, t.op.name, layout=None) for t in inputs]
+    results = [tirx.decl_buffer(out.shape, out.dtype, name, layout=None) for out in outs]
+
+    def build(*_: Any) -> Any:
+        # The attribute has no meaning; it is the parent that consecutive statements need.
+        with IRBuilder() as builder, T.attr(0, "sequence", 0):
+            body([Elements(b) for b in sources], [Elements(b) for b in results])
+        return builder.get()
+
+    tensors = te.extern(
+        [out.shape for out in outs],
+        list(inputs),
+        build,
+        name=name,
+        dtype=[out.dtype for out in outs],
+        in_buffers=sources,
+        out_buffers=results,
+    )
+    return (tensors,) if len(outs) == 1 else tuple(tensors)
+
+
+def local(dtype: str, count: int = 1) -> Elements:
+    """`count` scalars on the stack of the running thread."""
+    return Elements(T.decl_buffer([count], dtype, scope="local"))
+
+
+@contextlib.contextmanager
+def grid(shape: Sequence[int], parallel: bool = False) -> Iterator[tuple[Expr, ...]]:
+    """Nested loops over `shape`; the outermost one runs on all threads if `parallel` and the work is worth it."""
+    with contextlib.ExitStack() as stack:
+        index = []
+        for level, extent in enumerate(shape):
+            spread = parallel and level == 0 and math.prod(shape) >= PARALLEL_ELEMENTS
+            index.append(stack.enter_context((T.parallel if spread else T.serial)(0, extent)))
+        yield tuple(index)
+
+
+@contextlib.contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """Run the statements inside only where `condition` holds."""
+    with T.If(condition), T.Then():
+        yield
+
+
+def copy(target: Elements, source: Elements) -> None:
+    """target[...] = source[...], equal shapes."""
+    with grid(target.shape, parallel=True) as i:
+        target[i] = source[i]
