@@ -367,19 +367,3 @@ def diag_embed(out: Out, source: te.Tensor, offset: int = 0, dim1: int = -2, dim
         return guarded(on, source(*rest, row - max(-offset, 0)), ex.constant(0, out.dtype))
 
     return define(out, value, "diag_embed")
-
-
-@lowers(aten.tril.default)
-def tril(out: Out, source: te.Tensor, diagonal: int = 0) -> te.Tensor:
-    """Zeros above a diagonal of the last two dims."""
-    return define(
-        out, lambda *i: tirx.Select(i[-1] - i[-2] <= diagonal, source(*i), ex.constant(0, out.dtype)), "tril"
-    )
-
-
-@lowers(aten.triu.default)
-def triu(out: Out, source: te.Tensor, diagonal: int = 0) -> te.Tensor:
-    """Zeros below a diagonal of the last two dims."""
-    return define(
-        out, lambda *i: tirx.Select(i[-1] - i[-2] >= diagonal, source(*i), ex.constant(0, out.dtype)), "triu"
-    )
