@@ -1,0 +1,54 @@
+"""What the documentation shows is run: Python blocks as they stand, shell lines by asking the commands for help."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from graphwright.compiler.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_blocks(page: Path) -> str:
+    """The page's Python blocks as one program: later ones use what earlier ones made."""
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=lambda p: p.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(python_blocks(page), str(page), "exec"), {"__name__": "documentation"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_exist_with_their_options(page: Path) -> None:
+    for line in re.findall(r"^    graphwright (.+)$", page.read_text(), re.M):
+        words = shlex.split(line, comments=True)
+        command = words[:2] if words[0] == "hw" else words[:1]
+        result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == 0, line
+        for word in words:
+            if word.startswith("--"):
+                assert word in result.output, f"{line}: no {word}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_paths_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+    for path in re.findall(r"`((?:hwdb|passes|backends|compiler|tests|benchmarks)/[\w/]+\.py)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_make_help_lists_the_commands_of_the_readme() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.M):
+        assert re.search(rf"^{target}:.*##", makefile, re.M), target
