@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -74,6 +75,9 @@ def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Options of every command."""
+    if not debug:
+        # torch logs a traceback of its own before it raises what is reported as one message.
+        logging.getLogger("torch._subclasses.fake_tensor").addFilter(lambda record: False)
     # torch.export deep-copies treespecs, which this release of torch itself deprecates.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
 

@@ -117,7 +117,7 @@ def _from_factory(text: str) -> tuple[Any, Any]:
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
-            public = [name for name in vars(found) if not name.startswith("_")]
+            public = [name for name, value in vars(found).items() if callable(value) and not name.startswith("_")]
             raise GraphwrightError(f"{text}: {module_name} has no {attribute!r}{suggest(part, public)}")
         found = getattr(found, part)
     if isinstance(found, torch.nn.Module):

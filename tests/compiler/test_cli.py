@@ -1,0 +1,385 @@
+"""The command line: what every command prints and returns, and one clean message for every mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from graphwright import hwdb
+from graphwright.compiler import doctor
+from graphwright.compiler.cli import app
+from graphwright.compiler.model_argument import load_model, parse_input
+from graphwright.errors import CaptureError, GraphwrightError, InputError
+
+FACTORIES = """
+import torch
+
+
+class TwoHeads(torch.nn.Module):
+    def forward(self, x, *, scale):
+        return {"sum": (x * scale).sum(-1), "scaled": x * scale}
+
+
+def mlp():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), (torch.randn(2, 6),)
+
+
+def bare():
+    return mlp()[0]
+
+
+def heads():
+    return TwoHeads(), {"x": torch.ones(2, 3), "scale": torch.tensor(2.0)}
+
+
+def broken():
+    raise ValueError("no weights here")
+
+
+def number():
+    return 7
+
+
+instance = bare()
+text = "not a function"
+"""
+
+
+@pytest.fixture(autouse=True)
+def models(tmp_path, monkeypatch):
+    """A working directory with a module of factories, a cache of its own, and no trace left in sys.modules."""
+    (tmp_path / "my_models.py").write_text(FACTORIES)
+    (tmp_path / "my_broken.py").write_text("raise RuntimeError('at import')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("GRAPHWRIGHT_CACHE", str(tmp_path / "cache"))
+    yield
+    for name in ("my_models", "my_broken"):
+        sys.modules.pop(name, None)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def fails(*arguments: str) -> str:
+    """Run a command that must fail with one message, and return that message."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+# Help and start-up
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    assert result.exit_code == 0
+    for command in ("compile", "run", "bench", "explain", "verify", "hw", "doctor"):
+        assert command in result.output
+
+
+@pytest.mark.parametrize("command", ["compile", "run", "bench", "explain", "verify", "doctor", "hw"])
+def test_every_command_has_help(command):
+    assert run(command, "--help").exit_code == 0
+
+
+def test_version():
+    import graphwright
+
+    assert run("--version").output == f"graphwright {graphwright.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["hw", "list"], ["hw", "detect"], ["compile", "--help"]])
+def test_light_commands_import_neither_torch_nor_tvm(arguments):
+    code = (
+        "import sys; from graphwright.compiler.cli import app\n"
+        f"try: app({arguments!r})\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'tvm', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# hw
+
+
+def test_hw_list_is_one_line_a_record():
+    lines = run("hw", "list").output.splitlines()
+    assert [line.split("\t")[0] for line in lines] == hwdb.names()
+    devices = run("hw", "list", "--kind", "device").output.splitlines()
+    assert devices
+    assert all(line.split("\t")[1] == "device" for line in devices)
+    assert "raspberry-pi-4b" in {
+        line.split("\t")[0] for line in run("hw", "list", "--isa", "aarch64").output.splitlines()
+    }
+
+
+def test_hw_list_refuses_unknown_filters():
+    assert "did you mean 'device'" in fails("hw", "list", "--kind", "devices")
+
+
+def test_hw_show_prints_facts_and_sources():
+    output = run("hw", "show", "pi4", "--why").output
+    for text in ("raspberry-pi-4b", "57.6 GFLOP/s", "1024 KiB, 16 ways", "cortex-a72", "raspberrypi.com"):
+        assert text in output
+    assert "raspberrypi.com" not in run("hw", "show", "pi4").output
+
+
+def test_hw_show_json():
+    data = json.loads(run("hw", "show", "haswell", "--json").output)
+    assert (data["id"], data["vector_bits"], data["caches"][0]["ways"]) == ("haswell", 256, 8)
+    assert "avx2" in data["features"]
+
+
+def test_hw_detect_is_this_machine():
+    hw = hwdb.detect()
+    output = run("hw", "detect").output
+    assert hw.name in output
+    assert f"{hw.vector_registers} vector registers of {hw.vector_bits} bits" in output
+    assert json.loads(run("hw", "detect", "--json").output)["native"] is True
+
+
+def test_unknown_record_offers_near_names():
+    message = fails("hw", "show", "raspbery-pi-4")
+    assert "did you mean" in message
+    assert "raspberry-pi-4" in message
+
+
+def test_debug_raises_the_error_itself():
+    for arguments in (["--debug", "hw", "show", "nonsense"], ["hw", "show", "nonsense", "--debug"]):
+        assert isinstance(run(*arguments).exception, GraphwrightError)
+
+
+def test_hw_predict_ranks_devices():
+    output = run("hw", "predict", "my_models:mlp", "--devices", "pi4,pi5,native", "--json").stdout
+    rows = {row["id"]: row for row in json.loads(output)}
+    assert set(rows) == {"native", "raspberry-pi-4b", "raspberry-pi-5"}
+    assert rows["raspberry-pi-5"]["milliseconds"] <= rows["raspberry-pi-4b"]["milliseconds"]
+    assert rows["native"]["weights_bytes"] == 4 * (6 * 8 + 8 + 8 * 3 + 3)
+    times = [row["milliseconds"] for row in json.loads(output)]
+    assert times == sorted(times)
+
+
+def test_hw_predict_counts_a_convolution(tmp_path):
+    """1x64x56x56 by 64x64x3x3 is 2 x 64 x 56 x 56 x 64 x 9 operations; the ReLU joins it."""
+    from graphwright.compiler.capture import capture, export
+    from graphwright.compiler.predict import work_of
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1, bias=False), torch.nn.ReLU(), torch.nn.Flatten())
+    graph = capture(export(model, (torch.randn(1, 64, 56, 56),))).graph
+    works = [work for node in graph.graph.nodes if (work := work_of(node)) is not None]
+    assert len(works) == 2  # the view costs nothing
+    assert works[0].flops == {"float32": 2.0 * 64 * 56 * 56 * 64 * 9}
+    assert works[0].bytes_read == 4 * (64 * 56 * 56 + 64 * 64 * 9)
+    assert (works[1].launches, works[1].bytes_read, works[1].bytes_written) == (0, 0, 0)
+
+
+# MODEL and --input
+
+
+def test_inputs_are_read():
+    assert parse_input("1x3x8").shape == (1, 3, 8)
+    assert parse_input("1x3x8").dtype == torch.float32
+    assert parse_input("4:int64").dtype == torch.int64
+    assert parse_input("2x0:bf16").dtype == torch.bfloat16
+    assert parse_input("scalar:bool").shape == ()
+
+
+@pytest.mark.parametrize("text", ["", "1x", "x1", "1x-3", "1,3", "1x3:", "axb", "1x3 "])
+def test_malformed_shapes_are_refused(text):
+    if text == "1x3:":
+        assert parse_input(text).shape == (1, 3)  # an empty dtype is float32
+        return
+    with pytest.raises(InputError, match="--input"):
+        parse_input(text)
+
+
+def test_malformed_dtype_offers_near_names():
+    with pytest.raises(InputError, match="did you mean 'float32'"):
+        parse_input("1x3:flot32")
+
+
+def test_factories():
+    model, inputs = load_model("my_models:mlp")
+    assert not model.training
+    assert inputs[0].shape == (2, 6)
+    model, inputs = load_model("my_models:mlp", ["5x6"])
+    assert inputs[0].shape == (5, 6)  # what is typed wins over what the factory brings
+    assert load_model("my_models:instance", ["1x6"])[0] is sys.modules["my_models"].instance
+    assert set(load_model("my_models:heads")[1]) == {"x", "scale"}
+
+
+@pytest.mark.parametrize(
+    ("model", "message", "kind"),
+    [
+        ("my_models:bare", "brings no example inputs: add --input", InputError),
+        ("my_models:mpl", "has no 'mpl'; did you mean 'mlp'", GraphwrightError),
+        ("no_such_module:f", "no module 'no_such_module'", GraphwrightError),
+        ("my_broken:f", "RuntimeError: at import", CaptureError),
+        ("my_models:broken", "ValueError: no weights here", CaptureError),
+        ("my_models:number", "returned a int", GraphwrightError),
+        ("my_models:text", "is a str", GraphwrightError),
+        ("no_such_file.pt2", "no_such_file.pt2", GraphwrightError),
+        ("resnet81", "did you mean 'resnet18'", GraphwrightError),
+    ],
+)
+def test_models_that_are_none(model, message, kind):
+    with pytest.raises(kind, match=message):
+        load_model(model)
+
+
+def test_a_file_that_is_no_program_is_refused(tmp_path):
+    (tmp_path / "bad.pt2").write_bytes(b"not an archive")
+    with pytest.raises(GraphwrightError, match=r"bad\.pt2"):
+        load_model(str(tmp_path / "bad.pt2"))
+
+
+def test_an_exported_program_brings_its_inputs(tmp_path):
+    program = torch.export.export(torch.nn.Linear(4, 2).eval(), (torch.ones(3, 4),))
+    torch.export.save(program, str(tmp_path / "linear.pt2"))
+    _, inputs = load_model("linear.pt2")
+    assert inputs[0].shape == (3, 4)
+
+
+# compile, run, explain, verify
+
+
+def test_compile_and_run(tmp_path):
+    result = run("compile", "my_models:mlp", "-o", "out.gw", "--threads", "1")
+    assert result.exit_code == 0, result.output
+    assert "against float64" in result.output
+    x = numpy.random.default_rng(0).standard_normal((2, 6)).astype("float32")
+    numpy.savez("in.npz", x)
+    result = run("run", "out.gw", "--input", "in.npz", "-o", "results.npz", "--repeat", "2")
+    assert result.exit_code == 0, result.output
+    assert "float32[2, 3]" in result.output
+    assert "ms a call" in result.output
+    model, _ = load_model("my_models:mlp")
+    with torch.no_grad():
+        expected = model(torch.from_numpy(x)).numpy()
+    found = numpy.load("results.npz")["output"]
+    numpy.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)  # sums of eight products near 1 in float32
+
+
+def test_run_with_keyword_inputs_and_named_results(tmp_path):
+    assert run("compile", "my_models:heads", "-o", "heads", "--no-verify").exit_code == 0
+    numpy.savez("in.npz", x=numpy.full((2, 3), 3, "float32"), scale=numpy.float32(2))
+    result = run("run", "heads", "--input", "in.npz", "-o", "results.npz")
+    assert result.exit_code == 0, result.output
+    results = numpy.load("results.npz")
+    assert results["sum"].tolist() == [18, 18]
+    assert results["scaled"].tolist() == [[6, 6, 6]] * 2
+
+
+def test_run_refuses_wrong_inputs(tmp_path):
+    assert run("compile", "my_models:heads", "-o", "heads", "--no-verify").exit_code == 0
+    numpy.savez("other.npz", x=numpy.zeros((2, 3), "float32"), scal=numpy.float32(1))
+    assert "not 'scal'; did you mean 'scale'" in fails("run", "heads", "--input", "other.npz")
+    numpy.savez("few.npz", x=numpy.zeros((2, 3), "float32"))
+    assert "scale missing" in fails("run", "heads", "--input", "few.npz")
+    numpy.savez("shape.npz", x=numpy.zeros((2, 4), "float32"), scale=numpy.float32(1))
+    assert "expected float32[2, 3]" in fails("run", "heads", "--input", "shape.npz")
+    Path("text.npz").write_text("hello")
+    assert "not a .npz file" in fails("run", "heads", "--input", "text.npz")
+    assert "nothing.npz" in fails("run", "heads", "--input", "nothing.npz")
+    numpy.savez("objects.npz", x=numpy.array([{}]), scale=numpy.float32(1), allow_pickle=True)
+    assert "not a .npz file" in fails("run", "heads", "--input", "objects.npz")  # nothing is unpickled
+
+
+def test_compile_report_as_json():
+    result = run("compile", "my_models:mlp", "-o", "out", "--json", "--no-verify", "--no-cache")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["precision"] == "fp32"
+
+
+def test_compile_mistakes():
+    assert "did you mean" in fails("compile", "my_models:mlp", "-o", "out", "--target", "natve")
+    assert "precision" in fails("compile", "my_models:mlp", "-o", "out", "--precision", "fp33")
+    assert "--calibration" in fails("compile", "my_models:mlp", "-o", "out", "--calibration", "c.npz")
+    assert "same reduction dim" in fails("compile", "my_models:bare", "-o", "out", "--input", "2x7")
+    assert not Path("out").exists()
+    assert run("compile", "my_models:mlp").exit_code == 2  # -o is missing: a usage error
+
+
+def test_run_without_artifact():
+    assert "nowhere" in fails("run", "nowhere")
+
+
+def test_explain_prints_the_graph():
+    result = run("explain", "my_models:mlp")
+    assert result.exit_code == 0, result.output
+    assert "linear" in result.output
+
+
+def test_verify_prints_errors():
+    result = run("verify", "my_models:mlp")
+    assert result.exit_code == 0, result.output
+    assert "machine code" in result.output
+
+
+def test_bench_refuses_unknown_peers():
+    assert "did you mean 'eager'" in fails("bench", "my_models:mlp", "--against", "eagre")
+
+
+def test_bench_writes_figures():
+    result = run("bench", "my_models:mlp", "--rounds", "2", "--threads", "1", "--json", "figures.json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(Path("figures.json").read_text())["rows"]
+    assert rows[0]["model"] == "my_models:mlp"
+    assert {"graphwright", "eager"} <= set(rows[0]["milliseconds"])
+
+
+# doctor
+
+
+def test_doctor_on_a_working_installation():
+    result = run("doctor", "--json")
+    findings = {finding["what"]: finding for finding in json.loads(result.stdout)}
+    assert result.exit_code == 0, result.output
+    for what in ("torch", "apache-tvm", "ziglang", "linker", "compile and run", "threads", "target x86-64-v3"):
+        assert findings[what]["status"] == "ok", findings[what]
+    assert str(torch.__version__) in findings["torch"]["detail"]
+
+
+def test_doctor_finds_what_is_broken(monkeypatch):
+    def absent(name: str) -> str:
+        raise doctor.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", absent)
+    assert doctor._distribution("torch", "captures models", "broken").status == "broken"
+    assert doctor._distribution("openvino", "a peer", "missing").status == "missing"
+
+
+def test_doctor_finds_a_wrong_version(monkeypatch):
+    monkeypatch.setattr(doctor, "_pins", lambda: {"apache-tvm-ffi": "0.0.1"})
+    finding = doctor._distribution("apache-tvm-ffi", "belongs to apache-tvm", "broken")
+    assert finding.status == "broken"
+    assert "0.0.1 is needed" in finding.detail
+
+
+def test_doctor_reports_an_unwritable_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRAPHWRIGHT_CACHE", str(tmp_path / "file" / "cache"))
+    finding = doctor._guard("cache directory", doctor._cache)
+    assert finding.status == "missing"
+    assert "GRAPHWRIGHT_CACHE" in finding.detail
+
+
+def test_doctor_survives_a_failing_check(monkeypatch):
+    def crash() -> doctor.Finding:
+        raise OSError("disk on fire")
+
+    finding = doctor._guard("linker", crash)
+    assert (finding.what, finding.status) == ("linker", "broken")
+    assert "disk on fire" in finding.detail
