@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import fx
 
 from ..hwdb import Hardware
+from .assign_layout import assign_layout
 from .canonicalise import canonicalise
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
@@ -17,18 +18,21 @@ from .fuse_reshape_transpose import fuse_reshape_transpose
 from .merge_duplicates import merge_duplicates
 from .recognise_activations import recognise_activations
 from .remove_dead import remove_dead
+from .split_batch_norm import split_batch_norm
 
 PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
     canonicalise,  # first: the others know one spelling of each operation
     remove_dead,  # before every pattern: a dropout or a copy in the middle of one hides it
     fold_constants,  # before fold_batch_norm: weights may be computed from parameters
     fold_batch_norm,
+    split_batch_norm,  # after fold_batch_norm: what is left has no product to go into
     recognise_activations,  # before the fusions, which take up single operators
     merge_duplicates,  # before the fusions: a value read twice is not taken up, so reads must be real ones
     fuse_attention,  # before fuse_reshape_transpose, which would merge the repeats of grouped heads
     fuse_conv_activation,  # after fold_batch_norm: a batch norm in between stops it
     fuse_matmul_bias,  # before fuse_reshape_transpose: it takes up transposes and lifts reshapes
-    fuse_reshape_transpose,  # after the fusions, which bring reshapes together
+    assign_layout,  # after fuse_conv_activation: what is fused needs no permutes of its own
+    fuse_reshape_transpose,  # after assign_layout and the fusions, whose moves meet the model's own
     fuse_matmul_bias,  # again: operands that became plain transposes, values whose reshapes are gone
     fold_constants,  # again: fusions transpose weights and flatten biases by operators on constants
     merge_duplicates,  # again: moves respelt from one head may have become equal

@@ -20,6 +20,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
+from .split_batch_norm import batch_norm_factors
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -52,37 +53,21 @@ def _fold(
     graph: fx.GraphModule, product: fx.Node, norm: fx.Node
 ) -> tuple[str, tuple[torch.Tensor, torch.Tensor] | None]:
     """The new weight and bias, or why there are none."""
-    p, n = rewrite.arguments(product), rewrite.arguments(norm)
-    if n["training"]:
-        return "it is in training mode", None
+    p = rewrite.arguments(product)
     if rewrite.sole_user(product) is not norm:
         return f"{product} is read by {len(product.users)} nodes", None
-    if not rewrite.is_float(product, norm):
-        return "the result has another dtype than the product", None
-    rank = len(rewrite.shape_of(product))
-    weight = rewrite.constant(graph, p["weight"])
-    if weight is None or rank != (2 if product.target is aten.linear.default else weight.dim()):
-        # Channels are dim 1 of the product; an unbatched image and a linear over sequences have them
-        # elsewhere.
-        return f"the channels of {product} are not its dim 1, or its weight is not constant", None
-    needed = {k: n[k] for k in ("running_mean", "running_var")}
-    optional = {"weight": n["weight"], "bias": n["bias"], "b": p["bias"]}
-    tensors = {k: rewrite.constant(graph, v) for k, v in (needed | optional).items()}
-    if any(tensors[k] is None and (k in needed or optional[k] is not None) for k in tensors):
-        return "its statistics are not constants", None
-    wide = {k: None if t is None else t.double() for k, t in tensors.items()}
-    mean, variance = wide["running_mean"], wide["running_var"]
-    assert mean is not None
-    assert variance is not None
-    scale = torch.rsqrt(variance + n["eps"])
-    if wide["weight"] is not None:
-        scale = scale * wide["weight"]
-    bias = ((0.0 if wide["b"] is None else wide["b"]) - mean) * scale
-    if wide["bias"] is not None:
-        bias = bias + wide["bias"]
+    scale, shift, reason = batch_norm_factors(graph, norm)
+    if scale is None or shift is None:
+        return reason, None
+    weight, bias = rewrite.constant(graph, p["weight"]), rewrite.constant(graph, p["bias"])
+    if weight is None or (bias is None and p["bias"] is not None):
+        return "the weights it follows are not constants", None
+    if len(rewrite.shape_of(product)) != (2 if product.target is aten.linear.default else weight.dim()):
+        # An unbatched image, and a linear over sequences, have their channels elsewhere than in dim 1.
+        return f"the channels of {product} are not its dim 1", None
     groups = p["groups"] if product.target in _TRANSPOSED else None
     new_weight = _scaled(weight.double(), scale, groups).to(weight.dtype)
-    new_bias = bias.to(weight.dtype)
+    new_bias = (shift if bias is None else shift + bias.double() * scale).to(weight.dtype)
     if not (new_weight.isfinite().all() and new_bias.isfinite().all()):
         return "the folded weights are not finite", None
     return "", (new_weight, new_bias)

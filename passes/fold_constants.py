@@ -46,6 +46,7 @@ def fold_constants(graph: fx.GraphModule, hw: Hardware) -> int:
     constants = _constant_nodes(graph)
     reads = Counter(str(n.target) for n in graph.graph.nodes if n.op == "get_attr")
     values: dict[fx.Node, torch.Tensor] = {}
+    names: dict[fx.Node, str] = {}
     unread: dict[fx.Node, None] = {}
     grown = 0
     for node in _roots(constants):
@@ -57,9 +58,11 @@ def fold_constants(graph: fx.GraphModule, hw: Hardware) -> int:
             continue
         grown += growth
         values[node] = _evaluate(graph, node, cone, values)
+        leaves = [n for n in cone if n.op == "get_attr"]
+        names[node] = str(leaves[0].target) if len(leaves) == 1 else node.name
         unread.update(dict.fromkeys(cone))
     for node, value in values.items():
-        stored = rewrite.add_constant(graph, f"{node.name}_folded", value, node)
+        stored = rewrite.add_constant(graph, f"{names[node]}_folded", value, node)
         node.replace_all_uses_with(stored)
     rewrite.erase_unused(*[n for n in reversed(constants) if n in unread or n in values])
     return rewrite.finish(graph, len(values))

@@ -2,6 +2,7 @@
 
     scaled_dot_product_attention(q, k, v, mask, 0, causal, scale) -> attention(q, k, v, mask, causal, scale)
     the same with k and v repeated for groups of heads            -> attention of k and v as they are
+    a constant mask that hides nothing, or what is_causal hides   -> no mask, or is_causal
 
 The scale torch leaves open is 1 / sqrt(depth). Three-dimensional operands get a batch of one head. A row whose
 mask is False everywhere gives 0, as torch has it.
@@ -39,6 +40,7 @@ def fuse_attention(graph: fx.GraphModule, hw: Hardware) -> int:
         if reason is not None:
             log.debug("keep %s: %s", node, reason)
             continue
+        a |= _simpler_mask(graph, a)
         _rewrite(graph, node, a)
         count += 1
     return rewrite.finish(graph, count)
@@ -71,6 +73,27 @@ def _without_repeats(a: dict[str, Any]) -> tuple[fx.Node, fx.Node]:
     if key is None or value is None or rewrite.shape_of(key)[1] != rewrite.shape_of(value)[1]:
         return a["key"], a["value"]
     return key, value
+
+
+def _simpler_mask(graph: fx.GraphModule, a: dict[str, Any]) -> dict[str, Any]:
+    """What replaces a constant mask, where that can be said without one."""
+    mask = a["attn_mask"]
+    spread = mask
+    while rewrite.calls(spread, aten.expand.default):
+        spread = spread.args[0]
+    stored = rewrite.constant(graph, spread)
+    if stored is None:
+        return {}
+    hidden = ~stored if stored.dtype == torch.bool else stored == -math.inf
+    if stored.dtype != torch.bool and bool(((stored != 0) & ~hidden).any()):
+        return {}
+    if not hidden.any():
+        return {"attn_mask": None}
+    queries, keys = rewrite.shape_of(a["query"])[-2], rewrite.shape_of(a["key"])[-2]
+    causal = torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    if hidden.shape[-2:] == causal.shape and bool((hidden == causal).all()):
+        return {"attn_mask": None, "is_causal": True}
+    return {}
 
 
 def _unrepeated(node: fx.Node) -> fx.Node | None:

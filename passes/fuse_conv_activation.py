@@ -1,12 +1,13 @@
-"""A two-dimensional convolution and what follows it become one graphwright::conv2d.
+"""A convolution over images or sequences and what follows it become one graphwright::conv2d.
 
     conv2d(x, W, b)                                -> graphwright::conv2d(x, W, b)
     conv2d(pad(x, p, 0), W, b, padding=q)          -> the same with padding p + q
     activation(add(add(conv2d(x, W), bias), y))    -> the same with bias, residual y and activation
+    conv1d(x, W)                                   -> the same on an image of one row, reshaped back
 
 A convolution that is fused already, without an activation, takes up what follows it now.
 
-Refused for unbatched images and dtypes that are not floating point; padding is not taken up where it is
+Refused for unbatched input and dtypes that are not floating point; padding is not taken up where it is
 not zero, negative, or beyond the image; an addition is not where it has a factor, broadcasts, or changes
 the dtype; nothing is where the value in between is read by anybody else.
 """
@@ -32,43 +33,50 @@ def fuse_conv_activation(graph: fx.GraphModule, hw: Hardware) -> int:
     """Fuse convolutions with pads before and epilogues behind them; returns the number of convolutions changed."""
     count = 0
     for node in list(graph.graph.nodes):
-        if rewrite.calls(node, aten.conv2d.default, dialect.conv2d) and _fuse(graph, node):
+        if rewrite.calls(node, aten.conv1d.default, aten.conv2d.default, dialect.conv2d) and _fuse(graph, node):
             count += 1
     return rewrite.finish(graph, count)
 
 
 def _fuse(graph: fx.GraphModule, conv: fx.Node) -> bool:
     a = rewrite.arguments(conv)
-    if conv.target is dialect.conv2d:
-        if a["activation"] != "none":
-            return False
-    else:
+    if conv.target is not dialect.conv2d:
         operands = [n for n in (a["input"], a["weight"], a["bias"]) if n is not None]
-        if not rewrite.is_float(conv, *operands) or len(rewrite.shape_of(a["input"])) != 4:
-            log.debug("keep %s: not a batch of images in floating point", conv)
+        if not rewrite.is_float(conv, *operands) or len(rewrite.shape_of(conv)) != len(rewrite.shape_of(a["weight"])):
+            log.debug("keep %s: not a batch in floating point", conv)
             return False
-        vertical, horizontal = rewrite.repeated(a["padding"], 2)
-        a |= {
-            "stride": rewrite.repeated(a["stride"], 2),
-            "padding": [vertical, vertical, horizontal, horizontal],
-            "dilation": rewrite.repeated(a["dilation"], 2),
-            "residual": None,
-            "layout": "NCHW",
-        }
+        a |= _as_image(a, len(rewrite.shape_of(conv)) - 2)
+    elif a["activation"] != "none":
+        return False
     pad = a["input"]
     absorbed = _padding(pad, a["padding"]) if a["layout"] == "NCHW" else None
     if absorbed is not None:
         a |= {"input": pad.args[0], "padding": absorbed}
     start = Epilogue(conv, a["bias"], a["residual"])
-    channels = rewrite.shape_of(a["weight"])[0]
-    axis = 1 if a["layout"] == "NCHW" else 3
-    found = extend(start, lambda other: _is_bias(other, channels, axis))
+    rank, channels = len(rewrite.shape_of(conv)), rewrite.shape_of(a["weight"])[0]
+    bias_shape = [1] * rank
+    bias_shape[1 if a["layout"] == "NCHW" else 3] = channels
+    found = extend(start, lambda other: _is_bias(other, bias_shape))
     if conv.target is dialect.conv2d and found == start and absorbed is None:
         return False
-    _rewrite(graph, conv, a, found, channels)
+    _rewrite(graph, conv, a, found)
     if absorbed is not None:
         rewrite.erase_unused(pad)
     return True
+
+
+def _as_image(a: dict[str, Any], spatial: int) -> dict[str, Any]:
+    """The arguments of graphwright::conv2d that differ from those of conv1d or conv2d."""
+    row = [1] * (2 - spatial)
+    edge = [0] * (2 - spatial)
+    vertical, horizontal = edge + rewrite.repeated(a["padding"], spatial)
+    return {
+        "stride": row + rewrite.repeated(a["stride"], spatial),
+        "padding": [vertical, vertical, horizontal, horizontal],
+        "dilation": row + rewrite.repeated(a["dilation"], spatial),
+        "residual": None,
+        "layout": "NCHW",
+    }
 
 
 def _padding(pad: Any, padding: Sequence[int]) -> list[int] | None:
@@ -78,31 +86,39 @@ def _padding(pad: Any, padding: Sequence[int]) -> list[int] | None:
     p = rewrite.arguments(pad)
     amounts = [*p["pad"], 0, 0, 0, 0]
     left, right, top, bottom = amounts[:4]
-    if p["value"] != 0 or any(n < 0 for n in amounts) or any(amounts[4:]):
+    spatial = 2 * (len(rewrite.shape_of(pad)) - 2)
+    if p["value"] != 0 or any(n < 0 for n in amounts) or any(amounts[spatial:]):
         log.debug("keep %s: a convolution pads the image, and with zeros", pad)
         return None
     return [old + new for old, new in zip(padding, (top, bottom, left, right), strict=True)]
 
 
-def _is_bias(other: fx.Node, channels: int, axis: int) -> bool:
+def _is_bias(other: fx.Node, wanted: Sequence[int]) -> bool:
     """Whether a constant holds one number a channel."""
     shape = rewrite.shape_of(other)
-    spread = (1,) * (4 - len(shape)) + shape
-    return other.op == "get_attr" and spread == tuple(channels if i == axis else 1 for i in range(4))
+    return other.op == "get_attr" and [1] * (len(wanted) - len(shape)) + list(shape) == list(wanted)
 
 
-def _rewrite(graph: fx.GraphModule, conv: fx.Node, a: dict[str, Any], found: Epilogue, channels: int) -> None:
-    bias = found.bias
+def _rewrite(graph: fx.GraphModule, conv: fx.Node, a: dict[str, Any], found: Epilogue) -> None:
+    def image(node: fx.Node | None) -> fx.Node | None:
+        """A sequence as an image of one row."""
+        if node is None or len(shape := rewrite.shape_of(node)) == 4:
+            return node
+        return rewrite.call(graph, aten.reshape.default, (node, [*shape[:2], 1, *shape[2:]]), before=found.last)
+
+    bias, channels = found.bias, rewrite.shape_of(a["weight"])[0]
     if bias is not None and rewrite.shape_of(bias) != (channels,):
         bias = rewrite.call(graph, aten.reshape.default, (bias, [channels]), before=found.last)
+    shape = rewrite.shape_of(conv)
+    value = rewrite.packed(found.last.meta["val"], None if len(shape) == 4 else [*shape[:2], 1, *shape[2:]])
     new = rewrite.call(
         graph,
         dialect.conv2d,
         (
-            a["input"],
-            a["weight"],
+            image(a["input"]),
+            image(a["weight"]),
             bias,
-            found.residual,
+            image(found.residual),
             a["stride"],
             a["padding"],
             a["dilation"],
@@ -112,7 +128,9 @@ def _rewrite(graph: fx.GraphModule, conv: fx.Node, a: dict[str, Any], found: Epi
             a["layout"],
         ),
         before=found.last,
-        value=rewrite.packed(found.last.meta["val"]),
+        value=value,
         source=conv,
     )
+    if len(shape) == 3:
+        new = rewrite.call(graph, aten.reshape.default, (new, list(shape)), before=found.last)
     rewrite.replace_chain(conv, found.last, new)

@@ -144,12 +144,12 @@ def run_fake(node: fx.Node) -> object:
         return node.target(*args, **kwargs)
 
 
-def packed(value: torch.Tensor) -> torch.Tensor:
-    """A fake tensor like `value` whose elements lie in order: what the dialect's operators return."""
-    if value.is_contiguous():
+def packed(value: torch.Tensor, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """A fake tensor like `value`, in another shape on request, whose elements lie in order."""
+    if shape is None and value.is_contiguous():
         return value
     with fake_mode_of(value) or nullcontext():
-        return value.new_empty(value.shape)
+        return value.new_empty(list(value.shape if shape is None else shape))
 
 
 def fake_mode_of(value: object) -> FakeTensorMode | None:

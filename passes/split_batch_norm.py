@@ -1,0 +1,70 @@
+"""Batch normalisation with stored statistics becomes one multiplication and one addition a channel.
+
+    batch_norm(x, g, h, mean, var, eps) -> x * s + (h - mean * s),   s = g / sqrt(var + eps)
+
+which is the form PyTorch computes in. Pointwise operations fuse with their neighbours and go along into any layout.
+The factors are computed in float64 and rounded once.
+
+Refused when statistics are those of the batch (training) or no constants, for dtypes that are not floating point or
+change, and when a factor would not be finite.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import fx
+
+from ..hwdb import Hardware
+from . import rewrite
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+
+def split_batch_norm(graph: fx.GraphModule, hw: Hardware) -> int:
+    """Split every batch norm with stored statistics; returns how many."""
+    count = 0
+    for node in list(graph.graph.nodes):
+        if not rewrite.calls(node, aten.batch_norm.default):
+            continue
+        scale, shift, reason = batch_norm_factors(graph, node)
+        if scale is None or shift is None:
+            log.debug("keep %s: %s", node, reason)
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        value = node.meta["val"]
+        shape = (-1, *[1] * (value.dim() - 2))
+        stem = f"{node.name}_split"
+        factors = [t.to(value.dtype).reshape(shape) for t in (scale, shift)]
+        if not all(f.isfinite().all() for f in factors):
+            log.debug("keep %s: its factors are not finite", node)
+            continue
+        s, t = (
+            rewrite.add_constant(graph, f"{stem}_{k}", f, node)
+            for k, f in zip(("scale", "shift"), factors, strict=True)
+        )
+        scaled = rewrite.call(graph, aten.mul.Tensor, (source, s), before=node, value=value)
+        rewrite.replace(node, rewrite.call(graph, aten.add.Tensor, (scaled, t), before=node, value=value))
+        count += 1
+    return rewrite.finish(graph, count)
+
+
+def batch_norm_factors(graph: fx.GraphModule, norm: fx.Node) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
+    """The float64 factors s and t such that batch_norm(x) is x * s + t a channel, or None and why there are none."""
+    a = rewrite.arguments(norm)
+    if a["training"]:
+        return None, None, "it is in training mode"
+    if not rewrite.is_float(norm, a["input"]):
+        return None, None, "its result has another dtype than its input"
+    tensors: dict[str, torch.Tensor] = {}
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        tensor = rewrite.constant(graph, a[name])
+        if tensor is not None:
+            tensors[name] = tensor.double()
+        elif a[name] is not None or name.startswith("running"):
+            return None, None, "its statistics are not constants"
+    scale = torch.rsqrt(tensors["running_var"] + a["eps"]) * tensors.get("weight", 1.0)
+    return scale, tensors.get("bias", 0.0) - tensors["running_mean"] * scale, ""
