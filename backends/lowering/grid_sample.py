@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
 from tvm import te, tirx
 
 from . import expressions as ex
-from .index_math import Expr, Index, argument, define, guarded, sizes
+from .index_math import Expr, argument, define, guarded, sizes
 from .registry import Out, lowers
 from .resize import cubic_weights
 
@@ -32,85 +31,80 @@ def _reflected(x: Expr, twice_low: int, twice_high: int, dtype: str) -> Expr:
     """Mirrored at the ends (given doubled, since they may be half-integers) until it lies between them."""
     if twice_low == twice_high:
         return ex.constant(0, dtype)
-    low = ex.constant(twice_low / 2, dtype)
+    low, two = ex.constant(twice_low / 2, dtype), ex.constant(2, dtype)
     span = ex.constant((twice_high - twice_low) / 2, dtype)
-
-    def fold(distance: Expr) -> Expr:
-        flips = tirx.floor(distance / span)
-        rest = distance - flips * span
-        even = flips.equal(tirx.floor(flips / ex.constant(2, dtype)) * ex.constant(2, dtype))
-        return tirx.Select(even, rest + low, span - rest + low)
-
-    return ex.let(tirx.abs(x - low), fold)
+    distance = tirx.abs(x - low)
+    flips = tirx.floor(distance / span)
+    rest = distance - flips * span
+    even = flips.equal(tirx.floor(flips / two) * two)
+    return tirx.Select(even, rest + low, span - rest + low)
 
 
 def _padded_position(x: Expr, extent: int, padding: int, align_corners: bool, dtype: str) -> Expr:
-    if padding == REFLECTION:
-        ends = (0, 2 * (extent - 1)) if align_corners else (-1, 2 * extent - 1)
-        x = _reflected(x, *ends, dtype)
-    if padding in (BORDER, REFLECTION):
-        return _clamped(x, 0, extent - 1, dtype)
-    return x
+    if padding != REFLECTION:
+        return x
+    return _reflected(x, *((0, 2 * (extent - 1)) if align_corners else (-1, 2 * extent - 1)), dtype)
 
 
-def _clamped(x: Expr, low: float, high: float, dtype: str) -> Expr:
-    # NaN goes to the low end.
-    bottom, top = ex.constant(low, dtype), ex.constant(high, dtype)
-    return tirx.Select(x > bottom, tirx.Select(x < top, x, top), bottom)
+def _place(x: Expr, extent: int, padding: int, dtype: str) -> Expr:
+    """A whole position as an integer: at most one outside, or on the border where the padding says so."""
+    outside = int(padding == ZEROS)
+    low, high = ex.constant(-outside, dtype), ex.constant(extent - 1 + outside, dtype)
+    # NaN goes to the low end, and the conversion is defined whatever the grid holds.
+    return tirx.Cast("int32", tirx.Select(x > low, tirx.Select(x < high, x, high), low))
 
 
-def _place(x: Expr, extent: int, dtype: str) -> Expr:
-    """A whole position as an integer; anything far outside is just outside, so that the conversion is defined."""
-    return tirx.Cast("int32", _clamped(x, -1, extent, dtype))
+def _border(x: Expr, extent: int, padding: int, dtype: str) -> Expr:
+    if padding == ZEROS:
+        return x
+    low, high = ex.constant(0, dtype), ex.constant(extent - 1, dtype)
+    return tirx.Select(x > low, tirx.Select(x < high, x, high), low)
 
 
-def _read(source: te.Tensor, lead: Sequence[Expr], places: Sequence[Expr], dtype: str) -> Expr:
-    """The element at `places`, zero outside."""
-    extents = sizes(source)[len(lead) :]
-    conditions = [
-        c for place, extent in zip(places, extents, strict=True) for c in (place >= 0, place < extent)
-    ]
-    return guarded(conditions, ex.cast(source(*lead, *places), dtype), ex.constant(0, dtype))
+def _stage(shape: Sequence[int], value: Callable[..., Expr], name: str) -> te.Tensor:
+    # Positions and weights are tensors of their own: every channel reads them, and their formulas repeat operands.
+    return te.compute(tuple(shape), value, name=name)
 
 
-def _multilinear(source: te.Tensor, lead: Index, positions: Sequence[Expr], dtype: str) -> Expr:
-    extents, one = sizes(source)[2:], ex.constant(1, dtype)
-    taps = []
-    for x, extent in zip(positions, extents, strict=True):
-        low = tirx.floor(x)
-        taps.append(
-            [
-                (_place(low, extent, dtype), low + one - x),
-                (_place(low + one, extent, dtype), x - low),
-            ]
+def _taps(
+    x: te.Tensor, extent: int, mode: int, padding: int, align_corners: bool, dtype: str
+) -> tuple[te.Tensor, te.Tensor | None]:
+    """The elements read along one dim, [taps, N, *result], and their weights; nearest has the one weight 1."""
+    shape, one = sizes(x), ex.constant(1, dtype)
+
+    def padded(tensor: te.Tensor) -> te.Tensor:
+        turned = _stage(
+            sizes(tensor),
+            lambda *i: _padded_position(tensor(*i), extent, padding, align_corners, dtype),
+            "mirrored",
         )
-    total: Expr = ex.constant(0, dtype)
-    for corner in itertools.product(*taps):
-        weight = one
-        for _, part in corner:
-            weight = weight * part
-        total = total + _read(source, lead, [place for place, _ in corner], dtype) * weight
-    return total
+        return _stage(sizes(tensor), lambda *i: _border(turned(*i), extent, padding, dtype), "position")
 
+    def places(count: int, position: Callable[..., Expr]) -> te.Tensor:
+        return _stage((count, *shape), lambda *i: _place(position(*i), extent, padding, dtype), "place")
 
-def _bicubic(
-    source: te.Tensor, lead: Index, positions: Sequence[Expr], padding: int, align_corners: bool, dtype: str
-) -> Expr:
-    extents, along = sizes(source)[2:], []
-    for x, extent in zip(positions, extents, strict=True):
-        low = tirx.floor(x)
-        places = []
-        for k in (-1, 0, 1, 2):
-            tap = _padded_position(low + ex.constant(k, dtype), extent, padding, align_corners, dtype)
-            places.append(_place(tap, extent, dtype))
-        along.append(list(zip(places, cubic_weights(x - low, dtype), strict=True)))
-    total: Expr = ex.constant(0, dtype)
-    for row, row_weight in along[0]:
-        line: Expr = ex.constant(0, dtype)
-        for column, weight in along[1]:
-            line = line + _read(source, lead, [row, column], dtype) * weight
-        total = total + line * row_weight
-    return total
+    if mode == NEAREST:
+        at = padded(x)
+        return places(1, lambda k, *i: tirx.nearbyint(at(*i))), None
+    if mode == BILINEAR:
+        at = padded(x)
+
+        def weight(k: Expr, *i: Expr) -> Expr:
+            low = tirx.floor(at(*i))
+            return tirx.Select(k == 0, low + one - at(*i), at(*i) - low)
+
+        return (
+            places(2, lambda k, *i: tirx.floor(at(*i)) + ex.cast(k, dtype)),
+            _stage((2, *shape), weight, "weight"),
+        )
+    taps = _stage((4, *shape), lambda k, *i: tirx.floor(x(*i)) + ex.cast(k, dtype) - one, "tap")
+    at = padded(taps)
+
+    def cubic(k: Expr, *i: Expr) -> Expr:
+        first, second, third, fourth = cubic_weights(x(*i) - tirx.floor(x(*i)), dtype)
+        return tirx.Select(k < 2, tirx.Select(k == 0, first, second), tirx.Select(k == 2, third, fourth))
+
+    return places(4, at), _stage((4, *shape), cubic, "weight")
 
 
 def _can(node: fx.Node) -> str | None:
@@ -130,24 +124,40 @@ def grid_sampler(
 ) -> te.Tensor:
     """source [N, C, *spatial] read at grid [N, *result, (x, y[, z])], coordinates from -1 to 1."""
     extents, dtype = sizes(source)[2:], out.dtype
+    if 0 in out.shape:
+        return define(out, lambda *i: ex.constant(0, dtype), "grid_sample")
 
-    def value(*i: Expr) -> Expr:
-        lead = (i[0], i[1])
-        positions = []
-        for d, extent in enumerate(extents):
+    def taps(d: int, extent: int) -> tuple[te.Tensor, te.Tensor | None]:
+        def coordinate(*i: Expr) -> Expr:
             # The grid names the innermost dim first.
-            x = ex.cast(grid(i[0], *i[2:], len(extents) - 1 - d), dtype)
-            x = _unnormalized(x, extent, align_corners, dtype)
-            if interpolation_mode != BICUBIC:
-                x = _padded_position(x, extent, padding_mode, align_corners, dtype)
-            positions.append(x)
-        if interpolation_mode == BILINEAR:
-            return _multilinear(source, lead, positions, dtype)
-        if interpolation_mode == NEAREST:
-            places = [
-                _place(tirx.nearbyint(x), extent, dtype) for x, extent in zip(positions, extents, strict=True)
-            ]
-            return _read(source, lead, places, dtype)
-        return _bicubic(source, lead, positions, padding_mode, align_corners, dtype)
+            x = ex.cast(grid(*i, len(extents) - 1 - d), dtype)
+            return _unnormalized(x, extent, align_corners, dtype)
+
+        x = _stage(sizes(grid)[:-1], coordinate, "coordinate")
+        return _taps(x, extent, interpolation_mode, padding_mode, align_corners, dtype)
+
+    along = [taps(d, extent) for d, extent in enumerate(extents)]
+
+    def value(n: Expr, c: Expr, *at: Expr) -> Expr:
+        def element(corner: Sequence[int]) -> Expr:
+            places = [place(k, n, *at) for k, (place, _) in zip(corner, along, strict=True)]
+            inside = [t for p, extent in zip(places, extents, strict=True) for t in (p >= 0, p < extent)]
+            return guarded(
+                inside if padding_mode == ZEROS else [],
+                source(n, c, *places),
+                ex.constant(0, dtype),
+            )
+
+        def mix(corner: tuple[int, ...]) -> Expr:
+            if len(corner) == len(extents):
+                return element(corner)
+            place, weight = along[len(corner)]
+            terms = [mix((*corner, k)) for k in range(sizes(place)[0])]
+            if weight is None:
+                return terms[0]
+            scaled = [term * weight(k, n, *at) for k, term in enumerate(terms)]
+            return sum(scaled[1:], scaled[0])
+
+        return mix(())
 
     return define(out, value, "grid_sample")
