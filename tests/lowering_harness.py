@@ -35,9 +35,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def build_node(
-    op: torch._ops.OpOverload, *args: Any, **kwargs: Any
-) -> tuple[fx.Node, list[torch.Tensor], Any]:
+def build_node(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> tuple[fx.Node, list[torch.Tensor], Any]:
     """Make the fx node that calls `op`; returns it, the tensors among its arguments, and eager's result."""
     expected = op(*args, **kwargs)
     graph, mode, tensors = fx.Graph(), FakeTensorMode(allow_non_fake_inputs=True), list[torch.Tensor]()
@@ -69,8 +67,7 @@ def prim_func(node: fx.Node) -> tuple[Any, list[fx.Node], list[Out]]:
     """The node's PrimFunc, the nodes it reads in the order of its parameters, and its results."""
     inputs = list(node.all_input_nodes)
     places = {
-        n: te.placeholder(tuple(n.meta["val"].shape), dtype_name(n.meta["val"].dtype), name=n.name)
-        for n in inputs
+        n: te.placeholder(tuple(n.meta["val"].shape), dtype_name(n.meta["val"].dtype), name=n.name) for n in inputs
     }
     value = node.meta["val"]
     single = isinstance(value, torch.Tensor)
@@ -115,9 +112,7 @@ def run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> tuple[list[torc
     node, tensors, expected = build_node(op, *args, **kwargs)
     refusal = reason(node)
     assert refusal is None, refusal
-    first = {
-        id(n): t for n, t in zip((n for n in node.graph.nodes if n.op == "placeholder"), tensors, strict=True)
-    }
+    first = {id(n): t for n, t in zip((n for n in node.graph.nodes if n.op == "placeholder"), tensors, strict=True)}
     return compile_node(node)(*(first[id(n)] for n in node.all_input_nodes)), expected
 
 

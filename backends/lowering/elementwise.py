@@ -314,9 +314,7 @@ def masked_fill(out: Out, x: te.Tensor, mask: te.Tensor, value: Operand) -> te.T
 # Bits
 
 
-def _bitwise(
-    on_integers: Callable[..., Any], on_bools: Callable[..., Any], out: Out, *operands: Operand
-) -> te.Tensor:
+def _bitwise(on_integers: Callable[..., Any], on_bools: Callable[..., Any], out: Out, *operands: Operand) -> te.Tensor:
     return pointwise(out, on_bools if out.dtype == "bool" else on_integers, *operands, dtype=out.dtype)
 
 
@@ -331,9 +329,7 @@ for _name, _functions in BITWISE.items():
 lowers(aten.bitwise_not.default)(functools.partial(_bitwise, tirx.bitwise_not, ex.negate))
 
 
-def _shift(
-    shift: Callable[..., Any], beyond: Callable[..., Any], out: Out, x: Operand, by: Operand
-) -> te.Tensor:
+def _shift(shift: Callable[..., Any], beyond: Callable[..., Any], out: Out, x: Operand, by: Operand) -> te.Tensor:
     """Shifts of more bits than there are (or fewer than 0) are defined by torch, not by the machine."""
     width = ex.bits(out.dtype)
 

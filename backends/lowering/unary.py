@@ -277,9 +277,7 @@ def _erfinv(y: Any) -> Any:
 def logit(out: Out, x: te.Tensor, eps: Scalar | None = None) -> te.Tensor:
     def odds(v: Any) -> Any:
         if eps is not None:
-            v = ex.minimum(
-                ex.maximum(v, ex.constant(eps, ex.dtype_of(v))), ex.constant(1 - eps, ex.dtype_of(v))
-            )
+            v = ex.minimum(ex.maximum(v, ex.constant(eps, ex.dtype_of(v))), ex.constant(1 - eps, ex.dtype_of(v)))
         return tirx.log(v / (_one(v) - v))
 
     return pointwise(out, odds, x)
