@@ -2,20 +2,23 @@
 
 A buffer is alive from the first step that names it to the last. Two buffers alive at one step may not overlap; so the
 arena can never be smaller than the most bytes alive at any step (the lower bound). Offsets are chosen greedily, one
-buffer after another into the tightest gap that fits among those already placed and alive with it, once for each of
-several orders (by size, by size times time, by the fullest step: Pisarchyk and Lee, "Efficient memory management for
-deep neural net inference", 2020); the smallest arena wins.
+buffer after another into the tightest gap that fits among those already placed and alive with it; the smallest arena
+of several orders wins: by time, by size, by size times time, by the fullest step (Pisarchyk and Lee, "Efficient memory
+management for deep neural net inference", 2020).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 from .program import Program
 
 ALIGNMENT = 64
+_FOREVER = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,10 @@ def assign(alive: Sequence[Lifetime]) -> tuple[dict[str, int], int]:
     """Offsets (multiples of 64) such that no two lifetimes that meet overlap, and the arena's size."""
     bound = lower_bound(alive)
     best: tuple[dict[str, int], int] | None = None
-    for key in _orders(alive):
-        offsets = _greedy(sorted(alive, key=key))
+    attempts = [partial(_by_time, alive, bound)]
+    attempts += [partial(_by_order, alive, key) for key in _orders(alive)]
+    for attempt in attempts:
+        offsets = attempt()
         peak = max((offsets[life.name] + _rounded(life.nbytes) for life in alive), default=0)
         if best is None or peak < best[1]:
             best = offsets, peak
@@ -126,15 +131,14 @@ def _orders(alive: Sequence[Lifetime]) -> list[Callable[[Lifetime], tuple[float,
         lambda life: (-fullest[life.name], -life.nbytes, life.first),
         lambda life: (-life.nbytes * (life.last - life.first + 1), life.first),
         lambda life: (life.first - life.last, -life.nbytes, life.first),
-        lambda life: (life.first, -life.nbytes),
-        lambda life: (-life.last, -life.nbytes),
     ]
 
 
-def _greedy(ordered: Sequence[Lifetime]) -> dict[str, int]:
+def _by_order(alive: Sequence[Lifetime], key: Callable[[Lifetime], tuple[float, ...]]) -> dict[str, int]:
+    """Place buffers in the order of `key`, each in the tightest gap between those it meets."""
     offsets: dict[str, int] = {}
     placed: list[Lifetime] = []
-    for life in ordered:
+    for life in sorted(alive, key=key):
         size = _rounded(life.nbytes)
         taken = sorted(
             (offsets[other.name], offsets[other.name] + _rounded(other.nbytes)) for other in placed if life.meets(other)
@@ -146,6 +150,30 @@ def _greedy(ordered: Sequence[Lifetime]) -> dict[str, int]:
                 chosen, slack = end, gap - size
             end = max(end, stop)
         offsets[life.name] = end if chosen is None else chosen
+        placed.append(life)
+    return offsets
+
+
+def _by_time(alive: Sequence[Lifetime], capacity: int) -> dict[str, int]:
+    """Place buffers as they come alive, beyond `capacity` only where no gap below it fits.
+
+    In a gap, the buffer goes beside the neighbour that lives longer (an end of the arena lives for ever), so that the
+    rest of the gap grows when the other one dies.
+    """
+    offsets: dict[str, int] = {}
+    placed: list[Lifetime] = []
+    for life in sorted(alive, key=lambda life: (life.first, -life.nbytes, -life.last)):
+        placed = [other for other in placed if other.last >= life.first]
+        size = _rounded(life.nbytes)
+        ends = [(0, 0, _FOREVER)]
+        ends += sorted((offsets[o.name], offsets[o.name] + _rounded(o.nbytes), o.last) for o in placed)
+        ends.append((max(capacity, ends[-1][1]), 0, _FOREVER))
+        chosen, slack = ends[-2][1], None
+        for (_, start, below), (stop, _, above) in pairwise(ends):
+            spare = stop - start - size
+            if spare >= 0 and (slack is None or spare < slack):
+                chosen, slack = (start if below >= above else stop - size), spare
+        offsets[life.name] = chosen
         placed.append(life)
     return offsets
 

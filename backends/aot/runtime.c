@@ -1,167 +1,28 @@
-/* Everything a compiled model needs at run time: a thread pool, scratch memory, and the calls of runtime.h.
+/* The calls of runtime.h, and what kernels call.
  *
- * It is compiled once per target and linked with the objects of codegen.py, which provide gw_model_run and
- * gw_model_describe. Of a C library it uses memcpy, free, posix_memalign, pthread_create/join and syscall only: each is
- * one function in every version of glibc, musl and bionic (condition variables are not), so a model links against none.
- *
- * Pool. Every worker has a mailbox, one cache line: a caller writes a task and sets READY; the worker takes it by
- * READY -> TAKEN. A caller that has done its own share takes back (READY -> EMPTY) what no worker has begun, so it never
- * waits for a thread that the system has not scheduled. A worker spins for SPIN_NANOSECONDS, then sleeps on its mailbox.
+ * The runtime is compiled once per target and linked with the objects of codegen.py, which provide gw_model_run and
+ * gw_model_describe. Of a C library it uses what is one and the same function in every version of glibc, musl and bionic
+ * (condition variables are not), so a model links against none.
  */
-#include "runtime.h"
+#include "internal.h"
 
-#include <linux/futex.h>
-#include <pthread.h>
-#include <signal.h>
-#include <stdatomic.h>
-#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
-#define LINE 64
-#define MAX_THREADS 256
+#define MAX_THREADS 256 /* the caller and pool.c's MAX_WORKERS */
 #define IDLE_STATES 32
-#define SPIN_NANOSECONDS 40000
-#define LARGEST_PAGE 65536
-#define HUGE_PAGE ((size_t)2 << 20)
 
-/* ---- what generated code provides and expects ---- */
-
+/* What generated code provides: region.py. */
 enum { FACT_REGIONS, FACT_ARENA_BYTES, FACT_WEIGHTS_BYTES, FACTS };
 int32_t gw_model_describe(uint64_t *facts);
 int32_t gw_model_run(int32_t region, void *const *inputs, void *const *outputs, void *arena, const void *weights,
                      int32_t *status);
 
-typedef struct {
-    void *sync_handle;
-    int32_t num_task;
-} group; /* TVMParallelGroupEnv */
-typedef int (*task_function)(int task, group *env, void *data);
-
-/* ---- small tools ---- */
-
-static uint64_t round_up(uint64_t bytes, uint64_t to) { return (bytes + to - 1) / to * to; }
-
-static void relax(void) {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__) || defined(__arm__)
-    __asm__ volatile("yield");
-#endif
-}
-
-static int64_t now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-static void sleep_while(atomic_uint *word, unsigned value) {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
-}
-
-static void wake_one(atomic_uint *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0); }
-
-/* Spin until the word differs from `value` or the time is up; return its last value. */
-static unsigned spin_while(atomic_uint *word, unsigned value) {
-    int64_t end = 0;
-    for (unsigned turn = 1;; turn++) {
-        unsigned seen = atomic_load_explicit(word, memory_order_acquire);
-        if (seen != value) return seen;
-        relax();
-        if (turn % 64 == 0) {
-            int64_t time = now();
-            if (!end) end = time + SPIN_NANOSECONDS;
-            if (time > end) return value;
-        }
-    }
-}
-
-static void *aligned(size_t bytes) {
-    void *memory = NULL;
-    size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : LINE;
-    if (posix_memalign(&memory, alignment, bytes ? bytes : LINE)) return NULL;
-    if (alignment == HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE); /* fewer TLB misses; a refusal does no harm */
-    return memory;
-}
-
-/* ---- scratch: a stack of blocks per thread, kept between calls ---- */
-
-typedef struct block {
-    struct block *below, *above;
-    size_t size, used;
-    char padding[LINE - 2 * sizeof(void *) - 2 * sizeof(size_t)];
-    char data[];
-} block;
-
-typedef struct piece { /* precedes every allocation */
-    struct piece *below;
-    block *home;
-    int live;
-    char padding[LINE - 2 * sizeof(void *) - sizeof(int)];
-} piece;
-
-typedef struct {
-    block *current;
-    piece *top;
-} scratch;
-
-static void *scratch_take(scratch *stack, uint64_t bytes) {
-    size_t need = sizeof(piece) + round_up(bytes ? bytes : 1, LINE);
-    block *home = stack->current;
-    if (!home || home->size - home->used < need) {
-        block *above = home ? home->above : NULL;
-        if (above && above->size < need) { /* it is empty: blocks above the current one always are */
-            free(above);
-            home->above = above = NULL;
-        }
-        if (!above) {
-            size_t size = home ? 2 * home->size : 64 * 1024;
-            if (size < need) size = need;
-            above = aligned(sizeof(block) + size);
-            if (!above) return NULL;
-            *above = (block){.below = home, .size = size};
-            if (home) home->above = above;
-        }
-        stack->current = home = above;
-    }
-    piece *taken = (piece *)(home->data + home->used);
-    taken->below = stack->top;
-    taken->home = home;
-    taken->live = 1;
-    home->used += need;
-    stack->top = taken;
-    return taken + 1;
-}
-
-static void scratch_give(scratch *stack, void *memory) {
-    ((piece *)memory - 1)->live = 0;
-    for (piece *top = stack->top; top && !top->live; top = stack->top) {
-        block *home = top->home;
-        home->used = (size_t)((char *)top - home->data);
-        stack->top = top->below;
-        if (!home->used && home->below) stack->current = home->below;
-    }
-}
-
-static void scratch_free(scratch *stack) {
-    block *home = stack->current;
-    while (home && home->above) home = home->above;
-    while (home) {
-        block *below = home->below;
-        free(home);
-        home = below;
-    }
-    *stack = (scratch){0};
-}
-
 /* ---- errors: text per thread, as errno is ---- */
 
-static _Thread_local char message[256];
+_Thread_local char message[MESSAGE_BYTES];
 
 static void say(const char *text) {
     size_t length = strlen(text);
@@ -186,172 +47,6 @@ static void say_number(int64_t value) {
     say_more(first);
 }
 
-/* ---- the pool ---- */
-
-enum { EMPTY, READY, TAKEN, SLEEPING, LEAVE };
-
-typedef struct {
-    _Alignas(LINE) atomic_uint state;
-    int task;
-    task_function run;
-    void *data;
-    pthread_t thread;
-    scratch memory;
-} worker;
-
-static struct {
-    atomic_uint busy; /* held by the caller whose loop the workers run */
-    int workers;
-    group env;
-    _Alignas(LINE) atomic_uint pending;
-    atomic_uint waiting;
-    atomic_int failed;
-    char message[sizeof message];
-    worker all[MAX_THREADS - 1];
-} pool;
-static atomic_int callers; /* threads inside gw_run */
-
-/* What the kernels running on this thread use. */
-static _Thread_local struct {
-    scratch *memory;
-    int threads;
-    int nested; /* inside a parallel loop: loops in it run serially */
-} self;
-
-static void perform(int task, task_function run, void *data) {
-    int result = run(task, &pool.env, data);
-    if (result && !atomic_exchange(&pool.failed, result)) memcpy(pool.message, message, sizeof message);
-}
-
-static void *work(void *argument) {
-    worker *me = argument;
-    self.memory = &me->memory;
-    self.nested = 1;
-    for (;;) {
-        unsigned state = spin_while(&me->state, EMPTY);
-        if (state == EMPTY && atomic_compare_exchange_strong(&me->state, &state, SLEEPING)) {
-            while ((state = atomic_load(&me->state)) == SLEEPING) sleep_while(&me->state, SLEEPING);
-        }
-        if (state == LEAVE) return NULL;
-        state = READY;
-        if (!atomic_compare_exchange_strong(&me->state, &state, TAKEN)) continue;
-        message[0] = 0;
-        perform(me->task, me->run, me->data);
-        atomic_store_explicit(&me->state, EMPTY, memory_order_release);
-        if (atomic_fetch_sub(&pool.pending, 1) == 1 && atomic_load(&pool.waiting)) wake_one(&pool.pending);
-    }
-}
-
-static void post(worker *to, unsigned state) {
-    if (atomic_exchange(&to->state, state) == SLEEPING) wake_one(&to->state);
-}
-
-static void grow(int workers) {
-    if (pool.workers >= workers) return;
-    sigset_t all, before; /* signals stay with the program's own threads */
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, &before);
-    while (pool.workers < workers) {
-        worker *next = &pool.all[pool.workers];
-        atomic_store(&next->state, EMPTY);
-        if (pthread_create(&next->thread, NULL, work, next)) break; /* callers then do more themselves */
-        pool.workers++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-}
-
-static int launch(task_function run, void *data, int tasks) {
-    if (tasks <= 0 || tasks > self.threads) tasks = self.threads;
-    int others = atomic_load_explicit(&callers, memory_order_relaxed);
-    /* Enough callers to fill the machine run fastest each alone. */
-    if (self.nested || tasks <= 1 || (others > 1 && others >= tasks) || atomic_exchange(&pool.busy, 1)) {
-        group alone = {NULL, 1};
-        return run(0, &alone, data);
-    }
-    grow(tasks - 1);
-    int posted = pool.workers < tasks - 1 ? pool.workers : tasks - 1;
-    pool.env = (group){NULL, tasks};
-    atomic_store_explicit(&pool.failed, 0, memory_order_relaxed);
-    atomic_store_explicit(&pool.pending, (unsigned)posted, memory_order_relaxed);
-    for (int i = 0; i < posted; i++) {
-        worker *to = &pool.all[i];
-        to->task = i + 1;
-        to->run = run;
-        to->data = data;
-        post(to, READY);
-    }
-    self.nested = 1;
-    perform(0, run, data);
-    for (int task = posted + 1; task < tasks; task++) perform(task, run, data);
-    for (int i = 0; i < posted; i++) {
-        unsigned state = READY;
-        if (atomic_compare_exchange_strong(&pool.all[i].state, &state, EMPTY)) {
-            perform(i + 1, run, data);
-            atomic_fetch_sub(&pool.pending, 1);
-        }
-    }
-    self.nested = 0;
-    for (unsigned left; (left = atomic_load(&pool.pending));) {
-        if (spin_while(&pool.pending, left) != left) continue;
-        atomic_store(&pool.waiting, 1);
-        if ((left = atomic_load(&pool.pending))) sleep_while(&pool.pending, left);
-        atomic_store(&pool.waiting, 0);
-    }
-    int failed = atomic_load(&pool.failed);
-    if (failed) memcpy(message, pool.message, sizeof message);
-    atomic_store_explicit(&pool.busy, 0, memory_order_release);
-    return failed;
-}
-
-/* ---- fork: a page that the child finds zeroed tells it that the workers are gone ---- */
-
-static atomic_uint *family; /* 1: this process made the pool */
-static atomic_uint family_word;
-static int family_pid; /* compared where the system cannot wipe pages */
-
-static void meet_family(void) {
-    if (!family_pid && atomic_load_explicit(family, memory_order_acquire) == 1) return;
-    if (family_pid && family_pid == (int)getpid()) return;
-    unsigned expected = family_pid ? 1 : 0;
-    if (atomic_compare_exchange_strong(family, &expected, 2)) {
-        memset(&pool, 0, sizeof pool);
-        atomic_store(&callers, 0);
-        if (family_pid) family_pid = (int)getpid();
-        atomic_store(family, 1);
-    } else {
-        while (atomic_load(family) != 1) relax();
-    }
-}
-
-__attribute__((constructor)) static void start(void) {
-    static char room[2 * LARGEST_PAGE]; /* holds one whole page, whatever its size */
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    void *wiped = (void *)round_up((uintptr_t)room, page);
-    if (page <= LARGEST_PAGE && madvise(wiped, page, 18 /* MADV_WIPEONFORK */) == 0) {
-        family = wiped;
-    } else {
-        family = &family_word;
-        family_pid = (int)getpid();
-    }
-    atomic_store(family, 1);
-}
-
-/* At dlclose and at exit: no thread of ours may outlive the code it runs. */
-__attribute__((destructor)) static void stop(void) {
-    meet_family();
-    for (int64_t end = now() + 2000000000; atomic_exchange(&pool.busy, 1);) {
-        if (now() > end) return; /* a call is still running while the process ends: leave it be */
-        struct timespec pause = {0, 100000};
-        nanosleep(&pause, NULL);
-    }
-    for (int i = 0; i < pool.workers; i++) post(&pool.all[i], LEAVE);
-    for (int i = 0; i < pool.workers; i++) {
-        pthread_join(pool.all[i].thread, NULL);
-        scratch_free(&pool.all[i].memory);
-    }
-    pool.workers = 0;
-}
-
 /* ---- what kernels call: TVM's objects go through these pointers; theirs are weak, ours win ---- */
 
 static void *take(int kind, int device, uint64_t bytes, int code, int bits) {
@@ -367,23 +62,22 @@ static int give(int kind, int device, void *memory) {
     return 0;
 }
 
-static void raise_text(const char *kind, const char *text) {
+int (*__TVMBackendParallelLaunch)(task_function, void *, int) = launch;
+void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = take;
+int (*__TVMBackendFreeWorkspace)(int, int, void *) = give;
+
+/* A failed assertion of a kernel calls these by name. */
+void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *text) {
     say(kind);
     say_more(": ");
     say_more(text);
 }
 
-static void raise_parts(const char *kind, const char **parts, int32_t count) {
+void TVMFFIErrorSetRaisedFromCStrParts(const char *kind, const char **parts, int32_t count) {
     say(kind);
     say_more(": ");
     for (int32_t i = 0; i < count; i++) say_more(parts[i]);
 }
-
-int (*__TVMBackendParallelLaunch)(task_function, void *, int) = launch;
-void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = take;
-int (*__TVMBackendFreeWorkspace)(int, int, void *) = give;
-void (*__TVMFFIErrorSetRaisedFromCStr)(const char *, const char *) = raise_text;
-void (*__TVMFFIErrorSetRaisedFromCStrParts)(const char *, const char **, int32_t) = raise_parts;
 
 /* ---- the calls of runtime.h ---- */
 

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,19 @@ import platformdirs
 
 from ...errors import ToolMissing
 
-_SOURCES = ("runtime.c",)
-_HEADERS = ("runtime.h",)
-_FLAGS = ("-O2", "-fPIC", "-std=c11", "-D_GNU_SOURCE", "-g0", "-Wall", "-Wextra", "-Werror")
+_SOURCES = ("runtime.c", "pool.c", "scratch.c", "half.c")
+_HEADERS = ("runtime.h", "internal.h")
+_FLAGS = ("-O2", "-fPIC", "-ffunction-sections", "-std=c11", "-D_GNU_SOURCE", "-g0", "-Wall", "-Wextra", "-Werror")
+# What runtime.c, LLVM's lowering of plain C and TVM's intrinsics may ask of libc and libm.
+_C_LIBRARY = """
+    __tls_get_addr clock_gettime free getpid madvise memcpy memmove memset nanosleep posix_memalign pthread_create
+    pthread_join pthread_sigmask sigfillset strlen syscall sysconf abs labs
+"""
+_MATH = """
+    acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs floor fma
+    fmax fmin fmod hypot ldexp lgamma log log10 log1p log2 lrint lround nearbyint nextafter pow remainder rint round
+    roundeven sin sincos sinh sqrt tan tanh tgamma trunc
+"""
 _EXPORTS = ("gw_init", "gw_run", "gw_free", "gw_error", "gw_set_threads", "gw_get_threads")
 
 
@@ -42,21 +53,19 @@ def runtime_objects(triple: str) -> list[Path]:
     if all(path.is_file() for path in objects):
         return objects
     kept.mkdir(parents=True, exist_ok=True)
-    for name, path in zip(_SOURCES, objects, strict=True):
-        # Another process may be doing the same: whoever is last replaces one complete file by an equal one.
-        handle, temporary = tempfile.mkstemp(dir=kept, suffix=".o")
-        os.close(handle)
-        try:
-            _zig("cc", *_FLAGS, "-target", target, "-c", str(here / name), "-o", temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+    with tempfile.TemporaryDirectory(dir=kept) as scratch:
+        for name, path in zip(_SOURCES, objects, strict=True):
+            made = Path(scratch, path.name)
+            _zig("cc", *_FLAGS, "-target", target, "-c", str(here / name), "-o", str(made))
+            os.replace(made, path)  # another process may be doing the same: an equal file replaces an equal file
     return objects
 
 
 def link(objects: Sequence[Path], output: Path) -> None:
-    """Link objects to a shared library that exports the calls of runtime.h only."""
+    """Link objects to a shared library that exports the calls of runtime.h only.
+
+    What the C library does not have is refused here: on the target it would be found missing only when loaded.
+    """
     with tempfile.TemporaryDirectory() as directory:
         script = Path(directory, "exports.map")
         script.write_text(f"{{ global: {'; '.join(_EXPORTS)}; local: *; }};\n")
@@ -73,6 +82,27 @@ def link(objects: Sequence[Path], output: Path) -> None:
             "-o",
             str(output),
         )
+
+    unknown = undefined_symbols(output) - {*_C_LIBRARY.split(), *_MATH.split(), *(f"{name}f" for name in _MATH.split())}
+    assert not unknown, f"generated code calls {sorted(unknown)}, which nothing provides"
+
+
+def undefined_symbols(library: Path) -> set[str]:
+    """The names a 64-bit little-endian ELF library expects to find in the process that loads it."""
+    content = library.read_bytes()
+    (sections,) = struct.unpack_from("<Q", content, 0x28)
+    size, count = struct.unpack_from("<HH", content, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", content, sections + i * size) for i in range(count)]
+    names = set()
+    for _, kind, _, _, offset, length, link, _, _, entry in headers:
+        if kind == 11:  # SHT_DYNSYM; its `link` is the section of its names
+            strings = headers[link][4]
+            for start in range(offset + entry, offset + length, entry):
+                name, _, _, section = struct.unpack_from("<IBBH", content, start)
+                if section == 0:  # SHN_UNDEF
+                    end = content.index(b"\0", strings + name)
+                    names.add(content[strings + name : end].decode())
+    return names
 
 
 def zig_target(triple: str) -> str:

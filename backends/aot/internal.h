@@ -1,0 +1,51 @@
+/* What the three files of the runtime share. */
+#ifndef GRAPHWRIGHT_INTERNAL_H
+#define GRAPHWRIGHT_INTERNAL_H
+
+#include "runtime.h"
+
+#include <stdatomic.h>
+#include <stddef.h>
+
+#define LINE 64 /* bytes of a cache line, and the alignment of all memory handed out */
+
+static inline uint64_t round_up(uint64_t bytes, uint64_t to) { return (bytes + to - 1) / to * to; }
+
+/* ---- scratch.c: memory ---- */
+
+typedef struct {
+    struct block *current;
+    struct piece *top;
+} scratch;
+
+void *aligned(size_t bytes); /* LINE-aligned, given back by free(); NULL where there is none */
+void *scratch_take(scratch *stack, uint64_t bytes);
+void scratch_give(scratch *stack, void *memory);
+void scratch_free(scratch *stack);
+
+/* ---- runtime.c: the text of the calling thread's last error ---- */
+
+enum { MESSAGE_BYTES = 256 };
+extern _Thread_local char message[MESSAGE_BYTES];
+
+/* ---- pool.c ---- */
+
+typedef struct { /* TVMParallelGroupEnv */
+    void *sync_handle;
+    int32_t num_task;
+} group;
+typedef int (*task_function)(int task, group *env, void *data);
+
+typedef struct { /* what the kernels running on a thread use */
+    scratch *memory;
+    int threads;
+    int nested; /* inside a parallel loop: loops in it run serially */
+} surroundings;
+
+extern _Thread_local surroundings self;
+extern atomic_int callers; /* threads inside gw_run */
+
+int launch(task_function run, void *data, int tasks);
+void meet_family(void); /* at the start of every call: notice that this process is a forked child */
+
+#endif
