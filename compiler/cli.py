@@ -179,10 +179,13 @@ def explain(model: Model, target: Target = "native", input: Inputs = None) -> No
 def verify(model: Model, target: Target = "native", input: Inputs = None) -> None:
     """Compare every pass and the machine code with PyTorch in float64; exit 1 where they differ."""
     with progress(f"verifying {model} for {target}"):
+        from ..hwdb import lookup, obstacle
         from .verify import verify_model
 
         result = verify_model(*_load(model, input), target=target)
     typer.echo(result.text())
+    if reason := obstacle(lookup(target)):
+        typer.echo(f"machine code not run: {reason}")
 
 
 @app.command()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import GraphwrightError
-from ..hwdb import detect, lookup, missing_features
+from ..hwdb import detect, lookup, obstacle
 
 Status = Literal["ok", "missing", "broken"]
 
@@ -179,9 +179,5 @@ def _target(name: str) -> Finding:
     what = f"target {name}"
     if not codegen.llvm_is_valid_cpu(hw.llvm_cpu, hw.triple):
         return Finding(what, "broken", f"the LLVM of apache-tvm has no code generation for {hw.llvm_cpu}")
-    if hw.isa != detect().isa:
-        return Finding(what, "ok", "can be built here; run it on such a machine")
-    lacking = missing_features(hw.features)
-    if lacking:
-        return Finding(what, "ok", f"can be built here, not run: this machine lacks {', '.join(lacking)}")
-    return Finding(what, "ok", "can be built and run here")
+    reason = obstacle(hw)
+    return Finding(what, "ok", f"can be built here, not run: {reason}" if reason else "can be built and run here")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,14 @@ def runner(directory: Path, plan: Plan, threads: int) -> Run:
 def assembled(
     directory: Path, described: Description, threads: int, graph: Callable[[], fx.GraphModule] | None = None
 ) -> Compiled:
-    """The compiled model whose files lie in `directory`."""
+    """The compiled model whose files lie in `directory`.
+
+    One made for another machine can be saved and reported on; calling it raises ArtifactError.
+    """
+    try:
+        artifact.check_machine(artifact.inspect(directory), Path("this model"))
+    except ArtifactError as foreign:
+        return Compiled(_refusing(str(foreign)), described.signature, None, directory, described.report, graph)
     code = _library(directory, threads)
     run = executor(described.plan, code, _constants(directory))
     return Compiled(run, described.signature, code, directory, described.report, graph)
@@ -83,6 +90,13 @@ def from_data(data: dict[str, Any]) -> Description:
     return Description(
         from_json(data["plan"]), _signature_from_data(data["signature"]), Report.from_dict(data["report"])
     )
+
+
+def _refusing(reason: str) -> Run:
+    def refuse(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        raise ArtifactError(reason)
+
+    return refuse
 
 
 def _library(directory: Path, threads: int) -> aot.Library | None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from .cost import Work
 from .records import Cache, Hardware, Source
 
-__all__ = ["Cache", "Hardware", "Source", "Work", "detect", "lookup", "missing_features", "names"]
+__all__ = ["Cache", "Hardware", "Source", "Work", "detect", "lookup", "missing_features", "names", "obstacle"]
 
 
 def detect() -> Hardware:
@@ -44,3 +44,12 @@ def names() -> list[str]:
 def missing_features(required: Iterable[str]) -> list[str]:
     """Return those of the LLVM features `required` that this machine lacks: code using them would die."""
     return sorted(set(required) - detect().features)
+
+
+def obstacle(hw: Hardware) -> str | None:
+    """Return why code made for `hw` cannot run on this machine, or None where it can."""
+    here = detect()
+    if hw.isa != here.isa:
+        return f"it is {hw.isa} code and this machine is {here.isa}"
+    lacking = missing_features(hw.features)
+    return f"this machine lacks {', '.join(lacking)}" if lacking else None

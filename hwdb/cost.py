@@ -58,9 +58,7 @@ def memory_bandwidth_gbs(hw: Hardware, footprint_bytes: float) -> float | None:
         copies = math.ceil(hw.cores / cache.shared_by_cores)
         if footprint_bytes <= cache.size_bytes * copies:
             return hw.bandwidth_gbs(cache.level)
-    rates = [
-        rate for level in (0, *(cache.level for cache in hw.caches)) if (rate := hw.bandwidth_gbs(level))
-    ]
+    rates = [rate for level in (0, *(cache.level for cache in hw.caches)) if (rate := hw.bandwidth_gbs(level))]
     # DRAM is not faster than the caches in front of it, whatever its record says.
     return min(rates) if hw.dram_gbs is not None else None
 

@@ -140,9 +140,7 @@ def _flags(fields: dict[str, str], isa: str) -> set[str]:
     return set(fields.get("flags" if isa == "x86_64" else "Features", "").split())
 
 
-def _largest_cluster(
-    root: Path, usable: list[int], processors: dict[int, dict[str, str]], isa: str
-) -> list[int]:
+def _largest_cluster(root: Path, usable: list[int], processors: dict[int, dict[str, str]], isa: str) -> list[int]:
     """Return the usable CPUs of the fastest kind: equal shares of work end with the slowest core."""
 
     def capacity(cpu: int) -> int:
@@ -164,9 +162,7 @@ def _largest_cluster(
     return [cpu for cpu in usable if cpu not in small] or usable
 
 
-def _record_of(
-    records: Database, isa: str, fields: dict[str, str], flags: set[str], features: frozenset[str]
-) -> str:
+def _record_of(records: Database, isa: str, fields: dict[str, str], flags: set[str], features: frozenset[str]) -> str:
     """Return the processor's record: by its numbers, else by archspec's nearest ancestor, else by level."""
     numbers = _numbers(isa, fields)
     key = "cpuid" if isa == "x86_64" else "parts"
@@ -204,11 +200,7 @@ def _matches(pattern: str, numbers: tuple[str, ...]) -> bool:
     parts = pattern.split("/")
     if len(parts) == 3 and "-" in parts[2]:
         first, last = parts[2].split("-")
-        return (
-            parts[:2] == list(numbers[:2])
-            and numbers[2].isdigit()
-            and int(first) <= int(numbers[2]) <= int(last)
-        )
+        return parts[:2] == list(numbers[:2]) and numbers[2].isdigit() and int(first) <= int(numbers[2]) <= int(last)
     return tuple(parts) == numbers
 
 

@@ -106,9 +106,7 @@ class Database:
         for name in (record.id, *record.values.get("aliases", ())):
             other = self._aliases.setdefault(spelling(name), record.id)
             if other != record.id:
-                raise RecordError(
-                    f"{record.where}: the name {name!r} already belongs to {self.records[other].where}"
-                )
+                raise RecordError(f"{record.where}: the name {name!r} already belongs to {self.records[other].where}")
         if record.id in self.records:
             raise RecordError(f"{record.where}: this record already exists: {self.records[record.id].where}")
         self.records[record.id] = record
@@ -116,9 +114,7 @@ class Database:
     def _check_references(self, record: Record) -> None:
         for id in record.values["source"]:
             if id not in self.sources:
-                raise RecordError(
-                    f"{record.where}: source {id!r} is not in any [source.*]{suggest(id, self.sources)}"
-                )
+                raise RecordError(f"{record.where}: source {id!r} is not in any [source.*]{suggest(id, self.sources)}")
         lineage = self.lineage(record.id)
         values = self.merged(record.id)
         missing = [key for key in _NEEDED if key not in values]
@@ -242,9 +238,7 @@ def _source(id: str, values: Mapping[str, Any], where: str) -> Source:
         if key not in ("kind", "title", "url", "date"):
             raise RecordError(f"{where}: unknown key {key!r}{suggest(key, ('kind', 'title', 'url', 'date'))}")
     if values["kind"] not in _SOURCE_KINDS:
-        raise RecordError(
-            f"{where}: kind {values['kind']!r} is not one of {', '.join(sorted(_SOURCE_KINDS))}"
-        )
+        raise RecordError(f"{where}: kind {values['kind']!r} is not one of {', '.join(sorted(_SOURCE_KINDS))}")
     return Source(id, **values)
 
 
@@ -256,24 +250,18 @@ def _check_values(values: Mapping[str, Any], where: str) -> None:
             expected = " or ".join(kind.__name__ for kind in _KEYS[key])
             raise RecordError(f"{where}: {key} = {value!r} is not {expected}")
         if isinstance(value, _NUMBER) and value <= 0:
-            raise RecordError(
-                f"{where}: {key} = {value!r}: leave an unknown value out instead of writing it as 0"
-            )
+            raise RecordError(f"{where}: {key} = {value!r}: leave an unknown value out instead of writing it as 0")
         if key != "caches" and isinstance(value, list) and not all(isinstance(item, str) for item in value):
             raise RecordError(f"{where}: {key} is a list of strings")
     for key in ("source", "confidence"):
         if not values.get(key):
-            raise RecordError(
-                f"{where}: {key} missing: every record says where it comes from and how sure it is"
-            )
+            raise RecordError(f"{where}: {key} missing: every record says where it comes from and how sure it is")
     if values["confidence"] not in ("high", "medium", "low"):
         raise RecordError(f"{where}: confidence {values['confidence']!r} is not high, medium or low")
     if isinstance(rates := values.get("fma_per_cycle"), dict):
         for bits, rate in rates.items():
             if bits not in ("128", "256", "512") or not isinstance(rate, _NUMBER) or rate <= 0:
-                raise RecordError(
-                    f"{where}: fma_per_cycle: {bits} = {rate!r}: vector bits (128, 256, 512) to a rate"
-                )
+                raise RecordError(f"{where}: fma_per_cycle: {bits} = {rate!r}: vector bits (128, 256, 512) to a rate")
     _check_caches(values.get("caches", ()), where)
 
 

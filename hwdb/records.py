@@ -62,9 +62,7 @@ class Source:
     """Where a fact comes from."""
 
     id: str
-    kind: Literal[
-        "vendor_datasheet", "vendor_doc", "driver_dump", "measured", "press", "derived", "memory", "system"
-    ]
+    kind: Literal["vendor_datasheet", "vendor_doc", "driver_dump", "measured", "press", "derived", "memory", "system"]
     title: str
     url: str | None = None
     date: str | None = None

@@ -12,11 +12,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import graphwright
 from graphwright import hwdb
 from graphwright.compiler import doctor
 from graphwright.compiler.cli import app
 from graphwright.compiler.model_argument import load_model, parse_input
-from graphwright.errors import CaptureError, GraphwrightError, InputError
+from graphwright.errors import ArtifactError, CaptureError, GraphwrightError, InputError
 
 FACTORIES = """
 import torch
@@ -95,8 +96,6 @@ def test_every_command_has_help(command):
 
 
 def test_version():
-    import graphwright
-
     assert run("--version").output == f"graphwright {graphwright.__version__}\n"
 
 
@@ -326,6 +325,20 @@ def test_verify_prints_errors():
     result = run("verify", "my_models:mlp")
     assert result.exit_code == 0, result.output
     assert "machine code" in result.output
+
+
+def test_code_for_another_machine_is_built_but_not_run():
+    """Never a crash: what cannot run here says so when it is called, loaded or verified."""
+    other = "aarch64" if hwdb.detect().isa == "x86_64" else "x86-64"
+    assert run("compile", "my_models:mlp", "-o", "out", "--target", other).exit_code == 0
+    assert "compile the model for target='native'" in fails("run", "out")
+    result = run("verify", "my_models:mlp", "--target", other)
+    assert result.exit_code == 0, result.output
+    assert "machine code not run: it is" in result.output
+    model, inputs = load_model("my_models:mlp")
+    compiled = graphwright.compile(model, inputs, target=other)
+    with pytest.raises(ArtifactError, match="target='native'"):
+        compiled(*inputs)
 
 
 def test_bench_refuses_unknown_peers():

@@ -45,9 +45,7 @@ def test_one_core_starts_no_threads():
 def test_unknown_rates_give_no_figure():
     assert predict_seconds(dataclasses.replace(HW, clock_mhz=None), Work({"float32": 1.0})) is None
     assert predict_seconds(dataclasses.replace(HW, dram_gbs=None), Work(bytes_read=1e12)) is None
-    assert (
-        predict_seconds(dataclasses.replace(HW, clock_mhz=None, dram_gbs=None), Work(bytes_read=1.0)) is None
-    )
+    assert predict_seconds(dataclasses.replace(HW, clock_mhz=None, dram_gbs=None), Work(bytes_read=1.0)) is None
 
 
 def test_resnet18_is_in_a_sane_range():

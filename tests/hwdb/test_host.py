@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from graphwright.hwdb import Cache, Hardware, detect, missing_features
+from graphwright.hwdb import Cache, Hardware, detect, lookup, missing_features, obstacle
 from graphwright.hwdb.host import cpu_quota, detect_at
 
 MACHINES = Path(__file__).parent / "machines"
@@ -181,3 +182,12 @@ def test_this_machine():
     assert detect() is hw
     assert missing_features(hw.features) == []
     assert missing_features(["sve2", "xop", "sse2" if hw.isa == "x86_64" else "neon"]) == ["sve2", "xop"]
+
+
+def test_an_obstacle_is_named():
+    here = detect()
+    assert obstacle(here) is None
+    other = lookup("aarch64" if here.isa == "x86_64" else "x86-64")
+    assert obstacle(other) == f"it is {other.isa} code and this machine is {here.isa}"
+    more = replace(here, features=here.features | {"no-such-feature"})
+    assert obstacle(more) == "this machine lacks no-such-feature"

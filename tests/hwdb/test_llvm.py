@@ -23,9 +23,7 @@ def llvm_features(codegen, triple: str, cpu: str, attributes: list[str] = ()) ->
     from tvm.target import Target
 
     return set(
-        codegen.llvm_get_cpu_features(
-            Target({"kind": "llvm", "mtriple": triple, "mcpu": cpu, "mattr": attributes})
-        )
+        codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mtriple": triple, "mcpu": cpu, "mattr": attributes}))
     )
 
 

@@ -138,9 +138,7 @@ def test_known_figures():
     assert zen4.lanes("bf16") == 32
     amx = dataclasses.replace(hwdb.lookup("sapphirerapids"), cores=1, clock_mhz=1000.0)
     assert amx.dot_product("int8") == "amx"
-    assert (
-        amx.peak_flops("int8") == 2048e9
-    )  # Intel optimization manual: 2048 int8 operations a cycle and core
+    assert amx.peak_flops("int8") == 2048e9  # Intel optimization manual: 2048 int8 operations a cycle and core
 
 
 def test_pi_has_no_crypto():
