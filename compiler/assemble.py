@@ -16,6 +16,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from ..hwdb import obstacle
 from . import artifact, compare, fingerprint, loading, pipeline, verify
 from .build import Built, build, default_passes
 from .cache import Cache
@@ -98,7 +99,7 @@ def _write(
     built = build(captured.graph, options.hw, directory)
     built_at = time.perf_counter()
     errors: tuple[ErrorRow, ...] = ()
-    if options.verify and example is not None and options.hw.native and not compare.is_random(captured.graph):
+    if options.verify and example is not None and obstacle(options.hw) is None and not compare.is_random(captured.graph):
         errors = _verify(directory, captured, built, example_tensors(example, captured.signature), options)
     report = Report(
         options.hw.id,

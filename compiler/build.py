@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import fx
 
 from ..errors import UnsupportedOp
-from ..hwdb import Hardware
+from ..hwdb import Hardware, obstacle
 from . import pipeline
 from .partition import Partition, partition
 from .plan import Plan, make_plan
@@ -88,7 +88,7 @@ def _lower(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, list[Any]]:
     failed: dict[fx.Node, str] = {}
     while True:
         parts = partition(graph, lambda node: failed.get(node) or why_not(node, hw))
-        if parts.reasons and not hw.native:
+        if parts.reasons and obstacle(hw) is not None:
             raise UnsupportedOp(_refusal(parts, hw))
         lowered = []
         try:
