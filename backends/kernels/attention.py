@@ -25,7 +25,7 @@ from tvm.tirx.script import builder as T
 from ...hwdb import Hardware
 from ..tiling import Tiling, choose_tiling
 from .loops import Shape, between, constant, share, span, spread, typed_kernel, view
-from .matmul import clear, each_row_tile, first_row, multiply_tile
+from .matmul import clear, each_row_tile, each_vector, first_row, multiply_tile
 from .packing import pack_panel, pack_panel_transposed
 from .vector_math import exp_nonpositive
 
@@ -80,9 +80,7 @@ def plan_attention(hw: Hardware, p: Problem, causal: bool) -> Plan:
         f"{pairs} heads x {blocks} blocks of {-(-p.queries // blocks)} queries, tiles {scores.rows}x{scores.columns} "
         f"and {values.rows}x{values.columns}, {tasks} {'task' if tasks == 1 else 'tasks'}"
     )
-    return Plan(
-        replace(scores, row_chunks=blocks), replace(values, row_chunks=blocks), blocks, parts, tasks, reason
-    )
+    return Plan(replace(scores, row_chunks=blocks), replace(values, row_chunks=blocks), blocks, parts, tasks, reason)
 
 
 def attention(
@@ -116,8 +114,7 @@ def attention(
 
     def body(*buffers: Any) -> None:
         q, k, v, out = (
-            _Heads(view(b, shape), layout)
-            for b, shape in zip((*buffers[:3], buffers[-1]), logical, strict=True)
+            _Heads(view(b, shape), layout) for b, shape in zip((*buffers[:3], buffers[-1]), logical, strict=True)
         )
         bias = _mask(view(buffers[3], (1,) * (4 - len(mask[0])) + mask[0]), mask[1]) if mask else None
         with T.parallel(0, plan.tasks) if plan.tasks > 1 else T.serial(0, 1) as task:
@@ -129,10 +126,9 @@ def attention(
                 part = tirx.floormod(unit, plan.parts)
                 b, h = tirx.floordiv(pair, p.heads), tirx.floormod(pair, p.heads)
                 kh = tirx.floordiv(h, p.heads // p.key_heads)
-                with T.If(packed_head[0] != b * p.key_heads + kh):
-                    with T.Then():
-                        block.pack(k, v, b, kh)
-                        T.buffer_store(packed_head, b * p.key_heads + kh, [0])
+                with T.If(packed_head[0] != b * p.key_heads + kh), T.Then():
+                    block.pack(k, v, b, kh)
+                    T.buffer_store(packed_head, b * p.key_heads + kh, [0])
                 with between(*share(plan.blocks, plan.parts, part)) as index:
                     block.run(q, out, b, h, index)
 
@@ -183,7 +179,7 @@ class _Block:
         self.scores = T.alloc_buffer((rows, stride), "float32", scope="global")
         self.inverse = T.alloc_buffer((rows,), "float32", scope="local")
         self.lane = T.alloc_buffer((4 * self.lanes,), "float32", scope="local")
-        self.edge = T.alloc_buffer((v.columns,), "float32", scope="local")
+        self.edge = T.alloc_buffer((v.rows * v.columns,), "float32", scope="local")
 
     def pack(self, k: _Heads, v: _Heads, b: Any, h: Any) -> None:
         """Lay out one head's keys (transposed) and values in panels."""
@@ -224,9 +220,7 @@ class _Block:
         with T.serial(0, stop - start) as r:
             self._softmax(b, h, start + r, r, keys, panels)
         with T.serial(0, t.panels) as panel:
-            each_row_tile(
-                s, index, lambda rows, row: self._value_tile(out, b, h, rows, row, start, panel, keys)
-            )
+            each_row_tile(s, index, lambda rows, row: self._value_tile(out, b, h, rows, row, start, panel, keys))
 
     def _score_tile(self, q: _Heads, b: Any, h: Any, rows: int, row: Any, start: Any, panel: Any) -> None:
         s = self.plan.scores
@@ -239,10 +233,16 @@ class _Block:
             lambda a, d: q.at(b, h, row + a, d),
             lambda d, column: self.k[panel, d, span(column, self.lanes)],
         )
-        for a in range(rows):
-            for j in range(0, s.columns, self.lanes):
-                value = self.acc[span(a * s.columns + j, self.lanes)] * constant(self.scale, self.lanes)
-                T.buffer_store(self.scores, value, [row - start + a, span(panel * s.columns + j, self.lanes)])
+        scale = constant(self.scale, self.lanes)
+        each_vector(
+            rows,
+            s,
+            lambda at, a, j: T.buffer_store(
+                self.scores,
+                self.acc[at] * scale,
+                [row - start + a, span(panel * s.columns + j, self.lanes)],
+            ),
+        )
 
     def _softmax(self, b: Any, h: Any, row: Any, r: Any, keys: Any, panels: Any) -> None:
         s, lanes = self.plan.scores, self.lanes
@@ -284,9 +284,7 @@ class _Block:
         inverse = tirx.Select(total == constant(0.0), constant(0.0), constant(1.0) / total)
         T.buffer_store(self.inverse, inverse, [r])
 
-    def _value_tile(
-        self, out: _Heads, b: Any, h: Any, rows: int, row: Any, start: Any, panel: Any, keys: Any
-    ) -> None:
+    def _value_tile(self, out: _Heads, b: Any, h: Any, rows: int, row: Any, start: Any, panel: Any, keys: Any) -> None:
         t, lanes = self.plan.values, self.lanes
         clear(self.acc, rows, t)
         multiply_tile(
@@ -298,32 +296,35 @@ class _Block:
             lambda k, column: self.v[panel, k, span(column, lanes)],
         )
 
-        def value(a: int, j: int) -> Any:
-            return self.acc[span(a * t.columns + j, lanes)] * spread(self.inverse[row - start + a], lanes)
+        def value(at: Any, a: Any) -> Any:
+            return self.acc[at] * spread(self.inverse[row - start + a], lanes)
 
-        def store(width: int) -> None:
-            for a in range(rows):
-                for j in range(0, width // lanes * lanes, lanes):
-                    place = out.place(b, h, row + a, span(panel * t.columns + j, lanes))
-                    T.buffer_store(out.buffer, value(a, j), place)
-                if width % lanes:
-                    j = width // lanes * lanes
-                    T.buffer_store(self.edge, value(a, j), [span(0, lanes)])
-                    with T.serial(0, width % lanes) as i:
-                        place = out.place(b, h, row + a, panel * t.columns + j + i)
-                        T.buffer_store(out.buffer, self.edge[i], place)
+        def store() -> None:
+            each_vector(
+                rows,
+                t,
+                lambda at, a, j: T.buffer_store(
+                    out.buffer, value(at, a), out.place(b, h, row + a, span(panel * t.columns + j, lanes))
+                ),
+            )
+
+        def store_part(width: int) -> None:
+            each_vector(rows, t, lambda at, a, j: T.buffer_store(self.edge, value(at, a), [at]))
+            with T.serial(0, rows) as a, T.serial(0, width) as j:
+                place = out.place(b, h, row + a, panel * t.columns + j)
+                T.buffer_store(out.buffer, self.edge[a * t.columns + j], place)
 
         full, tail = divmod(self.p.value_depth, t.columns)
         if not tail:
-            store(t.columns)
+            store()
         elif not full:
-            store(tail)
+            store_part(tail)
         else:
             with T.If(panel < full):
                 with T.Then():
-                    store(t.columns)
+                    store()
                 with T.Else():
-                    store(tail)
+                    store_part(tail)
 
 
 def _across(vectors: list[Any], combine: Callable[[Any, Any], Any], lanes: int) -> Any:

@@ -46,9 +46,7 @@ def batch_index(index: Any, batch: Shape, operand: Shape) -> Any:
     return position
 
 
-def choose_batch_tiling(
-    hw: Hardware, batch: int, M: int, N: int, K: int, transpose_a: bool = False
-) -> Tiling:
+def choose_batch_tiling(hw: Hardware, batch: int, M: int, N: int, K: int, transpose_a: bool = False) -> Tiling:
     """The tiling of `batch` products; a transposed a is contiguous along rows, so its rows never alias."""
     return choose_tiling(hw, M, N, K, repeats=max(1, batch), row_stride_bytes=4 if transpose_a else None)
 
@@ -96,7 +94,7 @@ def batch_matmul(
         with T.parallel(0, t.tasks) if t.tasks > 1 else T.serial(0, 1) as task:
             scratch = allocate(t)
             needs_panel = not in_place or N % t.columns
-            packed = T.alloc_buffer((K, t.columns), "float32", scope="global") if needs_panel and K else None
+            packed: Any = T.alloc_buffer((K, t.columns), "float32", scope="global") if needs_panel and K else None
             with between(*share(units, t.tasks, task)) as unit:
                 panel = tirx.floormod(unit, t.panels)
                 chunk = tirx.floormod(tirx.floordiv(unit, t.panels), t.row_chunks) if t.row_chunks > 1 else 0
@@ -135,7 +133,7 @@ def batch_matmul(
                         )
                     multiply(from_panel=True)
 
-                if not in_place or N < t.columns:
+                if not in_place or t.columns > N:
                     pack_and_multiply()
                 elif N % t.columns == 0:
                     multiply(from_panel=False)

@@ -14,9 +14,7 @@ from tvm.tirx.script import builder as T
 Shape = tuple[int, ...]
 
 
-def kernel_function(
-    name: str, operands: Sequence[Shape], results: Sequence[Shape], body: Callable[..., None]
-) -> Any:
+def kernel_function(name: str, operands: Sequence[Shape], results: Sequence[Shape], body: Callable[..., None]) -> Any:
     """Return the PrimFunc over float32 buffers `operands`, `results`; `body(*buffers)` emits its statements.
 
     It is opaque to operator fusion and promises that its buffers do not overlap: without that promise every

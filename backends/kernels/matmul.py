@@ -73,19 +73,18 @@ class Epilogue:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Storage of one task: the accumulator block that all tile variants share, and a tile for the N tail."""
+    """Storage of one task; what the tiling does not need is None."""
 
-    accumulators: Any
-    edge: Any | None
-    partial: Any | None = None  # where sums over a part of k rest, for the rows of one chunk
+    accumulators: Any  # one block that all tile variants share
+    edge: Any  # a tile on its way past the last column
+    partial: Any  # where sums over a part of k rest, for the rows of one chunk
 
 
-def _each_vector(rows: int, tiling: Tiling, emit: Callable[[Any, int, Any], None]) -> None:
-    """Call emit(place among the accumulators, row, place in the row) for every vector of a tile."""
-    lanes = tiling.lanes
-    for a in range(rows):
-        for j in range(0, tiling.columns, lanes):
-            emit(span(a * tiling.columns + j, lanes), a, span(j, lanes))
+def each_vector(rows: int, tiling: Tiling, emit: Callable[[Any, Any, Any], None]) -> None:
+    """Call emit(place among the accumulators, row, column) for every vector of a tile, in unrolled loops."""
+    with T.unroll(0, rows) as a, T.unroll(0, tiling.columns // tiling.lanes) as b:
+        j = b * tiling.lanes
+        emit(span(a * tiling.columns + j, tiling.lanes), a, j)
 
 
 def multiply_tile(
@@ -99,15 +98,16 @@ def multiply_tile(
     """Add left(row, k) (scalars) times right(k, column) (vectors), for k in range(depth), to `acc`."""
     lanes = tiling.lanes
     with T.serial(0, depth) as k:
-        for a in range(rows):
-            for j in range(0, tiling.columns, lanes):
-                at = span(a * tiling.columns + j, lanes)
-                T.buffer_store(acc, acc[at] + spread(left(a, k), lanes) * right(k, j), [at])
+        each_vector(
+            rows,
+            tiling,
+            lambda at, a, j: T.buffer_store(acc, acc[at] + spread(left(a, k), lanes) * right(k, j), [at]),
+        )
 
 
 def clear(acc: Any, rows: int, tiling: Tiling) -> None:
     """Zero the accumulators of one tile."""
-    _each_vector(rows, tiling, lambda at, a, j: T.buffer_store(acc, constant(0.0, tiling.lanes), [at]))
+    each_vector(rows, tiling, lambda at, a, j: T.buffer_store(acc, constant(0.0, tiling.lanes), [at]))
 
 
 def store_tile(
@@ -134,21 +134,20 @@ def store_tile(
             _store_edge(scratch, rows, tiling, out, row, full * tiling.columns, tail, epilogue)
 
 
-def _store_full(
-    acc: Any, rows: int, tiling: Tiling, out: Any, row: Any, panel: Any, epilogue: Epilogue
-) -> None:
-    lanes, vectors = tiling.lanes, tiling.columns // tiling.lanes
-    for a in range(rows):
-        for b in range(vectors):
-            column = panel * tiling.columns + b * lanes
-            value = epilogue.add(acc[span((a * vectors + b) * lanes, lanes)], row + a, column, lanes)
-            if not epilogue.heavy:
-                value = epilogue.activate(value)
-            T.buffer_store(out, value, [row + a, span(column, lanes)])
+def _store_full(acc: Any, rows: int, tiling: Tiling, out: Any, row: Any, panel: Any, epilogue: Epilogue) -> None:
+    lanes, first = tiling.lanes, panel * tiling.columns
+
+    def write(at: Any, a: Any, j: Any) -> None:
+        value = epilogue.add(acc[at], row + a, first + j, lanes)
+        if not epilogue.heavy:
+            value = epilogue.activate(value)
+        T.buffer_store(out, value, [row + a, span(first + j, lanes)])
+
+    each_vector(rows, tiling, write)
     if epilogue.heavy:
-        with T.serial(0, rows) as a, T.serial(0, vectors) as b:
-            at = span(panel * tiling.columns + b * lanes, lanes)
-            T.buffer_store(out, epilogue.activate(out[row + a, at]), [row + a, at])
+        with T.serial(0, rows) as a, T.serial(0, tiling.columns // lanes) as b:
+            place = [row + a, span(first + b * lanes, lanes)]
+            T.buffer_store(out, epilogue.activate(out[tuple(place)]), place)
 
 
 def _store_edge(
@@ -162,12 +161,10 @@ def _store_edge(
     epilogue: Epilogue,
 ) -> None:
     """The last panel: through a scratch tile, then element by element up to the last column."""
-    lanes, columns = tiling.lanes, tiling.columns
-    for i in range(rows * columns // lanes):
-        at = span(i * lanes, lanes)
-        T.buffer_store(scratch.edge, scratch.accumulators[at], [at])
+    acc, edge = scratch.accumulators, scratch.edge
+    each_vector(rows, tiling, lambda at, a, j: T.buffer_store(edge, acc[at], [at]))
     with T.serial(0, rows) as a, T.serial(0, width) as j:
-        value = epilogue.add(scratch.edge[a * columns + j], row + a, column + j, 1)
+        value = epilogue.add(edge[a * tiling.columns + j], row + a, column + j, 1)
         T.buffer_store(out, epilogue.activate(value), [row + a, column + j])
 
 
@@ -200,9 +197,7 @@ def allocate(tiling: Tiling) -> Scratch:
     """Declare a task's accumulators (LLVM keeps them in registers) and, where needed, edge and partial sums."""
     size = tiling.rows * tiling.columns
     acc = T.alloc_buffer((size,), "float32", scope="local")
-    edge = (
-        T.alloc_buffer((size,), "float32", scope="local") if tiling.total_columns % tiling.columns else None
-    )
+    edge = T.alloc_buffer((size,), "float32", scope="local") if tiling.total_columns % tiling.columns else None
     partial = None
     if tiling.depth_blocks > 1:
         partial = T.alloc_buffer((chunk_rows(tiling), tiling.columns), "float32", scope="global")
@@ -224,7 +219,7 @@ def multiply_chunk(
 
     Row 0 of the product is row `row_offset` of `out` and of the residual.
     """
-    t, acc = tiling, scratch.accumulators
+    t, acc, partial = tiling, scratch.accumulators, scratch.partial
 
     def tile(rows: int, row: Any, block: Any) -> None:
         begin, end = share(t.depth, t.depth_blocks, block)
@@ -250,16 +245,20 @@ def multiply_chunk(
             with T.Then():
                 clear(acc, rows, t)
             with T.Else():
-                _each_vector(
-                    rows, t, lambda at, a, j: T.buffer_store(acc, scratch.partial[offset + a, j], [at])
+                each_vector(
+                    rows,
+                    t,
+                    lambda at, a, j: T.buffer_store(acc, partial[offset + a, span(j, t.lanes)], [at]),
                 )
         add()
         with T.If(block == t.depth_blocks - 1):
             with T.Then():
                 store_tile(scratch, rows, t, out, row_offset + row, panel, epilogue)
             with T.Else():
-                _each_vector(
-                    rows, t, lambda at, a, j: T.buffer_store(scratch.partial, acc[at], [offset + a, j])
+                each_vector(
+                    rows,
+                    t,
+                    lambda at, a, j: T.buffer_store(partial, acc[at], [offset + a, span(j, t.lanes)]),
                 )
 
     if t.depth_blocks == 1:

@@ -17,6 +17,7 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
+from ...passes import dialect
 from ..kernels.attention import Problem, attention, plan_attention, problem
 from ..kernels.batch_matmul import batch_matmul, broadcast_batch, choose_batch_tiling
 from ..kernels.matmul import matmul, pack_weight
@@ -24,7 +25,6 @@ from ..tiling import Tiling, choose_tiling
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
 aten = torch.ops.aten
-dialect = torch.ops.graphwright
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
@@ -106,9 +106,7 @@ def _product(
     return _batched(node, hw, a, b, shape_of(a), b_shape, extra, transpose_a, transpose_b)
 
 
-def _packed(
-    node: fx.Node, hw: Hardware, x: fx.Node, weight: fx.Node, extra: _Extra, transposed: bool
-) -> KernelCall:
+def _packed(node: fx.Node, hw: Hardware, x: fx.Node, weight: fx.Node, extra: _Extra, transposed: bool) -> KernelCall:
     out = shape_of(node)
     N, K = shape_of(weight)[-2:] if transposed else reversed(shape_of(weight)[-2:])
     M = prod(out[:-1])
@@ -177,7 +175,7 @@ def _work(M: int, N: int, K: int, batch: int, tiling: Tiling, elements_read: int
     )
 
 
-@kernel_for(dialect.linear.default)
+@kernel_for(dialect.linear)
 def linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act(x . w^T + bias + residual), w[N, K]."""
     x, weight, bias, residual, activation, args = bind(node)
@@ -191,7 +189,7 @@ def aten_linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return _product(node, hw, x, weight, _Extra(bias), transpose_b=True)
 
 
-@kernel_for(dialect.matmul.default)
+@kernel_for(dialect.matmul)
 def dialect_matmul(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act(op(a) . op(b) + bias + residual)."""
     a, b, bias, residual, transpose_a, transpose_b, activation, args = bind(node)
@@ -215,7 +213,7 @@ def addmm(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return _product(node, hw, a, b, _Extra(residual=added) if whole else _Extra(added))
 
 
-@kernel_for(dialect.attention.default)
+@kernel_for(dialect.attention)
 def dialect_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """softmax(q . k^T * scale + mask) . v; fewer key heads than query heads are shared in groups."""
     q, k, v, mask, causal, scale = bind(node)
@@ -270,16 +268,13 @@ def _attention(
         causal=causal,
         mask=mask_operand,
         mask_buffer=shape_of(mask) if mask is not None else None,
-        buffer_shapes=(*shapes, shape_of(node)),
+        buffer_shapes=(shapes[0], shapes[1], shapes[2], shape_of(node)),
         plan=plan,
     )
     pairs = p.batch * p.heads
     work = Work(
-        flops={
-            "float32": 2.0 * pairs * p.queries * p.keys * (p.depth + p.value_depth) * (0.5 if causal else 1)
-        },
-        bytes_read=4.0
-        * (sum(prod(shape) for shape in shapes) + (prod(mask_operand[0]) if mask_operand else 0)),
+        flops={"float32": 2.0 * pairs * p.queries * p.keys * (p.depth + p.value_depth) * (0.5 if causal else 1)},
+        bytes_read=4.0 * (sum(prod(shape) for shape in shapes) + (prod(mask_operand[0]) if mask_operand else 0)),
         bytes_written=4.0 * prod(shape_of(node)),
         launches=int(plan.tasks > 1),
         tasks=pairs * plan.parts,
