@@ -105,9 +105,7 @@ def flatten(stage: Stage, views: Views) -> Nest:
         flat, depth = views.flat(buffer)
         offset: Expr = None
         for extent, index in list(zip(buffer.shape, indices, strict=True))[depth:]:
-            offset = (
-                index if offset is None else offset * tirx.const(int(extent), str(index.ty.dtype)) + index
-            )
+            offset = index if offset is None else offset * tirx.const(int(extent), str(index.ty.dtype)) + index
         return flat, [tirx.const(0, "int32") if offset is None else analyzer.simplify(offset)]
 
     def load(node: Any) -> Any:
@@ -138,9 +136,7 @@ def _outside_addresses(body: Stmt) -> set[Var]:
     skip = tvm_ffi.structural.WalkResult.SKIP
     stores = collect(body, tirx.BufferStore)
     values = [store.value for store in stores] + [b.value for b in collect(body, tirx.Bind)]
-    tvm_ffi.structural_walk(
-        values, ((TensorLoad, lambda _: skip), (tirx.Var, lambda v: _note(found, v))), order="pre"
-    )
+    tvm_ffi.structural_walk(values, ((TensorLoad, lambda _: skip), (tirx.Var, lambda v: _note(found, v))), order="pre")
     return found
 
 
@@ -197,9 +193,7 @@ def simplify_integers(statement: Stmt, analyzer: Any) -> Stmt:
         return analyzer.simplify(node) if str(node.a.ty.dtype).startswith("int") else node
 
     comparisons = (tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ, tirx.NE)
-    return tvm_ffi.structural_map(
-        statement, ((TensorLoad, load), (tirx.BufferStore, store), (comparisons, compare))
-    )
+    return tvm_ffi.structural_map(statement, ((TensorLoad, load), (tirx.BufferStore, store), (comparisons, compare)))
 
 
 def collapse(nest: Nest, fixed: int) -> None:
@@ -210,9 +204,7 @@ def collapse(nest: Nest, fixed: int) -> None:
             outer, inner = axes[at], axes[at + 1]
             if _collapsible(nest, outer, inner):
                 dtype = str(inner.var.ty.dtype)
-                fused = Axis(
-                    tirx.Var(f"{outer.var.name}_{inner.var.name}", dtype), outer.extent * inner.extent
-                )
+                fused = Axis(tirx.Var(f"{outer.var.name}_{inner.var.name}", dtype), outer.extent * inner.extent)
                 extent = tirx.const(inner.extent, dtype)
                 axes[at : at + 2] = [fused]
                 values = {
@@ -241,7 +233,7 @@ def vectorisable_calls(body: Stmt) -> bool:
         if name in _FLOAT32_VECTOR_CALLS:
             if str(call.ty.dtype) not in ("float32", "float16"):
                 return False
-        elif name not in _VECTOR_CALLS:
+        elif name not in _VECTOR_CALLS and not name.startswith("graphwright."):
             return False
     return True
 
@@ -267,9 +259,7 @@ def pieces(nest: Nest, axis: Axis, limit: int = 12) -> list[Piece]:
         if isinstance(call.op, Op) and call.op.name == "tirx.if_then_else"
     ]
     atoms = [
-        atom
-        for atom in collect(guards, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ, tirx.NE)
-        if _uses(atom, axis.var)
+        atom for atom in collect(guards, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ, tirx.NE) if _uses(atom, axis.var)
     ]
     if not atoms:
         return [Piece(0, axis.extent, nest.body, not any(_uses(g, axis.var) for g in guards))]
@@ -329,9 +319,7 @@ def _piece(nest: Nest, axis: Axis, low: int, high: int) -> Piece:
         if not other.var.same_as(axis.var):
             bind(analyzer, other)
     body = fold_guards(nest.body, analyzer)
-    guards = [
-        c.args[0] for c in collect(body, Call) if isinstance(c.op, Op) and c.op.name == "tirx.if_then_else"
-    ]
+    guards = [c.args[0] for c in collect(body, Call) if isinstance(c.op, Op) and c.op.name == "tirx.if_then_else"]
     return Piece(low, high, body, not any(_uses(guard, axis.var) for guard in guards))
 
 
@@ -353,11 +341,7 @@ def merge(parts: list[Piece]) -> list[Piece]:
     """Join neighbouring pieces with the same body."""
     merged: list[Piece] = []
     for part in parts:
-        if (
-            merged
-            and merged[-1].uniform == part.uniform
-            and tvm_ffi.structural_equal(merged[-1].body, part.body)
-        ):
+        if merged and merged[-1].uniform == part.uniform and tvm_ffi.structural_equal(merged[-1].body, part.body):
             merged[-1] = replace(merged[-1], high=part.high)
         else:
             merged.append(part)

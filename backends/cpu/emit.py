@@ -70,7 +70,7 @@ def choose_plan(nest: Nest, candidates: Sequence[Axis], hw: Hardware) -> Plan:
         return best
     depth = 1
     for axis in nest.reduce:
-        depth *= axis.extent
+        depth *= max(axis.extent, 1)
     for axis in candidates:
         is_reduce = axis in nest.reduce
         if axis.extent < 2 or (is_reduce and combiner(nest) is None):
@@ -99,9 +99,7 @@ def choose_plan(nest: Nest, candidates: Sequence[Axis], hw: Hardware) -> Plan:
 
 def _lanes(nest: Nest, steps: Sequence[tuple[int | None, str, bool]], hw: Hardware) -> int:
     bits = [element_bits(dtype) for step, dtype, store in steps if step != 0 or store]
-    bits += [
-        element_bits(str(cast.ty.dtype)) for cast in collect(nest.body, tirx.Cast) if not _is_address(cast)
-    ]
+    bits += [element_bits(str(cast.ty.dtype)) for cast in collect(nest.body, tirx.Cast) if not _is_address(cast)]
     return max(hw.vector_bits // max(bits), 1)
 
 
@@ -144,7 +142,7 @@ def combiner(nest: Nest) -> tuple[Callable[[Expr, Expr], Expr], Expr] | None:
         return acc if is_accumulator(node) else node
 
     pattern = tvm_ffi.structural_map(value, ((kinds, TensorLoad), generalise), order="pre")
-    rest = {load for load in collect(pattern, TensorLoad)}
+    rest = collect(pattern, TensorLoad)
     free = [v for v in collect(pattern, tirx.Var) if not (v.same_as(x) or v.same_as(acc))]
     if rest or free or str(found.ty.dtype) != str(value.ty.dtype):
         return None
@@ -291,15 +289,11 @@ def _along_spatial(nest: Nest, values: dict[Var, Expr], plan: Plan, block: tuple
         statements.append(
             loops(
                 nest.reduce,
-                lambda r: sequence(
-                    each(lambda at, o: substitute(_accumulate(nest, body, acc, o), {**at, **r}))
-                ),
+                lambda r: sequence(each(lambda at, o: substitute(_accumulate(nest, body, acc, o), {**at, **r}))),
             )
         )
         statements += each(
-            lambda at, o: tirx.BufferStore(
-                nest.body.buffer, tirx.BufferLoad(acc, [o]), [substitute(place, at)]
-            )
+            lambda at, o: tirx.BufferStore(nest.body.buffer, tirx.BufferLoad(acc, [o]), [substitute(place, at)])
         )
         return sequence(statements)
 
@@ -437,9 +431,7 @@ def _in_memory(nest: Nest, values: dict[Var, Expr], plan: Plan) -> Stmt:
     def statement(body: Stmt, rest: dict[Var, Expr], start: Expr | None, width: int) -> Stmt:
         if axis is None:
             return _renamed(substitute(body, {**values, **rest}))
-        return _vector(
-            width, lambda v: _renamed(substitute(body, {**values, **rest, axis.var: start + v})), axis.var
-        )
+        return _vector(width, lambda v: _renamed(substitute(body, {**values, **rest, axis.var: start + v})), axis.var)
 
     def make(start: Expr | None, width: int) -> Stmt:
         update = loops(nest.reduce, lambda r: statement(nest.body, r, start, width))
@@ -450,9 +442,7 @@ def _in_memory(nest: Nest, values: dict[Var, Expr], plan: Plan) -> Stmt:
     if axis is None:
         return make(None, 1)
     full, rest = divmod(axis.extent, plan.lanes)
-    parts = (
-        [loop(full, lambda i: make(i * constant(plan.lanes, axis.var), plan.lanes), axis.var)] if full else []
-    )
+    parts = [loop(full, lambda i: make(i * constant(plan.lanes, axis.var), plan.lanes), axis.var)] if full else []
     if rest:
         first = full * plan.lanes
         parts.append(loop(rest, lambda i: make(i + constant(first, axis.var), 1), axis.var))

@@ -1,9 +1,9 @@
-"""Calls of exp, log, log1p, tanh, sigmoid, erf and rsqrt on float32 become the polynomials of `kernels.vector_math`.
+"""Calls of exp, log, log1p, tanh, sigmoid, erf and rsqrt on float32 become those of `kernels.vector_math`.
 
-    T.exp(x)       -> 2^n p(x - n ln2)        1 + T.erf(x) -> the normal distribution function, which keeps GELU's tail
+    T.exp(x) -> graphwright.exp(x)        1 + T.erf(x) -> graphwright.one_plus_erf(x), which keeps the tail of GELU
 
-float16 is computed in float32. Left alone: float64 (libm's accuracy is the point of it), bfloat16 (TVM's rounding to it repeats
-its operand, which no let survives), sqrt and the roundings (instructions), and pow, sin, cos and the rest (libm calls).
+float16 and bfloat16 are computed in float32. Left alone: float64 (libm's accuracy is the point of it), sqrt and the
+roundings (instructions), and pow, sin, cos and the rest (libm calls).
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import tvm_ffi
 from tvm import tirx
 from tvm.ir import Call, Op
 
-from ..kernels.vector_math import EXPANSIONS, one_plus_erf
+from ..kernels.vector_math import INTRINSICS, one_plus_erf
+
+_EXPANDED = {f"tirx.{name}": INTRINSICS[name] for name in ("exp", "log", "log1p", "tanh", "sigmoid", "erf", "rsqrt")}
+_NARROW = ("float16", "bfloat16")
 
 
 def _called(expression: Any) -> str | None:
@@ -38,24 +41,21 @@ def _expand_one_plus_erf(add: Any) -> Any:
 
 
 def _expand_call(call: Any) -> Any:
-    expansion = EXPANSIONS.get(_called(call) or "")
+    expansion = _EXPANDED.get(_called(call) or "")
     if expansion is None:
         return call
     dtype = str(call.ty.dtype)
     element, lanes = dtype.partition("x")[::2]
     if element == "float32":
         return expansion(call.args[0])
-    if element == "float16":
+    if element in _NARROW:
         wide = "float32" + ("x" + lanes if lanes else "")
         return tirx.Cast(dtype, expansion(tirx.Cast(wide, call.args[0])))
     return call
 
 
 def expand_math(program: Any) -> Any:
-    """Rewrite a tirx.PrimFunc, or every PrimFunc of an IRModule; the argument itself is not changed.
-
-    To be called after scheduling: each call becomes a chain of lets, and inlining would define their variables twice.
-    """
+    """Rewrite a tirx.PrimFunc, or every PrimFunc of an IRModule; the argument itself is not changed."""
     if isinstance(program, tvm.IRModule):
         functions = {
             name: expand_math(function) if isinstance(function, tirx.PrimFunc) else function

@@ -195,9 +195,7 @@ def _group(members: list[Stage], depth: int, private: Sequence[Any], views: View
     like = nest.axes[0].var
     if shares > 1 and not _guarded(nest, plan):
         share = Axis(tirx.Var("share", str(like.ty.dtype)), shares)
-        return _parallel(
-            [*outer, share], tasks, like, lambda at: emit(nest, at, plan, (at[share.var], shares)), []
-        )
+        return _parallel([*outer, share], tasks, like, lambda at: emit(nest, at, plan, (at[share.var], shares)), [])
     return _parallel(outer, tasks, like, lambda at: emit(nest, at, plan), [])
 
 
@@ -222,9 +220,7 @@ def _rows(members: list[Stage], depth: int, private: Sequence[Any], views: Views
     cycles = 0.0
     for stage in members:
         nest = access.flatten(stage, views)
-        values = {
-            own.var: _as(common.var, own.var) for own, common in zip(stage.spatial, shared, strict=False)
-        }
+        values = {own.var: _as(common.var, own.var) for own, common in zip(stage.spatial, shared, strict=False)}
         body = substitute(nest.body, values)
         init = None if nest.init is None else substitute(nest.init, values)
         nest = Nest([*shared, *nest.spatial[depth:]], nest.reduce, body, init, nest.simple)
@@ -265,9 +261,7 @@ def _parallel(axes: Sequence[Axis], tasks: int, like: Var, body: Any, allocation
             return sequence([*allocations, _at(axes, first, like, body)])
         var = tirx.Var("row", dtype)
         extent = constant(count, like) if isinstance(count, int) else count
-        inner = tirx.For(
-            var, constant(0, like), extent, tirx.ForKind.SERIAL, _at(axes, first + var, like, body)
-        )
+        inner = tirx.For(var, constant(0, like), extent, tirx.ForKind.SERIAL, _at(axes, first + var, like, body))
         return sequence([*allocations, inner])
 
     tasks = min(tasks, rows)

@@ -1,11 +1,14 @@
 """Transcendental functions as straight-line arithmetic on float32 expressions, scalar or vector.
 
-LLVM has no vector exp, so `T.exp` in a vectorised loop becomes a libm call per lane (8 to 48 times slower). The functions
-here are branch free: range reduction by bit tricks, one minimax polynomial, `Select` for the edges. They follow IEEE:
-infinities, NaN, signed zero, overflow to inf and gradual underflow, except where a docstring says otherwise.
+LLVM has no vector exp, so `T.exp` in a vectorised loop becomes a libm call per lane (8 to 48 times slower). The
+functions here are branch free: range reduction by bit tricks, one minimax polynomial, `Select` for the edges. They
+follow IEEE: infinities, NaN, signed zero, overflow to inf and gradual underflow, except where a docstring says otherwise.
 
-The polynomials come from `benchmarks/fit_polynomials.py`, which prints them with their error bound. The bounds in ulp are
-measured over all 2^32 floats (`tests/backends/test_vector_math.py --every-float`) with fused multiply-add.
+Each is an intrinsic of its own, `graphwright.exp(x)`, which TVM's last lowering pass replaces by the arithmetic: TVM's
+simplifier substitutes every let it meets, so that a polynomial written out early grows exponentially in each pass.
+
+The polynomials come from `benchmarks/fit_polynomials.py`, which prints them with their error bound. The bounds in ulp
+are measured over all 2^32 floats (`tests/backends/test_vector_math.py --every-float`) with fused multiply-add.
 
 A magic constant M = 1.5 * 2^23 (plus a bias) rounds to the nearest integer: in `t = x + M` the low bits of t's pattern
 hold that integer, and `t - M` is the integer as a float. It needs no rounding instruction and no conversion.
@@ -14,9 +17,10 @@ hold that integer, and `t - M` is the integer as a float. It needs no rounding i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
-from tvm import tirx
+from tvm import ir, tirx
 
 PrimExpr = Any  # tvm.ir expression of dtype float32 or float32xN
 
@@ -61,6 +65,29 @@ _TAIL_Q = (
     *(1.0, 1.67323637008667, 1.2005971670150757),
     *(0.46825888752937317, 0.10147105157375336, 0.010260279290378094),
 )
+
+
+# The functions by name, as the intrinsics that `expand_math` and the kernels call.
+INTRINSICS: dict[str, Callable[[PrimExpr], PrimExpr]] = {}
+
+
+def _intrinsic(formula: Callable[[PrimExpr], PrimExpr]) -> Callable[[PrimExpr], PrimExpr]:
+    """Make `formula` an intrinsic of its name; what is returned builds a call of it."""
+    name = f"graphwright.{formula.__name__}"
+    pure = 1  # CallEffectKind.kPure
+    ir.register_op_attr(name, "TCallEffectKind", pure)
+    ir.register_op_attr(name, "TVectorizable", True)
+    ir.register_op_attr(name, "TScriptPrinterName", name)
+    tirx.register_intrin_lowering(name, target="default", f=lambda call: formula(call.args[0]))
+
+    @wraps(formula)
+    def call(x: PrimExpr) -> PrimExpr:
+        dtype = str(x.ty.dtype)
+        assert dtype.startswith("float32"), dtype
+        return tirx.call_intrin(dtype, name, x)
+
+    INTRINSICS[formula.__name__] = call
+    return call
 
 
 class _Lets:
@@ -141,6 +168,7 @@ def _exp_reduced(r: PrimExpr, let: _Lets) -> PrimExpr:
     return let(_polynomial(r, _EXP) * (r * r) + r + _like(r, 1.0))
 
 
+@_intrinsic
 def exp(x: PrimExpr) -> PrimExpr:
     """e^x: 1.0 ulp; overflows to inf above 88.72, underflows gradually to 0 below -103.97."""
     let = _Lets()
@@ -154,6 +182,7 @@ def exp(x: PrimExpr) -> PrimExpr:
     return let.around(_exp_reduced(r, let) * low * high)
 
 
+@_intrinsic
 def exp_nonpositive(x: PrimExpr) -> PrimExpr:
     """e^x for x <= 0, as softmax needs it: 1.0 ulp; results below 2^-126 become 0; one multiplication less than `exp`."""
     let = _Lets()
@@ -163,6 +192,7 @@ def exp_nonpositive(x: PrimExpr) -> PrimExpr:
     return let.around(_exp_reduced(r, let) * scale)
 
 
+@_intrinsic
 def expm1(x: PrimExpr) -> PrimExpr:
     """e^x - 1: 1.6 ulp."""
     let = _Lets()
@@ -175,13 +205,14 @@ def expm1(x: PrimExpr) -> PrimExpr:
     return let.around(tirx.Select(x == _like(x, 0.0), x, doubled))  # keeps -0.0
 
 
+@_intrinsic
 def log(x: PrimExpr) -> PrimExpr:
     """Natural logarithm: 0.9 ulp; -inf at 0, NaN below."""
     let = _Lets()
-    return let.around(_log(let(x), let))
+    return let.around(_log_of(let(x), let))
 
 
-def _log(x: PrimExpr, let: _Lets) -> PrimExpr:
+def _log_of(x: PrimExpr, let: _Lets) -> PrimExpr:
     denormal = x < _like(x, _SMALLEST_NORMAL)  # a let of booleans breaks TVM's simplifier
     scaled = tirx.Select(denormal, x * _like(x, 2.0**23), x)
     # Offset by the pattern of sqrt(1/2): the exponent field then counts from sqrt(1/2) to sqrt(2).
@@ -198,18 +229,20 @@ def _log(x: PrimExpr, let: _Lets) -> PrimExpr:
     return let(tirx.Select(x > _like(x, 0.0), finite, edge))
 
 
+@_intrinsic
 def log1p(x: PrimExpr) -> PrimExpr:
     """log(1 + x): 1.5 ulp; the part of x that the sum rounds away comes back as a first-order correction."""
     let = _Lets()
     x = let(x)
     u = let(x + _like(x, 1.0))
     lost = x - (u - _like(x, 1.0))
-    corrected = let(_log(u, let) + lost / u)
+    corrected = let(_log_of(u, let) + lost / u)
     keep = tirx.any(u == _like(x, _INFINITY), u == _like(x, 0.0), x == _like(x, 0.0))
     edge = tirx.Select(u == _like(x, 0.0), _like(x, -_INFINITY), x)
     return let.around(tirx.Select(keep, edge, corrected))
 
 
+@_intrinsic
 def tanh(x: PrimExpr) -> PrimExpr:
     """Hyperbolic tangent: 1.9 ulp; -m / (m + 2) with m = e^(-2|x|) - 1, which is relatively exact at both ends."""
     let = _Lets()
@@ -222,6 +255,7 @@ def tanh(x: PrimExpr) -> PrimExpr:
     return let.around(_with_sign_of((_like(x, 0.0) - m) / (m + _like(x, 2.0)), x))
 
 
+@_intrinsic
 def sigmoid(x: PrimExpr) -> PrimExpr:
     """1 / (1 + e^-x): 1.9 ulp; for x < 0 as e^x / (1 + e^x), which underflows gradually instead of overflowing."""
     let = _Lets()
@@ -231,6 +265,7 @@ def sigmoid(x: PrimExpr) -> PrimExpr:
     return let.around(numerator / (e + _like(x, 1.0)))
 
 
+@_intrinsic
 def erf(x: PrimExpr) -> PrimExpr:
     """Error function: 1.5 ulp; an odd polynomial up to 0.8, 1 - e^(log erfc) beyond, where erfc no longer cancels."""
     let = _Lets()
@@ -242,11 +277,13 @@ def erf(x: PrimExpr) -> PrimExpr:
     return let.around(tirx.Select(magnitude < _like(x, 0.8), near, _with_sign_of(far, x)))
 
 
+@_intrinsic
 def rsqrt(x: PrimExpr) -> PrimExpr:
     """1 / sqrt(x): 1 ulp."""
     return _like(x, 1.0) / tirx.sqrt(x)
 
 
+@_intrinsic
 def one_plus_erf(x: PrimExpr) -> PrimExpr:
     """1 + erf(x), twice the normal distribution function of sqrt(2) x: accurate in the negative tail, as `gelu` is."""
     let = _Lets()
@@ -261,6 +298,7 @@ def _normal_tail(t: PrimExpr, let: _Lets) -> PrimExpr:
     return let(density * _polynomial(t, _TAIL_P) / _polynomial(t, _TAIL_Q))
 
 
+@_intrinsic
 def gelu(x: PrimExpr) -> PrimExpr:
     """x normal_cdf(x), the exact GELU: 3 ulp for x > -1; below, the relative error grows with x^2 (2e-6 at -5).
 
@@ -273,6 +311,7 @@ def gelu(x: PrimExpr) -> PrimExpr:
     return let.around(x * tirx.Select(x < _like(x, 0.0), tail, _like(x, 1.0) - tail))
 
 
+@_intrinsic
 def gelu_tanh(x: PrimExpr) -> PrimExpr:
     """The tanh approximation of GELU, as x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation below 0."""
     let = _Lets()
@@ -281,20 +320,9 @@ def gelu_tanh(x: PrimExpr) -> PrimExpr:
     return let.around(x * sigmoid(let(u)))
 
 
+@_intrinsic
 def silu(x: PrimExpr) -> PrimExpr:
     """x sigmoid(x), as x e^x / (1 + e^x) for x < 0."""
     let = _Lets()
     x = let(x)
     return let.around(x * sigmoid(x))
-
-
-# What `backends.cpu.expand_math` puts in the place of calls of the TIR intrinsics.
-EXPANSIONS: dict[str, Callable[[PrimExpr], PrimExpr]] = {
-    "tirx.exp": exp,
-    "tirx.log": log,
-    "tirx.log1p": log1p,
-    "tirx.tanh": tanh,
-    "tirx.sigmoid": sigmoid,
-    "tirx.erf": erf,
-    "tirx.rsqrt": rsqrt,
-}

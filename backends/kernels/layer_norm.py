@@ -1,0 +1,137 @@
+"""Normalisation of rows: layer_norm, rms_norm, and group_norm, whose rows are the groups of one image.
+
+Two passes before the writing one: the mean, then the mean of (x - mean)^2. The sum of squares minus the square of the sum
+would save a pass over L1, and cancel where the mean is large against the spread.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ...hwdb import Hardware
+from .loops import flat, kernel_function, span, spread
+from .rows import Rows, accumulators, choose_rows, each_row, each_task, each_vector, fill, fold, masked, vector
+
+CYCLES = 6.0  # of one vector over the three passes, measured
+
+
+def _add(a: Any, b: Any) -> Any:
+    return a + b
+
+
+def _statistics(rows: Rows, x: Any, acc: Any, base: Any, eps: float, centred: bool) -> tuple[Any, Any]:
+    """(mean, 1 / sqrt(variance + eps)) of a row as scalars; without `centred`, mean 0 and the mean of squares."""
+    lanes = rows.lanes
+    mean = None
+    if centred:
+        fill(rows, acc, 0.0)
+
+        def add(column: Any, u: int, mask: Any) -> None:
+            at = span(u * lanes, lanes)
+            T.buffer_store(acc, acc[at] + masked(mask, x[span(base + column, lanes)], vector(0.0, lanes)), [at])
+
+        each_vector(rows, add)
+        mean = T.bind(fold(rows, acc, _add) / tirx.const(float(rows.length), "float32"))
+    fill(rows, acc, 0.0)
+
+    def add_square(column: Any, u: int, mask: Any) -> None:
+        at = span(u * lanes, lanes)
+        value = x[span(base + column, lanes)]
+        value = T.bind(masked(mask, value if mean is None else value - spread(mean, lanes), vector(0.0, lanes)))
+        T.buffer_store(acc, acc[at] + value * value, [at])
+
+    each_vector(rows, add_square)
+    variance = fold(rows, acc, _add) / tirx.const(float(rows.length), "float32")
+    scale = T.bind(tirx.const(1.0, "float32") / tirx.sqrt(variance + tirx.const(eps, "float32")))
+    return mean, scale
+
+
+def layer_norm(
+    shape: tuple[int, ...],
+    dims: int,
+    hw: Hardware,
+    eps: float,
+    weight: bool = True,
+    bias: bool = True,
+    centred: bool = True,
+    rows: Rows | None = None,
+) -> Any:
+    """PrimFunc (in [shape], weight?, bias? [the last `dims` of shape], out [shape]).
+
+    `centred=False` is rms_norm: no mean is subtracted.
+    """
+    rows = rows or norm_rows(shape, dims, hw)
+    lanes = rows.lanes
+    inner = shape[len(shape) - dims :]
+
+    def body(source: Any, *rest: Any) -> None:
+        x, y = flat(source), flat(rest[-1])
+        gain = flat(rest[0]) if weight else None
+        offset = flat(rest[-2]) if bias else None
+        with each_task(rows) as bounds:
+            acc = accumulators(rows)
+            with each_row(rows, bounds) as (_, base):
+                mean, scale = _statistics(rows, x, acc, base, eps, centred)
+
+                def write(column: Any, u: int, _: Any) -> None:
+                    value = x[span(base + column, lanes)]
+                    if mean is not None:
+                        value = value - spread(mean, lanes)
+                    value = value * spread(scale, lanes)
+                    if gain is not None:
+                        value = value * gain[span(column, lanes)]
+                    if offset is not None:
+                        value = value + offset[span(column, lanes)]
+                    T.buffer_store(y, value, [span(base + column, lanes)])
+
+                each_vector(rows, write)
+
+    operands = [shape, *[inner] * (int(weight) + int(bias))]
+    return kernel_function("layer_norm" if centred else "rms_norm", operands, [shape], body)
+
+
+def norm_rows(shape: tuple[int, ...], dims: int, hw: Hardware) -> Rows:
+    """How a tensor of that shape, normalised over its last `dims`, is cut."""
+    cut = len(shape) - dims
+    return choose_rows(math.prod(shape[:cut]), math.prod(shape[cut:]), CYCLES, hw)
+
+
+def group_rows(shape: tuple[int, ...], groups: int, hw: Hardware) -> Rows:
+    """The groups of a [N, C, ...] tensor as rows."""
+    return choose_rows(shape[0] * groups, math.prod(shape[1:]) // groups, CYCLES, hw)
+
+
+def group_norm(
+    shape: tuple[int, ...], groups: int, hw: Hardware, eps: float, weight: bool = True, bias: bool = True
+) -> Any:
+    """PrimFunc (in [N, C, ...], weight? [C], bias? [C], out [N, C, ...]), normalised over groups of channels."""
+    rows = group_rows(shape, groups, hw)
+    channels = shape[1] // groups
+    plane = rows.length // channels
+    one = choose_rows(1, plane, CYCLES, hw)
+
+    def body(source: Any, *rest: Any) -> None:
+        x, y = flat(source), flat(rest[-1])
+        with each_task(rows) as bounds:
+            acc = accumulators(rows)
+            with each_row(rows, bounds) as (row, base):
+                mean, scale = _statistics(rows, x, acc, base, eps, True)
+                with T.serial(0, channels) as channel:
+                    index = T.bind(row % groups * channels + channel)
+                    start = T.bind(base + channel * plane)
+                    gain = T.bind(scale * rest[0][index] if weight else scale)
+                    shift = T.bind(rest[-2][index]) if bias else None
+
+                    def write(column: Any, u: int, _: Any) -> None:
+                        here = span(start + column, one.lanes)
+                        value = (x[here] - spread(mean, one.lanes)) * spread(gain, one.lanes)
+                        T.buffer_store(y, value if shift is None else value + spread(shift, one.lanes), [here])
+
+                    each_vector(one, write)
+
+    operands = [shape, *[(shape[1],)] * (int(weight) + int(bias))]
+    return kernel_function("group_norm", operands, [shape], body)
