@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tvm import te
+from tvm import te, tirx
 
 from ...passes import dialect
 from . import expressions as ex
@@ -135,7 +135,7 @@ def spread_out(
                 if kernel[d] % s:
                     conditions.append(k < kernel[d])
             else:
-                k, back = j, (j * gap - r) // s
+                k, back = j, tirx.max((j * gap - r) // s, 0)
                 if not direct[d]:
                     conditions.append((j * gap - r) % s == 0)
             places.append(q - back + reach[d])
