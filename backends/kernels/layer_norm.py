@@ -58,24 +58,28 @@ def layer_norm(
     weight: bool = True,
     bias: bool = True,
     centred: bool = True,
-    rows: Rows | None = None,
+    statistics: bool = False,
 ) -> Any:
-    """PrimFunc (in [shape], weight?, bias? [the last `dims` of shape], out [shape]).
+    """PrimFunc (in [shape], weight?, bias? [the last `dims` of shape], out [shape], mean?, rstd?).
 
-    `centred=False` is rms_norm: no mean is subtracted.
+    `centred=False` is rms_norm: no mean is subtracted. With `statistics` the row's mean and 1 / sqrt(variance + eps)
+    are results too, of the shape with its last `dims` all 1.
     """
-    rows = rows or norm_rows(shape, dims, hw)
+    rows = norm_rows(shape, dims, hw)
     lanes = rows.lanes
     inner = shape[len(shape) - dims :]
+    affine = int(weight) + int(bias)
 
     def body(source: Any, *rest: Any) -> None:
-        x, y = flat(source), flat(rest[-1])
+        x, y = flat(source), flat(rest[affine])
         gain = flat(rest[0]) if weight else None
-        offset = flat(rest[-2]) if bias else None
+        offset = flat(rest[affine - 1]) if bias else None
+        kept = [flat(buffer) for buffer in rest[affine + 1 :]]
         with each_task(rows) as bounds:
             acc = accumulators(rows)
-            with each_row(rows, bounds) as (_, base):
+            with each_row(rows, bounds) as (row, base):
                 mean, scale = _statistics(rows, x, acc, base, eps, centred)
+                _keep(kept, row, mean, scale)
 
                 def write(column: Any, u: int, _: Any) -> None:
                     value = x[span(base + column, lanes)]
@@ -90,8 +94,14 @@ def layer_norm(
 
                 each_vector(rows, write)
 
-    operands = [shape, *[inner] * (int(weight) + int(bias))]
-    return kernel_function("layer_norm" if centred else "rms_norm", operands, [shape], body)
+    ones = (*shape[: len(shape) - dims], *[1] * dims)
+    results = [shape, *[ones] * (2 if statistics else 0)]
+    return kernel_function("layer_norm" if centred else "rms_norm", [shape, *[inner] * affine], results, body)
+
+
+def _keep(buffers: list[Any], row: Any, mean: Any, scale: Any) -> None:
+    for buffer, value in zip(buffers, (mean, scale), strict=False):
+        T.buffer_store(buffer, value, [row])
 
 
 def norm_rows(shape: tuple[int, ...], dims: int, hw: Hardware) -> Rows:
@@ -106,25 +116,34 @@ def group_rows(shape: tuple[int, ...], groups: int, hw: Hardware) -> Rows:
 
 
 def group_norm(
-    shape: tuple[int, ...], groups: int, hw: Hardware, eps: float, weight: bool = True, bias: bool = True
+    shape: tuple[int, ...],
+    groups: int,
+    hw: Hardware,
+    eps: float,
+    weight: bool = True,
+    bias: bool = True,
+    statistics: bool = False,
 ) -> Any:
-    """PrimFunc (in [N, C, ...], weight? [C], bias? [C], out [N, C, ...]), normalised over groups of channels."""
+    """PrimFunc (in [N, C, ...], weight? [C], bias? [C], out [N, C, ...], mean? [N, groups], rstd? [N, groups])."""
     rows = group_rows(shape, groups, hw)
     channels = shape[1] // groups
     plane = rows.length // channels
     one = choose_rows(1, plane, CYCLES, hw)
+    affine = int(weight) + int(bias)
 
     def body(source: Any, *rest: Any) -> None:
-        x, y = flat(source), flat(rest[-1])
+        x, y = flat(source), flat(rest[affine])
+        kept = [flat(buffer) for buffer in rest[affine + 1 :]]
         with each_task(rows) as bounds:
             acc = accumulators(rows)
             with each_row(rows, bounds) as (row, base):
                 mean, scale = _statistics(rows, x, acc, base, eps, True)
+                _keep(kept, row, mean, scale)
                 with T.serial(0, channels) as channel:
                     index = T.bind(row % groups * channels + channel)
                     start = T.bind(base + channel * plane)
                     gain = T.bind(scale * rest[0][index] if weight else scale)
-                    shift = T.bind(rest[-2][index]) if bias else None
+                    shift = T.bind(rest[affine - 1][index]) if bias else None
 
                     def write(column: Any, u: int, _: Any) -> None:
                         here = span(start + column, one.lanes)
@@ -133,5 +152,5 @@ def group_norm(
 
                     each_vector(one, write)
 
-    operands = [shape, *[(shape[1],)] * (int(weight) + int(bias))]
-    return kernel_function("group_norm", operands, [shape], body)
+    results = [shape, *[(shape[0], groups)] * (2 if statistics else 0)]
+    return kernel_function("group_norm", [shape, *[(shape[1],)] * affine], results, body)
