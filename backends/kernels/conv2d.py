@@ -27,7 +27,8 @@ from tvm.tirx.script import builder as T
 
 from .conv_plan import Conv, Plan
 from .epilogue import apply_activation, is_heavy
-from .loops import between, constant, flat, kernel_function, share, span, spread
+from .loops import between, flat, kernel_function, share, span
+from .register_tile import clear, multiply_add
 from .window import Run, runs
 
 
@@ -160,8 +161,7 @@ class _Nest:
     ) -> None:
         """One register tile: pixels [column, column + run.pixels) of a row."""
         conv, lanes, vectors = self.conv, self.plan.lanes, panel.vectors
-        for i in range(run.pixels * vectors):
-            T.buffer_store(acc, constant(0.0, lanes), [span(i * lanes, lanes)])
+        clear(acc, run.pixels, vectors, lanes)
         corner = T.bind(
             (in_row + conv.columns.first(column)) * conv.channels + panel.group * conv.group_channels
         )
@@ -197,16 +197,15 @@ class _Nest:
         """Multiply-add `steps` neighbouring inputs of each pixel with as many rows of the panel."""
         lanes, apart = self.plan.lanes, self.conv.stride[1] * self.conv.channels
         x, w = T.bind(x), T.bind(w)
-        with T.serial(0, steps) as k:
-            loaded = [
-                T.bind(self.weight[span(w + k * (vectors * lanes) + v * lanes, lanes)])
-                for v in range(vectors)
-            ]
-            for p in range(*pixels):
-                value = T.bind(spread(self.x[x + p * apart + k], lanes))
-                for v in range(vectors):
-                    at = span((p * vectors + v) * lanes, lanes)
-                    T.buffer_store(acc, acc[at] + value * loaded[v], [at])
+        multiply_add(
+            acc,
+            range(*pixels),
+            vectors,
+            lanes,
+            steps,
+            lambda p, k: self.x[x + p * apart + k],
+            lambda k, v: self.weight[span(w + (k * vectors + v) * lanes, lanes)],
+        )
 
     def _store(self, acc: Any, panel: _Panel, pixels: int, out_pixel: Any) -> None:
         lanes, vectors = self.plan.lanes, panel.vectors

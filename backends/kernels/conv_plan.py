@@ -10,6 +10,7 @@ from ...hwdb import Hardware
 from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles, vectors_limit
 from .window import Axis, runs
 
+DEFAULT_CLOCK_MHZ = 2000.0
 TAIL_GAIN = 0.03  # a narrower last panel is a second copy of the code: taken for a gain beyond this
 
 
@@ -97,6 +98,7 @@ class Plan:
     unit_blocks: int  # a unit is a panel, or with groups > 1 a group
     merged: int  # groups computed as one because each is narrower than a vector
     efficiency: float  # share of a core's peak that the register tiles are predicted to reach
+    cycles: float  # predicted, of the busiest core
 
     @property
     def reason(self) -> str:
@@ -157,9 +159,31 @@ def choose_plan(conv: Conv, hw: Hardware) -> Plan:
     panels = needed // vectors
     units = conv.groups if conv.groups > 1 else panels + (1 if tail else 0)
     row_blocks, unit_blocks = _blocks(conv, hw, units)
+    turns = -(-conv.batch * row_blocks * unit_blocks // hw.cores)
+    busiest = turns * -(-conv.rows.out // row_blocks) * -(-units // unit_blocks) / units
+    weights = 4 * conv.filters * conv.group_channels * conv.kernel[0] * conv.kernel[1]
+    busiest_cycles = max(cycles * conv.groups * busiest, memory_cycles(hw, weights))
     return Plan(
-        lanes, panels, vectors, pixels, tail, tail_pixels, row_blocks, unit_blocks, merged, efficiency
+        lanes,
+        panels,
+        vectors,
+        pixels,
+        tail,
+        tail_pixels,
+        row_blocks,
+        unit_blocks,
+        merged,
+        efficiency,
+        busiest_cycles,
     )
+
+
+def memory_cycles(hw: Hardware, constant_bytes: float) -> float:
+    """Cycles in which weights stream from memory, where they are too large to stay in the last cache between runs."""
+    last = hw.caches[-1].size_bytes if hw.caches else 0
+    if constant_bytes <= last / 8 or not hw.dram_gbs:
+        return 0.0
+    return constant_bytes / (hw.dram_gbs * 1e9) * (hw.clock_mhz or DEFAULT_CLOCK_MHZ) * 1e6
 
 
 def _best_pixels(conv: Conv, hw: Hardware, vectors: int) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Kernels of convolution and pooling in NHWC: pointwise, direct, depthwise.
+"""Kernels of convolution and pooling in NHWC: pointwise, direct, Winograd, depthwise.
 
 Refused: NCHW (the layout pass decides where NHWC pays), other dtypes than float32, weights that are not constants,
 images whose elements a 32-bit index cannot count. The TE definition serves those.
@@ -25,13 +25,15 @@ from ..kernels.matmul import pack_weight as pack_panels
 from ..kernels.pool2d import avg_pool2d, max_pool2d
 from ..kernels.sweep import SweepPlan, Windows, choose_sweep
 from ..kernels.window import Axis
+from ..kernels.winograd import winograd
+from ..kernels.winograd_plan import choose_winograd
+from ..kernels.winograd_plan import pack_weight as pack_winograd
 from ..tiling import choose_tiling
 from .kernels_matmul import bind, refuse_dtypes, shape_of
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
-SWEEP_EFFICIENCY = (
-    0.6  # of peak multiply-adds, measured on the depthwise layers of MobileNetV2 while in cache
-)
+WINOGRAD_GAIN = 0.8  # its weights are up to 4 times as large: taken for a predicted gain beyond a fifth
+SWEEP_EFFICIENCY = 0.6  # of peak multiply-adds, measured on MobileNetV2's depthwise layers while in cache
 
 
 @kernel_for(dialect.conv2d)
@@ -71,18 +73,28 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         return _depthwise(problem, x, weight, extra, hw)
     if problem.pointwise:
         return _pointwise(problem, x, weight, extra, hw)
-    plan = choose_plan(problem, hw)
-    packed = Packed(weight, plan.layout, partial(pack_weight, conv=problem, plan=plan))
-    work = Work(
+    plan, fast = choose_plan(problem, hw), choose_winograd(problem, hw)
+    if fast is not None and fast.cycles < WINOGRAD_GAIN * plan.cycles:
+        func, algorithm, reason = winograd(problem, fast), "winograd conv", fast.reason
+        packed = Packed(weight, fast.layout, partial(pack_winograd, plan=fast))
+        work = _conv_work(problem, (x, weight, *extra), fast.tasks, fast.efficiency)
+    else:
+        func, reason = conv2d(problem, plan), plan.reason
+        algorithm = "stem conv" if channels < plan.lanes and groups == 1 else "direct conv"
+        packed = Packed(weight, plan.layout, partial(pack_weight, conv=problem, plan=plan))
+        work = _conv_work(problem, (x, weight, *extra), plan.tasks(problem), plan.efficiency)
+    return KernelCall(func, (x, packed, *extra), algorithm, reason, work)
+
+
+def _conv_work(problem: Conv, read: tuple[fx.Node, ...], tasks: int, efficiency: float) -> Work:
+    return Work(
         flops={"float32": problem.flops},
-        bytes_read=4.0 * sum(prod(shape_of(t)) for t in (x, weight, *extra)),
+        bytes_read=4.0 * sum(prod(shape_of(t)) for t in read),
         bytes_written=4.0 * prod(problem.output_shape),
-        launches=int(plan.tasks(problem) > 1),
-        tasks=plan.tasks(problem),
-        efficiency=max(0.01, plan.efficiency),
+        launches=int(tasks > 1),
+        tasks=tasks,
+        efficiency=max(0.01, efficiency),
     )
-    algorithm = "stem conv" if channels < plan.lanes and groups == 1 else "direct conv"
-    return KernelCall(conv2d(problem, plan), (x, packed, *extra), algorithm, plan.reason, work)
 
 
 def _pointwise(

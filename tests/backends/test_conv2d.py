@@ -145,7 +145,7 @@ def test_algorithms_are_named() -> None:
         assert isinstance(call, KernelCall)
         return call.algorithm
 
-    assert algorithm() == "direct conv"
+    assert algorithm(stride=(2, 2)) == "direct conv"
     assert algorithm(channels=3) == "stem conv"
     assert algorithm(kernel=(1, 1), padding=(0, 0, 0, 0)) == "pointwise conv"
     assert algorithm(kernel=(1, 1), padding=(0, 0, 0, 0), stride=(2, 2)) == "direct conv"
@@ -198,9 +198,8 @@ def test_accumulators_stay_in_registers(
 ) -> None:
     hw = lookup(machine)
     assert hw.vector_registers == registers
-    call = conv_case(1, (28, 28), 64, 64, (3, 3), padding=(1, 1, 1, 1), bias=True, activation="relu").lower(
-        hw
-    )
+    strided = {"stride": (2, 2), "padding": (1, 1, 1, 1), "bias": True, "activation": "relu"}
+    call = conv_case(1, (56, 56), 64, 64, (3, 3), **strided).lower(hw)
     assert isinstance(call, KernelCall)
     loops = hot_loops(compile_kernel(call, hw).mod.inspect_source("asm"), fma, vector, stack)
     assert loops

@@ -1,0 +1,178 @@
+"""When Winograd convolution pays, how its nest is cut, and the packed form of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from ...hwdb import Hardware
+from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles, vectors_limit
+from .conv_plan import Conv, memory_cycles
+from .window import Axis, balanced
+
+L3_BYTES_PER_CYCLE = 8.0  # of one core while all of them read
+
+# The pairs +-p of points, for each m.
+PAIRS = {2: (1.0,), 4: (0.75, 1.5)}
+
+
+@dataclass(frozen=True)
+class WinogradPlan:
+    """How the nest is cut."""
+
+    m: int
+    lanes: int
+    vectors: int  # of a panel
+    rows: int  # of the register tile: tiles times vectors
+    chunk: int  # rows of tiles
+    split: bool
+    parts: int  # of the tasks that transform the input in split mode: channel blocks
+    cycles: float  # predicted, of the busiest core
+    efficiency: float  # predicted, the direct sum's operations against the peak: may pass 1
+    tile_rows: int  # of all images
+    tile_columns: int
+
+    @property
+    def n(self) -> int:
+        """Points."""
+        return self.m + 2
+
+    @property
+    def tasks(self) -> int:
+        """Pieces of the products that may run at once (split mode multiplies them by the panels)."""
+        return -(-self.tile_rows // self.chunk)
+
+    @property
+    def reason(self) -> str:
+        """The choice in a few words."""
+        nr = self.vectors * self.lanes
+        how = "split over chunks and panels" if self.split else "fused"
+        return (
+            f"F({self.m}x{self.m}), {self.rows}x{nr}, {self.tasks} chunks of {self.chunk * self.tile_columns} tiles, "
+            f"{how}, predicted {self.efficiency:.2f} of the direct sum's peak"
+        )
+
+    @property
+    def layout(self) -> str:
+        """A name of the packed weight's arrangement."""
+        return f"winograd_{self.m}_panels_{self.vectors * self.lanes}"
+
+
+def filter_matrix(m: int) -> torch.Tensor:
+    """G[n, 3], float64: the filter's values at the points, divided by the product of the points' distances."""
+    points = [0.0, *(s * p for p in PAIRS[m] for s in (1.0, -1.0))]
+    rows = []
+    for p in points:
+        scale = prod(p - q for q in points if q != p)
+        rows.append([p**k / scale for k in range(3)])
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def pack_weight(weight: torch.Tensor, plan: WinogradPlan) -> torch.Tensor:
+    """U = G w G^T of weight[K, C, 3, 3], computed in float64, as [K / NR, n * n, C, NR]."""
+    filters, channels = weight.shape[:2]
+    g = filter_matrix(plan.m)
+    u = torch.einsum("ij,kcjl,ml->imck", g, weight.double(), g).float()
+    nr = plan.vectors * plan.lanes
+    return u.reshape(plan.n**2, channels, filters // nr, nr).permute(2, 0, 1, 3).contiguous()
+
+
+def tile_axis(axis: Axis, m: int) -> Axis:
+    """The tiles along an axis as windows of n inputs, m apart."""
+    return Axis(axis.size, -(-axis.out // m), m + 2, m, axis.before)
+
+
+def choose_winograd(conv: Conv, hw: Hardware) -> WinogradPlan | None:
+    """The cheapest plan, or None where there is none."""
+    return min(plans(conv, hw), key=lambda plan: plan.cycles, default=None)
+
+
+def plans(conv: Conv, hw: Hardware) -> list[WinogradPlan]:
+    """All plans; none unless the convolution is 3 x 3 of stride 1 in whole vectors of channels."""
+    lanes = hw.lanes("float32")
+    plain = conv.kernel == (3, 3) and conv.stride == conv.dilation == (1, 1) and conv.groups == 1
+    if not plain or conv.channels % lanes or conv.filters % lanes:
+        return []
+    return [
+        plan
+        for m in PAIRS
+        for vectors in range(1, vectors_limit(hw, 2) + 1)
+        if conv.filters % (vectors * lanes) == 0
+        for plan in _plans_of(conv, hw, m, vectors)
+    ]
+
+
+def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPlan]:
+    """The plans of one tile and panel size: every chunk, fused and split."""
+    lanes, n = hw.lanes("float32"), m + 2
+    rows, columns = tile_axis(conv.rows, m), tile_axis(conv.columns, m)
+    tile_rows, panels = conv.batch * rows.out, conv.filters // (vectors * lanes)
+    weights = 4 * n * n * conv.channels * conv.filters
+    per_tile_in = conv.channels // lanes * 3.0 * n * n  # cycles: two passes, each a load and a store
+    per_tile_out = 1.5 * (n * n + n * m) * vectors
+    l2 = hw.cache(2)
+    l2_bytes = l2.size_bytes if l2 else 256 * 1024
+    streaming = memory_cycles(hw, weights)
+    found = []
+    for chunk in sorted({-(-tile_rows // c) for c in range(1, tile_rows + 1)}):
+        tiles, chunks = chunk * columns.out, -(-tile_rows // chunk)
+        v_bytes, m_bytes = 4 * n * n * tiles * conv.channels, 4 * n * n * tiles * vectors * lanes
+        size, product = _product_cycles(conv, hw, tiles, vectors)
+        panel = n * n * product + tiles * per_tile_out
+        if m_bytes > l2_bytes // 4:
+            continue
+        for split in (False, True):
+            if split:
+                parts = 1 if tile_rows % hw.cores == 0 else min(hw.cores, conv.channels // lanes)
+                first = -(-tile_rows * parts // hw.cores) * columns.out * per_tile_in / parts
+                turns = -(-chunks * panels // hw.cores)
+                arithmetic = first + turns * panel
+                # The chunks of a panel follow each other: its part of U is read once if it stays in L2.
+                again = 1 if weights // panels <= l2_bytes // 2 else chunks
+                moved = again * weights / hw.cores
+                if chunks * v_bytes > l2_bytes // 2:
+                    moved += turns * v_bytes
+            else:
+                parts = 1
+                turns = -(-chunks // hw.cores)
+                arithmetic = turns * (tiles * per_tile_in + panels * panel)
+                moved = weights if weights + v_bytes <= l2_bytes * 3 // 4 else turns * weights
+                if v_bytes > l2_bytes // 2:
+                    moved += turns * panels * v_bytes
+            cycles = max(arithmetic + moved / L3_BYTES_PER_CYCLE, streaming)
+            ideal = conv.flops / 2 / lanes / hw.fma_per_cycle / hw.cores
+            found.append(
+                WinogradPlan(
+                    m,
+                    lanes,
+                    vectors,
+                    size,
+                    chunk,
+                    split,
+                    parts,
+                    cycles,
+                    ideal / cycles,
+                    tile_rows,
+                    columns.out,
+                )
+            )
+    return found
+
+
+def _product_cycles(conv: Conv, hw: Hardware, tiles: int, vectors: int) -> tuple[int, float]:
+    """The best register tile for `tiles` rows, and the cycles of one product with one panel."""
+    aliased = conv.channels * 4 % ALIAS_BYTES == 0
+    best: tuple[float, int] | None = None
+    for rows in range(1, min(tiles, hw.vector_registers) + 1):
+        if vectors_limit(hw, rows) < vectors or (aliased and rows > 8):
+            break
+        cycles = sum(
+            conv.channels * step_cycles(hw, size, vectors) + TILE_CYCLES + size * vectors
+            for size in balanced(tiles, rows)
+        )
+        if best is None or cycles < best[0]:
+            best = cycles, rows
+    assert best is not None
+    return best[1], best[0]
