@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from math import gcd
 
 from ..hwdb import Hardware
 
-ALIAS_BYTES = 4096  # 64 sets of 64-byte lines, the common L1: rows this far apart compete for the same ways
+ALIAS_BYTES = 4096  # an L1 way of 64 sets of 64-byte lines: rows that far apart share a set
 TILE_CYCLES = 24.0  # entering and leaving a tile, beside its stores
 DEFAULT_CLOCK_MHZ = 2000.0  # only decides whether a product is worth a second thread
 
@@ -48,14 +49,15 @@ def vectors_limit(hw: Hardware, rows: int) -> int:
     return max(1, (spare - 1) if rows == 1 else spare // (rows + 1))
 
 
-def step_cycles(hw: Hardware, rows: int, vectors: int) -> float:
-    """Cycles of one k of a rows x vectors tile."""
+def step_cycles(hw: Hardware, rows: int, vectors: int, streamed: bool = False) -> float:
+    """Cycles of one k of a rows x vectors tile; `streamed` when the panel is too large for L1 and comes from L2."""
     rate = hw.fma_per_cycle
-    loads = max(1.0, rate)  # load ports keep pace with the multiply-add pipes on the cores known so far
     arithmetic = rows * vectors / rate
-    moving = (rows + vectors) / loads
-    # Loads overlap the arithmetic, but not wholly: 0.25 fits 3x24, 5x16, 6x16 and 4x24 as measured on Zen 4.
-    return max(arithmetic, float(hw.fma_latency_cycles), moving) + 0.25 * moving
+    loads = (rows + vectors) / max(1.0, rate)  # load ports keep pace with the multiply-add pipes
+    # L2 hands over half of what the load ports take (`Hardware.bandwidth_gbs`).
+    stream = 2.0 * vectors / rate if streamed else 0.0
+    # Moving overlaps the arithmetic, but not wholly: the weights fit 3x24, 5x16, 6x16 and 4x24 as measured on Zen 4.
+    return max(arithmetic, float(hw.fma_latency_cycles), loads, stream) + 0.25 * loads + 0.08 * stream
 
 
 def choose_tiling(
@@ -76,38 +78,59 @@ def choose_tiling(
     """
     lanes = hw.lanes("float32")
     stride = 4 * depth if row_stride_bytes is None else row_stride_bytes
-    candidates = []
-    for tile_rows in range(1, max(1, min(rows, 16)) + 1):
-        if fixed_rows not in (None, tile_rows):
-            continue
-        for vectors in range(1, vectors_limit(hw, tile_rows) + 1):
-            if fixed_columns in (None, vectors * lanes):
-                candidates.append(_cost(hw, rows, columns, depth, stride, repeats, tile_rows, vectors))
-    if not candidates:  # a fixed width beyond the register file: one row at a time
+    heights = [fixed_rows] if fixed_rows else range(1, max(1, min(rows, 16)) + 1)
+    tiles = [
+        (tile_rows, vectors)
+        for tile_rows in heights
+        for vectors in range(1, vectors_limit(hw, tile_rows) + 1)
+        if fixed_columns in (None, vectors * lanes)
+    ]
+    if not tiles:  # a fixed width beyond the register file: one row at a time
         assert fixed_columns is not None
-        candidates.append(_cost(hw, rows, columns, depth, stride, repeats, 1, fixed_columns // lanes))
-    return min(candidates, key=lambda tiling: tiling.cycles)
+        tiles = [(1, fixed_columns // lanes)]
+    # Cheapest first when shared out evenly, so that the search stops where even that would not do.
+    work = sorted((_work_cycles(hw, rows, columns, depth, stride, *tile), *tile) for tile in tiles)
+    best: Tiling | None = None
+    for cycles, tile_rows, vectors in work:
+        if best is not None and cycles * repeats / hw.cores >= best.cycles:
+            break
+        found = _share_out(hw, rows, columns, depth, repeats, tile_rows, vectors, cycles * repeats)
+        if best is None or found.cycles < best.cycles:
+            best = found
+    assert best is not None
+    return best
 
 
-def _cost(
-    hw: Hardware, rows: int, columns: int, depth: int, stride: int, repeats: int, tile_rows: int, vectors: int
+def _work_cycles(hw: Hardware, rows: int, columns: int, depth: int, stride: int, tile_rows: int, vectors: int) -> float:
+    """Cycles of one product on one core."""
+    width = vectors * hw.lanes("float32")
+    tiles = max(1, -(-rows // tile_rows))
+    small, larger = divmod(rows, tiles)
+    blocks = _depth_blocks(hw, tiles, width, depth)
+
+    l1 = hw.cache(1)
+    streamed = depth * width * 4 > (l1.size_bytes if l1 else 32 * 1024) // 2
+
+    def tile_cycles(size: int) -> float:
+        step = step_cycles(hw, size, vectors, streamed)
+        if depth > 16 and _rows_collide(hw, size, stride):
+            step *= 1.6
+        return depth * step + blocks * (TILE_CYCLES + 1.5 * size * vectors)
+
+    panels = max(1, -(-columns // width))
+    return (larger * tile_cycles(small + 1) + (tiles - larger) * tile_cycles(small)) * panels
+
+
+def _share_out(
+    hw: Hardware, rows: int, columns: int, depth: int, repeats: int, tile_rows: int, vectors: int, whole: float
 ) -> Tiling:
+    """Split `whole` cycles of work over the cores."""
     lanes = hw.lanes("float32")
     width = vectors * lanes
     panels = max(1, -(-columns // width))
     tiles = max(1, -(-rows // tile_rows))
-    small = rows // tiles
-    larger = rows - tiles * small
-    block = _depth_block(hw, tiles, width, depth)
-    blocks = max(1, -(-depth // block))
-
-    def tile_cycles(size: int) -> float:
-        step = step_cycles(hw, size, vectors)
-        if stride % ALIAS_BYTES == 0 and depth > 16 and size > _l1_ways(hw):
-            step *= 1.6
-        return depth * step + blocks * (TILE_CYCLES + 1.5 * size * vectors)
-
-    whole = (larger * tile_cycles(small + 1) + (tiles - larger) * tile_cycles(small)) * panels * repeats
+    height = -(-rows // tiles)
+    blocks = _depth_blocks(hw, tiles, width, depth)
     chunks = _row_chunks(hw, rows, depth, panels * repeats, tiles)
     tasks = min(hw.cores, panels * chunks * repeats)
     if whole / _cycles_per_us(hw) < 2.0 * hw.launch_us:
@@ -115,14 +138,14 @@ def _cost(
     cycles = whole * _busiest(panels * repeats, tiles, chunks, tasks)
     ideal = rows * columns * depth * repeats / (lanes * hw.fma_per_cycle * tasks)
     reason = (
-        f"{small + bool(larger)}x{width}, {panels} panels"
+        f"{height}x{width}, {panels} {'panel' if panels == 1 else 'panels'}"
         + (f" x {chunks} row chunks" if chunks > 1 else "")
         + (f" x {repeats}" if repeats > 1 else "")
         + (f", depth in {blocks} blocks" if blocks > 1 else "")
         + f", {tasks} {'task' if tasks == 1 else 'tasks'}, model {ideal / max(cycles, 1.0):.0%} of peak"
     )
     return Tiling(
-        rows=small + bool(larger),
+        rows=height,
         columns=width,
         lanes=lanes,
         total_rows=rows,
@@ -140,23 +163,44 @@ def _cost(
 
 
 def _row_chunks(hw: Hardware, rows: int, depth: int, panels: int, tiles: int) -> int:
-    """Enough row chunks that one fits half of L2, and that the cores get nearly equal shares of the units."""
-    least = min(tiles, max(1, -(-rows * depth * 4 // (_l2_bytes(hw) // 2))))
+    """Enough row chunks that one stays near the core, and that the cores get nearly equal shares of the units."""
+    least = min(tiles, max(1, -(-rows * depth * 4 // _chunk_bytes(hw))))
     best, best_load = least, float("inf")
     for chunks in range(least, min(tiles, least + 2 * hw.cores) + 1):
         load = _busiest(panels, tiles, chunks, hw.cores)
         if load < best_load * 0.97:  # more chunks read the panels more often: only for a real gain
             best, best_load = chunks, load
+        if best_load * hw.cores < 1.03:
+            break
     return best
 
 
-def _depth_block(hw: Hardware, tiles: int, width: int, depth: int) -> int:
-    """Steps of k such that the part of the panel that every row tile reads again stays in L2."""
+def _chunk_bytes(hw: Hardware) -> int:
+    """Bytes of the left operand that every panel may walk over again.
+
+    Broadcasts need little bandwidth, so a share of L3 serves as well as L2: 2 MB chunks (L2: 1 MB, L3: 16 MB a core)
+    were the fastest on Zen 4, 2 % before 512 KB and 8 % before no chunks, at 2048 x 2048 x 2048.
+    """
+    l3 = hw.cache(3)
+    beyond = min(2 * _l2_bytes(hw), l3.size_bytes // l3.shared_by_cores // 4) if l3 else 0
+    return max(_l2_bytes(hw) // 2, beyond)
+
+
+def _depth_blocks(hw: Hardware, tiles: int, width: int, depth: int) -> int:
+    """Parts of k such that one part of the panel, which every row tile reads again, stays in L2."""
     size = _l2_bytes(hw)
     if tiles == 1 or depth * width * 4 <= size * 3 // 4:
-        return max(1, depth)
-    blocks = -(-depth * width * 4 // (size // 2))
-    return -(-depth // blocks)
+        return 1
+    return -(-depth * width * 4 // (size // 2))
+
+
+def _rows_collide(hw: Hardware, rows: int, stride: int) -> bool:
+    """Whether `rows` rows `stride` bytes apart need more ways of an L1 set than there are."""
+    l1 = hw.cache(1)
+    ways = (l1.ways if l1 else None) or 8
+    way = (l1.size_bytes if l1 else 32 * 1024) // ways
+    sets = way // gcd(stride, way)  # distinct positions within a way
+    return -(-rows // sets) > ways
 
 
 def _busiest(panels: int, tiles: int, chunks: int, tasks: int) -> float:
@@ -175,11 +219,6 @@ def _busiest(panels: int, tiles: int, chunks: int, tasks: int) -> float:
 def _l2_bytes(hw: Hardware) -> int:
     l2 = hw.cache(2)
     return l2.size_bytes // l2.shared_by_cores if l2 else 256 * 1024
-
-
-def _l1_ways(hw: Hardware) -> int:
-    l1 = hw.cache(1)
-    return (l1.ways if l1 else None) or 8
 
 
 def _cycles_per_us(hw: Hardware) -> float:

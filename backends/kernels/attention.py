@@ -59,9 +59,9 @@ class Plan:
 
 def plan_attention(hw: Hardware, p: Problem, causal: bool) -> Plan:
     """Choose tiles, block size and split from the hardware's facts."""
-    scores = choose_tiling(hw, p.queries, p.keys, p.depth, repeats=p.batch * p.heads)
-    values = choose_tiling(
-        hw, p.queries, p.value_depth, p.keys, row_stride_bytes=4 * p.keys + 64, fixed_rows=scores.rows
+    scores, values = min(
+        (_tiles(hw, p, rows) for rows in range(1, min(p.queries, 16) + 1)),
+        key=lambda pair: pair[0].cycles * pair[0].tasks + pair[1].cycles * pair[1].tasks,
     )
     l2 = hw.cache(2)
     size = l2.size_bytes // l2.shared_by_cores if l2 else 256 * 1024
@@ -81,6 +81,17 @@ def plan_attention(hw: Hardware, p: Problem, causal: bool) -> Plan:
         f"and {values.rows}x{values.columns}, {tasks} {'task' if tasks == 1 else 'tasks'}"
     )
     return Plan(replace(scores, row_chunks=blocks), replace(values, row_chunks=blocks), blocks, parts, tasks, reason)
+
+
+def _tiles(hw: Hardware, p: Problem, rows: int) -> tuple[Tiling, Tiling]:
+    """The tilings of q . k^T and of scores . v on row tiles of `rows`."""
+    pairs = p.batch * p.heads
+    return (
+        choose_tiling(hw, p.queries, p.keys, p.depth, repeats=pairs, fixed_rows=rows),
+        choose_tiling(
+            hw, p.queries, p.value_depth, p.keys, row_stride_bytes=4 * p.keys + 64, repeats=pairs, fixed_rows=rows
+        ),
+    )
 
 
 def attention(
