@@ -56,7 +56,7 @@ def problems(draw: st.DrawFn) -> dict[str, object]:
 
 
 @given(problems())
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=18, deadline=None, derandomize=True)
 def test_any_geometry(problem: dict[str, object]) -> None:
     check_conv(**problem)
 
