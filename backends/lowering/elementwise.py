@@ -369,6 +369,7 @@ for _packet, _functions in (
     aten.contiguous.default,
     aten.lift_fresh_copy.default,
     aten._to_copy.default,
+    aten.expand.default,
     prims.convert_element_type.default,
 )
 def copy(out: Out, x: te.Tensor, *_: Any, **__: Any) -> te.Tensor:

@@ -16,12 +16,14 @@ FAMILIES = (
     "movement",
     "normalisation",
     "padding",
+    "polynomials",
     "pooling",
     "reduction",
     "resize",
     "scan",
     "scatter",
     "sort",
+    "special",
     "unary",
 )
 
