@@ -29,7 +29,24 @@ from .matmul import clear, each_row_tile, each_vector, first_row, multiply_tile
 from .packing import pack_panel, pack_panel_transposed
 from .vector_math import exp_nonpositive
 
-Layout = Literal["BHSD", "BSHD"]  # how q, k, v and the result lie in memory
+Layout = Literal["BHSD", "BSHD"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an operand's element [b, h, s, d] lies in its buffer, in floats: offset + b, h, s times strides, + d."""
+
+    offset: int
+    batch: int
+    head: int
+    position: int
+
+
+def dense(layout: Layout, heads: int, positions: int, depth: int) -> Placement:
+    """The placement of a buffer that holds just that operand."""
+    if layout == "BHSD":
+        return Placement(0, heads * positions * depth, positions * depth, depth)
+    return Placement(0, heads * positions * depth, depth, heads * depth)
 
 
 @dataclass(frozen=True)
@@ -103,29 +120,32 @@ def attention(
     mask: tuple[Shape, str] | None = None,
     mask_buffer: Shape | None = None,
     layout: Layout = "BHSD",
+    placements: tuple[Placement, Placement, Placement, Placement] | None = None,
     buffer_shapes: tuple[Shape, Shape, Shape, Shape] | None = None,
     plan: Plan | None = None,
 ) -> Any:
     """Return the kernel (q, k, v[, mask], out).
 
     `mask` is (shape, "float32" added or "bool" true = attend), broadcastable to [batch, heads, S_q, S_k]. q, k, v
-    and out lie as `layout` says; `buffer_shapes` (and `mask_buffer`) are their declared shapes where others.
+    and out lie as `layout` says, or wherever `placements` puts them in buffers of `buffer_shapes` (so that one buffer
+    can hold q, k and v side by side; out must be dense). `mask_buffer` is the mask's declared shape where another.
     """
     plan = plan or plan_attention(hw, p, causal)
-    logical = tuple(
-        (p.batch, h, s, d) if layout == "BHSD" else (p.batch, s, h, d)
-        for h, s, d in (
-            (p.heads, p.queries, p.depth),
-            (p.key_heads, p.keys, p.depth),
-            (p.key_heads, p.keys, p.value_depth),
-            (p.heads, p.queries, p.value_depth),
-        )
+    extents = (
+        (p.heads, p.queries, p.depth),
+        (p.key_heads, p.keys, p.depth),
+        (p.key_heads, p.keys, p.value_depth),
+        (p.heads, p.queries, p.value_depth),
     )
-    declared = buffer_shapes or logical
+    places = placements or tuple(dense(layout, *extent) for extent in extents)
+    declared = buffer_shapes or tuple(
+        (p.batch, h, s, d) if layout == "BHSD" else (p.batch, s, h, d) for h, s, d in extents
+    )
 
     def body(*buffers: Any) -> None:
         q, k, v, out = (
-            _Heads(view(b, shape), layout) for b, shape in zip((*buffers[:3], buffers[-1]), logical, strict=True)
+            _Heads(view(buffer, (prod(shape),)), place)
+            for buffer, shape, place in zip((*buffers[:3], buffers[-1]), declared, places, strict=True)
         )
         bias = _mask(view(buffers[3], (1,) * (4 - len(mask[0])) + mask[0]), mask[1]) if mask else None
         with T.parallel(0, plan.tasks) if plan.tasks > 1 else T.serial(0, 1) as task:
@@ -150,16 +170,19 @@ def attention(
 
 @dataclass(frozen=True)
 class _Heads:
-    """A buffer read as [batch, head, position, channel] whichever of head and position comes first in memory."""
+    """A flat buffer read as [batch, head, position, channel]."""
 
     buffer: Any
-    layout: Layout
+    placement: Placement
 
-    def place(self, b: Any, h: Any, s: Any, d: Any) -> list[Any]:
-        return [b, h, s, d] if self.layout == "BHSD" else [b, s, h, d]
+    def place(self, b: Any, h: Any, s: Any, d: Any) -> Any:
+        """The index of an element, or of neighbouring channels."""
+        p = self.placement
+        return p.offset + b * p.batch + h * p.head + s * p.position + d
 
     def at(self, b: Any, h: Any, s: Any, d: Any) -> Any:
-        return self.buffer[tuple(self.place(b, h, s, d))]
+        """The element, or a vector of channels."""
+        return self.buffer[self.place(b, h, s, d)]
 
 
 def _mask(buffer: Any, dtype: str) -> Callable[[Any, Any, Any, Any, Any], Any]:
@@ -315,7 +338,7 @@ class _Block:
                 rows,
                 t,
                 lambda at, a, j: T.buffer_store(
-                    out.buffer, value(at, a), out.place(b, h, row + a, span(panel * t.columns + j, lanes))
+                    out.buffer, value(at, a), [out.place(b, h, row + a, span(panel * t.columns + j, lanes))]
                 ),
             )
 
@@ -323,7 +346,7 @@ class _Block:
             each_vector(rows, t, lambda at, a, j: T.buffer_store(self.edge, value(at, a), [at]))
             with T.serial(0, rows) as a, T.serial(0, width) as j:
                 place = out.place(b, h, row + a, panel * t.columns + j)
-                T.buffer_store(out.buffer, self.edge[a * t.columns + j], place)
+                T.buffer_store(out.buffer, self.edge[a * t.columns + j], [place])
 
         full, tail = divmod(self.p.value_depth, t.columns)
         if not tail:

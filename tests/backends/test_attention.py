@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_harness import UNIT, compile_kernel, inner_loops, kernel_of, refusal, run_kernel
 
-from graphwright.backends.kernels.attention import Problem, attention, plan_attention
+from graphwright.backends.kernels.attention import Placement, Problem, attention, dense, plan_attention
 from graphwright.backends.lowering.registry import KernelCall
 from graphwright.hwdb import detect, lookup
 from graphwright.passes import dialect
@@ -133,6 +133,22 @@ def test_heads_second_in_memory(causal: bool) -> None:
     compile_kernel(func, detect())["main"](*map(tvm.runtime.from_dlpack, (q, k, v, out)))
     q, k, v, got = (x.transpose(1, 2) for x in (q, k, v, out))
     check(got, q, k, v, None, causal, 0.25)
+
+
+def test_queries_keys_and_values_side_by_side_in_one_buffer() -> None:
+    qkv, out = random(2, 19, 3, 4, 8), torch.full((2, 19, 4, 8), float("nan"))  # [B, S, 3, H, D]
+    row = 3 * 4 * 8
+    parts = tuple(Placement(i * 4 * 8, 19 * row, 8, row) for i in range(3))
+    func = attention(
+        Problem(2, 4, 4, 19, 19, 8, 8),
+        detect(),
+        0.25,
+        placements=(*parts, dense("BSHD", 4, 19, 8)),
+        buffer_shapes=(*(tuple(qkv.shape) for _ in parts), tuple(out.shape)),
+    )
+    compile_kernel(func, detect())["main"](*map(tvm.runtime.from_dlpack, (qkv, qkv, qkv, out)))
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    check(out.transpose(1, 2), q, k, v, None, False, 0.25)
 
 
 def test_one_head_is_shared_by_the_cores() -> None:
