@@ -4,6 +4,7 @@
     pointwise, concat, reduction,
     pooling, slice, pad (permute x) -> permute(the same in NHWC)
     permute(permute(x))             -> x
+    x permuted to NCHW by the model -> x is its form in NHWC
 
 A 1 x 1 convolution is then a plain matrix product, channels are what vectors run over, and a concat over channels
 copies whole runs. Every value gets at most one permute each way: an image network keeps one at its input, and one
@@ -21,7 +22,7 @@ import logging
 from torch import fx
 
 from ..hwdb import Hardware
-from . import rewrite
+from . import dialect, rewrite
 from .nhwc_rules import RULES, Images, pointwise
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 
 def assign_layout(graph: fx.GraphModule, hw: Hardware) -> int:
     """Bring convolutions and what hangs together with them to NHWC; returns the number of nodes brought over."""
+    if not any(rewrite.calls(n, dialect.conv2d) and n.args[-1] == "NCHW" for n in graph.graph.nodes):
+        return 0
     images = Images(graph)
     for node in list(graph.graph.nodes):
         if node.op != "call_function":

@@ -70,6 +70,13 @@ _FIRST_RESULT: dict[Operator, tuple[Operator, Callable[[dict[str, Any]], tuple[A
             a["eps"], False,
         ),
     ),
+    aten.native_batch_norm.default: (
+        aten.batch_norm.default,
+        lambda a: (
+            a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], False, a["momentum"],
+            a["eps"], False,
+        ),
+    ),
     aten.native_layer_norm.default: (
         aten.layer_norm.default,
         lambda a: (a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"]),
@@ -171,5 +178,9 @@ def _first_result(graph: fx.GraphModule, node: fx.Node) -> Spelling | None:
     if len(owner.users) > 1:
         log.debug("keep %s: more of its results than the first are read", owner)
         return None
+    a = rewrite.arguments(owner)
+    if a.get("training"):
+        log.debug("keep %s: it is in training mode, and changes its statistics", owner)
+        return None
     target, select = _FIRST_RESULT[owner.target]
-    return target, select(rewrite.arguments(owner)), {}
+    return target, select(a), {}

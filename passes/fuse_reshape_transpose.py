@@ -53,10 +53,19 @@ class _Chain:
 
 def fuse_reshape_transpose(graph: fx.GraphModule, hw: Hardware) -> int:
     """Bring every chain of moves to its normal form; returns the number of values that are made otherwise."""
-    chains: dict[fx.Node, _Chain] = {}
+    count = 0
+    # A cut may heal once what is behind it is in normal form. Every round but the last moves less than before.
+    while changed := _round(graph):
+        count += changed
+    return rewrite.finish(graph, count)
+
+
+def _round(graph: fx.GraphModule) -> int:
+    whole: dict[fx.Node, _Chain] = {}  # from as far up as the chain goes
+    chains: dict[fx.Node, _Chain] = {}  # from where it is cheapest
     for node in graph.graph.nodes:
         if _is_move(node):
-            chains[node] = _chain(node, chains)
+            whole[node], chains[node] = _chain(node, whole, chains)
     read = {n for n in chains if not _only_moved(n, chains)} | {c.head for c in chains.values()}
     current: dict[fx.Node, fx.Node] = {}
     for node, chain in chains.items():
@@ -73,7 +82,7 @@ def fuse_reshape_transpose(graph: fx.GraphModule, hw: Hardware) -> int:
             node.replace_all_uses_with(current[node])
     if current:
         rewrite.erase_unused(*reversed(chains))
-    return rewrite.finish(graph, len(current))
+    return len(current)
 
 
 def map_of(node: fx.Node) -> IndexMap | None:
@@ -109,21 +118,26 @@ def _moved(map: IndexMap, node: fx.Node) -> IndexMap | None:
     return map.reshape(rewrite.shape_of(node))
 
 
-def _chain(node: fx.Node, chains: dict[fx.Node, _Chain]) -> _Chain:
+def _chain(node: fx.Node, whole: dict[fx.Node, _Chain], chains: dict[fx.Node, _Chain]) -> tuple[_Chain, _Chain]:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     alone = _moved(identity(rewrite.shape_of(source)), node)
     assert alone is not None  # the elements of a source in order can be grouped in every way
     near = _Chain(source, alone)
-    if source not in chains:
-        return near
-    composed = _moved(chains[source].map, node)
-    if composed is None:
+    if source not in whole:
+        return near, near
+    found = []
+    for start in (whole[source], chains[source]):
+        composed = _moved(start.map, node)
+        if composed is not None:
+            found.append(_Chain(start.head, composed))
+    if not found or found[0].head is not whole[source].head:
         log.debug("cut at %s: with what precedes it, it is no single permute", node)
-        return near
-    far = _Chain(chains[source].head, composed)
-    # Where the source is computed anyway, starting from it may be the cheaper of the two.
-    return far if far.cost <= near.cost or all(_is_move(u) for u in source.users) else near
+    if not found:
+        return near, near
+    # Where the source is read anyway, starting from it may be the cheapest.
+    choice = found if all(_is_move(user) for user in source.users) else [*found, near]
+    return found[0], min(choice, key=lambda chain: chain.cost)
 
 
 def _only_moved(node: fx.Node, chains: dict[fx.Node, _Chain]) -> bool:

@@ -28,11 +28,12 @@ class Images:
 
     graph: fx.GraphModule
     nhwc: dict[fx.Node, fx.Node] = field(default_factory=dict)  # NCHW value -> its twin
-    computed: dict[fx.Node, None] = field(default_factory=dict)  # those whose twin is computed, not permuted
+    computed: dict[fx.Node, None] = field(default_factory=dict)  # those whose twin replaces them
+    free: set[fx.Node] = field(default_factory=set)  # those that are permuted from their twin
 
     def has(self, node: object) -> bool:
-        """Whether the value is computed in NHWC."""
-        return node in self.computed
+        """Whether the value is there in NHWC without a permute."""
+        return node in self.computed or node in self.free
 
     def twin(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """The value in NHWC, permuted in front of `before` where nothing computes it."""
@@ -244,6 +245,15 @@ def _upsample_nearest2d(node: fx.Node, images: Images) -> fx.Node | None:
     return images.call(node, aten.reshape.default, x, [batch, *after, channels])
 
 
+def _permute(node: fx.Node, images: Images) -> fx.Node | None:
+    """An image that the model itself permutes to NCHW was in NHWC before."""
+    source, dims = node.args
+    if is_image(node) and list(dims) == _TO_NCHW and isinstance(source, fx.Node):  # type: ignore[arg-type]
+        images.nhwc[node] = source
+        images.free.add(node)
+    return None
+
+
 def _around(padding: int | Sequence[int]) -> list[int]:
     vertical, horizontal = rewrite.repeated(padding, 2)
     return [vertical, vertical, horizontal, horizontal]
@@ -270,6 +280,7 @@ RULES: dict[Any, Rule] = {
     aten.split.Tensor: _split,
     operator.getitem: _getitem,
     aten.constant_pad_nd.default: _constant_pad,
+    aten.permute.default: _permute,
     aten.upsample_nearest2d.default: _upsample_nearest2d,
     aten.upsample_nearest2d.vec: _upsample_nearest2d,
 }
