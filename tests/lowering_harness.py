@@ -15,8 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from tvm import te
 
+from graphwright.backends.cpu.expand_math import expand_math
+from graphwright.backends.cpu.schedule import schedule
 from graphwright.backends.lowering import families
 from graphwright.backends.lowering.registry import LOWERINGS, Out
+from graphwright.hwdb import detect
 
 families.load()
 
@@ -82,9 +85,14 @@ def prim_func(node: fx.Node) -> tuple[Any, list[fx.Node], list[Out]]:
     return te.create_prim_func([*places.values(), *results]), inputs, outs
 
 
-def compile_node(node: fx.Node) -> Callable[..., list[torch.Tensor]]:
-    """Compile the node with TVM's default schedule; call it with the tensors it reads, in order."""
+def compile_node(node: fx.Node, shipped: bool = False) -> Callable[..., list[torch.Tensor]]:
+    """Compile the node; call it with the tensors it reads, in order.
+
+    With TVM's default schedule, or as it is shipped: with our generic schedule and our elementary functions.
+    """
     func, inputs, outs = prim_func(node)
+    if shipped:
+        func = expand_math(schedule(func, detect()))
     func = func.with_attrs({"global_symbol": "main", "tirx.noalias": True})
     main = tvm.compile(tvm.IRModule({"main": func}), target=host_target())["main"]
 
@@ -107,20 +115,25 @@ def _to_tvm(tensor: torch.Tensor) -> Any:
     return tvm.runtime.from_dlpack(tensor)
 
 
-def run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> tuple[list[torch.Tensor], Any]:
+def run(op: torch._ops.OpOverload, *args: Any, shipped: bool = False, **kwargs: Any) -> tuple[list[torch.Tensor], Any]:
     """Compile and run the call; returns our results and eager's."""
     node, tensors, expected = build_node(op, *args, **kwargs)
     refusal = reason(node)
     assert refusal is None, refusal
     first = {id(n): t for n, t in zip((n for n in node.graph.nodes if n.op == "placeholder"), tensors, strict=True)}
-    return compile_node(node)(*(first[id(n)] for n in node.all_input_nodes)), expected
+    return compile_node(node, shipped)(*(first[id(n)] for n in node.all_input_nodes)), expected
 
 
 def check(
-    op: torch._ops.OpOverload, *args: Any, rtol: float | None = None, atol: float | None = None, **kwargs: Any
+    op: torch._ops.OpOverload,
+    *args: Any,
+    rtol: float | None = None,
+    atol: float | None = None,
+    shipped: bool = False,
+    **kwargs: Any,
 ) -> None:
     """Assert that our results are eager's: dtype and shape, values within assert_close's defaults."""
-    got, expected = run(op, *args, **kwargs)
+    got, expected = run(op, *args, shipped=shipped, **kwargs)
     wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected)
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True, check_stride=False)

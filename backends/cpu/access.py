@@ -35,10 +35,12 @@ def element_bits(dtype: str) -> int:
 class Views:
     """The one-dimensional buffers that stages address, and the statements that declare them.
 
-    `scratch` maps a buffer to a smaller one that holds a single row: the first `depth` dims are dropped.
+    `scratch` maps a buffer to a smaller one that holds a single row: the first `depth` dims are dropped. `own` are the
+    buffers that exist only as flat ones: TVM's StorageRewrite overlooks reads through a view when it reuses memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, own: Iterable[Buffer] = ()) -> None:
+        self.own = frozenset(own)
         self._flat: dict[Buffer, Buffer] = {}
         self.scratch: dict[Buffer, tuple[Buffer, int]] = {}
         self.declarations: list[Stmt] = []
@@ -49,8 +51,11 @@ class Views:
             return self.scratch[buffer]
         if buffer not in self._flat:
             size = size_of(buffer)
-            flat = tirx.decl_buffer((size,), str(buffer.dtype), f"{buffer.name}_flat", data=buffer.data)
-            self.declarations.append(tirx.DeclBuffer(flat, data=buffer.data))
+            if buffer in self.own:
+                flat = tirx.decl_buffer((size,), str(buffer.dtype), buffer.name)
+            else:
+                flat = tirx.decl_buffer((size,), str(buffer.dtype), f"{buffer.name}_flat", data=buffer.data)
+                self.declarations.append(tirx.DeclBuffer(flat, data=buffer.data))
             self._flat[buffer] = flat
         return self._flat[buffer], 0
 
@@ -144,10 +149,13 @@ def _note(found: set[Var], var: Var) -> None:
     found.add(var)
 
 
-def split_by_divisors(nest: Nest) -> None:
-    """Split axes so that divisions in addresses disappear: in `x[c // 64, s, c % 64]`, c = 64 a + b."""
+def split_by_divisors(nest: Nest, fixed: int = 0) -> None:
+    """Split axes so that divisions in addresses disappear: in `x[c // 64, s, c % 64]`, c = 64 a + b.
+
+    The first `fixed` axes stay.
+    """
     for _ in range(3):
-        found = _divisor(nest)
+        found = _divisor(nest, fixed)
         if found is None:
             return
         axis, divisor = found
@@ -168,13 +176,13 @@ def _replace_axis(nest: Nest, values: dict[Var, Expr]) -> None:
         nest.init = simplify_integers(substitute(nest.init, values), analyzer_of(nest.axes))
 
 
-def _divisor(nest: Nest) -> tuple[Axis, int] | None:
+def _divisor(nest: Nest, fixed: int) -> tuple[Axis, int] | None:
     addresses = [address for address, _, _ in nest.accesses()]
     for node in collect(addresses, tirx.FloorDiv, tirx.FloorMod):
         if not isinstance(node.b, tirx.IntImm):
             continue
         divisor = int(node.b)
-        for axis in nest.axes:
+        for axis in nest.axes[fixed:]:
             if axis.extent > divisor and axis.extent % divisor == 0 and stride(node.a, axis.var) == 1:
                 return axis, divisor
     return None

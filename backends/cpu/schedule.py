@@ -60,7 +60,8 @@ def _scheduled(func: Any, hw: Hardware, join: bool) -> Any:
     stages = inline_producers(stages, allocated)
     live = {buffer for stage in stages for buffer in (*stage.reads, *stage.writes)}
     groups = _groups(stages, hw) if join else [([stage], 0) for stage in stages]
-    views = Views()
+    named = {b for stage in stages if stage.opaque is not None for b in (*stage.reads, *stage.writes)}
+    views = Views(own=[b for b in allocated if b not in named])
     statements: list[Stmt] = []
     inner: set[Any] = set()
     for index, (members, depth) in enumerate(groups):
@@ -73,7 +74,8 @@ def _scheduled(func: Any, hw: Hardware, join: bool) -> Any:
         ]
         inner.update(private)
         statements.append(_group(members, depth, private, views, hw))
-    allocations = [tirx.AllocBuffer(b) for b in allocated if b in live and b not in inner]
+    outer = [b for b in allocated if b in live and b not in inner]
+    allocations = [tirx.AllocBuffer(views.flat(b)[0] if b in views.own else b) for b in outer]
     body = sequence([*allocations, *views.declarations, *statements])
     root = func.body.block
     block = type(root)(
@@ -144,8 +146,9 @@ def _aligned(stage: Stage, depth: int, written: set[Any]) -> bool:
 
     accesses = [(n.source, n.indices) for n in collect(stage.body, TensorLoad) if n.source in written]
     accesses += [(stage.body.buffer, stage.body.indices)]
-    for _, indices in accesses:
-        varying = [i for i in indices if not isinstance(i, tirx.IntImm)]
+    for buffer, indices in accesses:
+        # A constant index into a dim of several elements is an index like any other: of another row.
+        varying = [i for i, extent in zip(indices, buffer.shape, strict=True) if int(extent) != 1]
         if len(varying) < depth:
             return False
         if any(not varying[k].same_as(stage.spatial[k].var) for k in range(depth)):
@@ -224,7 +227,7 @@ def _rows(members: list[Stage], depth: int, private: Sequence[Any], views: Views
         body = substitute(nest.body, values)
         init = None if nest.init is None else substitute(nest.init, values)
         nest = Nest([*shared, *nest.spatial[depth:]], nest.reduce, body, init, nest.simple)
-        access.split_by_divisors(nest)
+        access.split_by_divisors(nest, depth)
         access.collapse(nest, depth)
         plan = choose_plan(nest, [*nest.spatial[depth:], *nest.reduce], hw)
         nests.append((nest, plan))

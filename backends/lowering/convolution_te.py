@@ -29,9 +29,7 @@ def _spatial_pad(source: te.Tensor, sides: Sequence[tuple[int, int]], trailing: 
     return pad_zeros(source, [*[(0, 0)] * rest, *sides, *[(0, 0)] * trailing])
 
 
-def _sum(
-    shape: Sequence[int], dtype: str, axes: Sequence[Any], term: Callable[..., Expr], name: str
-) -> te.Tensor:
+def _sum(shape: Sequence[int], dtype: str, axes: Sequence[Any], term: Callable[..., Expr], name: str) -> te.Tensor:
     out = Out(tuple(shape), dtype)
     if any(int(axis.dom.extent) == 0 for axis in axes):  # a sum of nothing
         return define(out, lambda *i: ex.constant(0, dtype), name)
@@ -79,9 +77,7 @@ def _correlate_nhwc(
     each = out_channels // groups
     padded = _spatial_pad(source, sides, trailing=1)
     dtype = ex.compute_dtype(str(source.dtype))
-    turned = te.compute(
-        (kh, kw, in_channels, out_channels), lambda y, x, c, o: weight(o, c, y, x), name="weight"
-    )
+    turned = te.compute((kh, kw, in_channels, out_channels), lambda y, x, c, o: weight(o, c, y, x), name="weight")
     c = te.reduce_axis((0, in_channels), "c")
     ky, kx = te.reduce_axis((0, kh), "ky"), te.reduce_axis((0, kw), "kx")
 
@@ -146,9 +142,7 @@ def spread_out(
     lead = tuple(shape[:-count])
     phases = _sum((*lead, *stride, *quotients), dtype, [c, *js], term, "conv_transpose")
     if all(s == 1 for s in stride) and not any(padding):
-        return define(
-            Out(tuple(shape), dtype), lambda *i: phases(*i[:-count], *[0] * count, *i[-count:]), "phases"
-        )
+        return define(Out(tuple(shape), dtype), lambda *i: phases(*i[:-count], *[0] * count, *i[-count:]), "phases")
 
     def interleaved(*i: Expr) -> Expr:
         ts = [y + p for y, p in zip(i[-count:], padding, strict=True)]
@@ -244,9 +238,7 @@ def convolution(
     """Either of the two, of any rank."""
     count = len(weight.shape) - 2
     if transposed:
-        return _conv_transpose(count)(
-            out, source, weight, bias, stride, padding, output_padding, groups, dilation
-        )
+        return _conv_transpose(count)(out, source, weight, bias, stride, padding, output_padding, groups, dilation)
     return _conv(count)(out, source, weight, bias, stride, padding, dilation, groups)
 
 
@@ -280,6 +272,4 @@ def fused_conv2d(
         return total
 
     plain = bias is None and residual is None
-    return activate(
-        out, sums if plain else define(Out(out.shape, dtype), value, "conv"), activation, activation_args
-    )
+    return activate(out, sums if plain else define(Out(out.shape, dtype), value, "conv"), activation, activation_args)

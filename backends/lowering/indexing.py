@@ -49,9 +49,7 @@ def embedding(
 
 
 @lowers(aten.gather.default)
-def gather(
-    out: Out, source: te.Tensor, dim: int, index: te.Tensor, *, sparse_grad: bool = False
-) -> te.Tensor:
+def gather(out: Out, source: te.Tensor, dim: int, index: te.Tensor, *, sparse_grad: bool = False) -> te.Tensor:
     """result[.., i, ..] = source[.., index[.., i, ..], ..]."""
     axis = axis_of(dim, len(out.shape))
 
@@ -151,7 +149,7 @@ def _can_one_hot(node: fx.Node) -> str | None:
 @lowers(aten.one_hot.default, can=_can_one_hot)
 def one_hot(out: Out, source: te.Tensor, num_classes: int = -1) -> te.Tensor:
     """1 at the class, 0 elsewhere."""
-    return define(out, lambda *i: ex.cast(source(*i[:-1]), "int64") == i[-1], "one_hot")
+    return define(out, lambda *i: ex.cast(source(*i[:-1]), "int64").equal(i[-1]), "one_hot")
 
 
 def _search(
@@ -166,11 +164,7 @@ def _search(
     def body(ins: Sequence[Elements], outs: Sequence[Elements]) -> None:
         rows, result = ins[0], outs[0]
         with grid(out.shape, parallel=True) as i:
-            value = (
-                ex.cast(ins[1][i], compared)
-                if isinstance(values, te.Tensor)
-                else ex.constant(values, compared)
-            )
+            value = ex.cast(ins[1][i], compared) if isinstance(values, te.Tensor) else ex.constant(values, compared)
             row = i[:-1] if len(rows.shape) > 1 else ()
             low, high = local("int32"), local("int32")
             low[0], high[0] = 0, length

@@ -350,9 +350,7 @@ def diagonal_index(index: Sequence[Expr], place: Expr, offset: int, dim1: int, d
 def diagonal(out: Out, source: te.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> te.Tensor:
     """A diagonal of two dims, as the new last dim."""
     rank = len(source.shape)
-    return define(
-        out, lambda *i: source(*diagonal_index(i[:-1], i[-1], offset, dim1, dim2, rank)), "diagonal"
-    )
+    return define(out, lambda *i: source(*diagonal_index(i[:-1], i[-1], offset, dim1, dim2, rank)), "diagonal")
 
 
 @lowers(aten.diag_embed.default)

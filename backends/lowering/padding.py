@@ -40,9 +40,7 @@ def pad_zeros(source: te.Tensor, sides: Sequence[tuple[int, int]], value: float 
     return define(out, lambda *i: _padded(source, i, sides, out, value), "pad")
 
 
-def _padded(
-    source: te.Tensor, index: Sequence[Expr], sides: Sequence[tuple[int, int]], out: Out, fill: float
-) -> Expr:
+def _padded(source: te.Tensor, index: Sequence[Expr], sides: Sequence[tuple[int, int]], out: Out, fill: float) -> Expr:
     shape = sizes(source)
     if 0 in shape:
         return ex.constant(fill, out.dtype)
@@ -61,9 +59,7 @@ def constant_pad(out: Out, source: te.Tensor, pad: Sequence[int], value: float =
     return define(out, lambda *i: _padded(source, i, sides, out, value), "pad")
 
 
-def _pad_by_index(
-    out: Out, source: te.Tensor, pad: Sequence[int], place: Callable[[Expr, int], Expr]
-) -> te.Tensor:
+def _pad_by_index(out: Out, source: te.Tensor, pad: Sequence[int], place: Callable[[Expr, int], Expr]) -> te.Tensor:
     sides, shape = _sides(pad, len(out.shape)), sizes(source)
 
     def value(*i: Expr) -> Expr:

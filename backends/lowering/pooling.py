@@ -113,9 +113,7 @@ def _max_with_indices(
     values, indices = outs
     if 0 in values.shape:
         return tuple(define(out, lambda *i: 0, "max_pool") for out in outs)
-    best = te.comm_reducer(
-        _take_larger, lambda *_: (lowest(values.dtype), tirx.const(-1, "int32")), name="argmax"
-    )
+    best = te.comm_reducer(_take_larger, lambda *_: (lowest(values.dtype), tirx.const(-1, "int32")), name="argmax")
 
     def value(*i: Expr) -> Any:
         axes = reduce_axes()
@@ -177,9 +175,7 @@ for _operator, _count, _with_indices in (
     lowers(_operator)(_max_pool(_count, _with_indices))
 
 
-def _average(
-    out: Out, windows: Windows, after: Sequence[int], counted: bool, divisor: int | None
-) -> te.Tensor:
+def _average(out: Out, windows: Windows, after: Sequence[int], counted: bool, divisor: int | None) -> te.Tensor:
     """The sum of every window over the number of its elements (those in the padding too, if `counted`) or `divisor`."""
     dtype = ex.compute_dtype(out.dtype)
     zero = ex.constant(0, str(windows.source.dtype))

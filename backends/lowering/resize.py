@@ -31,9 +31,7 @@ def _scale(size_in: int, size_out: int, scale: float | None, align_corners: bool
     return float(real(1.0 / scale) if scale else real(size_in) / real(size_out))
 
 
-def _nearest_index(
-    i: Expr, size_in: int, size_out: int, scale: float | None, exact: bool, dtype: str
-) -> Expr:
+def _nearest_index(i: Expr, size_in: int, size_out: int, scale: float | None, exact: bool, dtype: str) -> Expr:
     step = _scale(size_in, size_out, scale, False, dtype)
     real = np.float64 if dtype == "float64" else np.float32
     half = 0.5 if exact else 0.0
@@ -57,18 +55,14 @@ def _real(dtype: str) -> str:
 
 
 def _nearest(count: int, exact: bool, vector: bool) -> Callable[..., te.Tensor]:
-    def nearest(
-        out: Out, source: te.Tensor, output_size: Any = None, *scales: Any, **named: Any
-    ) -> te.Tensor:
+    def nearest(out: Out, source: te.Tensor, output_size: Any = None, *scales: Any, **named: Any) -> te.Tensor:
         given = _given(count, vector, (*scales, *named.values()))
         first = len(out.shape) - count
         inputs = sizes(source)[first:]
 
         def value(*i: Expr) -> Expr:
             places = [
-                _nearest_index(
-                    i[first + d], inputs[d], out.shape[first + d], given[d], exact, _real(out.dtype)
-                )
+                _nearest_index(i[first + d], inputs[d], out.shape[first + d], given[d], exact, _real(out.dtype))
                 for d in range(count)
             ]
             return source(*i[:first], *places)

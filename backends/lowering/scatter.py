@@ -73,9 +73,7 @@ def _write_along(
         result = outs[0]
         copy(result, ins[0])
         with grid(ins[1].shape) as i:
-            value = (
-                ex.cast(ins[2][i], out.dtype) if isinstance(new, te.Tensor) else ex.constant(new, out.dtype)
-            )
+            value = ex.cast(ins[2][i], out.dtype) if isinstance(new, te.Tensor) else ex.constant(new, out.dtype)
             place = _place(i, axis, ins[1][i], out.shape)
             result[place] = combine(result[place], value)
 
@@ -200,9 +198,7 @@ def index_put(
         read = dict(zip(axes, ins[2:], strict=True))
         with grid(written) as i:
             tail = i[len(i) - len(new.shape) :]
-            value = ex.cast(
-                new[[0 if n == 1 else k for k, n in zip(tail, new.shape, strict=True)]], out.dtype
-            )
+            value = ex.cast(new[[0 if n == 1 else k for k, n in zip(tail, new.shape, strict=True)]], out.dtype)
             at = indexed(i, [read.get(axis) for axis in range(len(out.shape))], out.shape, layout)
             result[at] = _add(result[at], value) if accumulate else value
 

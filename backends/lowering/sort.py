@@ -96,9 +96,7 @@ def _merge_runs(
                     left[0] = left[0] + 1
 
 
-def _move(
-    old: tuple[Elements, Elements], new: tuple[Elements, Elements], source: Index, target: Index
-) -> None:
+def _move(old: tuple[Elements, Elements], new: tuple[Elements, Elements], source: Index, target: Index) -> None:
     for a, b in zip(old, new, strict=True):
         b[target] = a[source]
 
@@ -118,9 +116,7 @@ def sort(
 
 
 @lowers(aten.argsort.default, aten.argsort.stable)
-def argsort(
-    out: Out, source: te.Tensor, dim: int = -1, descending: bool = False, *, stable: bool = False
-) -> te.Tensor:
+def argsort(out: Out, source: te.Tensor, dim: int = -1, descending: bool = False, *, stable: bool = False) -> te.Tensor:
     """Where the values in order come from."""
     _, places = sorted_rows(source, axis_of(dim, len(source.shape)), descending)
     return define(out, lambda *i: places(*i), "argsort")
@@ -187,9 +183,7 @@ def _inserted(source: te.Tensor, axis: int, k: int, largest: bool) -> tuple[te.T
     return values, places
 
 
-def _one_of(
-    outs: tuple[Out, Out], source: te.Tensor, dim: int, rank: Callable[..., Any]
-) -> tuple[te.Tensor, ...]:
+def _one_of(outs: tuple[Out, Out], source: te.Tensor, dim: int, rank: Callable[..., Any]) -> tuple[te.Tensor, ...]:
     """The element that comes `rank(last)`-th along a dim, which the results have with extent 1 or not at all."""
     axis = axis_of(dim, len(source.shape))
     values, places = sorted_rows(source, axis, False)
@@ -217,11 +211,7 @@ def kthvalue(
 
 
 @lowers(aten.median.dim)
-def median(
-    outs: tuple[Out, Out], source: te.Tensor, dim: int, keepdim: bool = False
-) -> tuple[te.Tensor, ...]:
+def median(outs: tuple[Out, Out], source: te.Tensor, dim: int, keepdim: bool = False) -> tuple[te.Tensor, ...]:
     """The lower of the two middle elements along a dim, NaN if there is one."""
     length = sizes(source)[axis_of(dim, len(source.shape))] if source.shape else 1
-    return _one_of(
-        outs, source, dim, lambda last: tirx.Select(ex.is_nan(last), length - 1, (length - 1) // 2)
-    )
+    return _one_of(outs, source, dim, lambda last: tirx.Select(ex.is_nan(last), length - 1, (length - 1) // 2))
