@@ -13,15 +13,21 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import tvm
 from tvm import ir, s_tir, tirx
 from tvm.tirx.buffer import is_buffer_var
 
-# The weak pointer slots our runtime fills (runtime.c); a call through any other would jump to address 0.
-_SLOTS = (b"__TVMBackendParallelLaunch", b"__TVMBackendAllocWorkspace", b"__TVMBackendFreeWorkspace")
+# Weak pointers that TVM's code calls through and our runtime does not fill: such a call would jump to address 0.
 _FOREIGN = (b"__TVMBackendParallelBarrier", b"__TVMFFIFunctionCall", b"__TVMFFIEnvModLookupFromImports")
+
+
+def compile_objects(functions: Mapping[str, Any], target: Mapping[str, Any]) -> list[bytes]:
+    """Compile every PrimFunc to an object of its own, on all cores: TVM and LLVM release the GIL."""
+    with ThreadPoolExecutor(max(1, min(len(functions), len(os.sched_getaffinity(0))))) as pool:
+        return list(pool.map(lambda item: compile_object(dict([item]), target), functions.items()))
 
 
 def compile_object(functions: Mapping[str, Any], target: Mapping[str, Any]) -> bytes:

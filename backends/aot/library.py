@@ -76,11 +76,10 @@ def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildIn
     target = hw.tvm_target()
     output = Path(directory, LIBRARY_NAME)
     with tempfile.TemporaryDirectory() as scratch:
-        objects = []
-        for name, functions in (("kernels", kernels), ("graph", graph)):
-            if functions:
-                objects.append(Path(scratch, f"{name}.o"))
-                objects[-1].write_bytes(codegen.compile_object(functions, target))
+        contents = [*codegen.compile_objects(kernels, target), codegen.compile_object(graph, target)]
+        objects = [Path(scratch, f"{number}.o") for number in range(len(contents))]
+        for path, content in zip(objects, contents, strict=True):
+            path.write_bytes(content)
         toolchain.link([*objects, *toolchain.runtime_objects(hw.triple)], output)
     info = BuildInfo(
         library=output,
