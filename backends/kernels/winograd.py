@@ -129,10 +129,6 @@ class _Nest:
         return tile_axis(self.conv.columns, self.plan.m)
 
     @property
-    def chunks(self) -> int:
-        return -(-self.conv.batch * self.tile_rows.out // self.plan.chunk)
-
-    @property
     def chunk_tiles(self) -> int:
         return self.plan.chunk * self.tile_columns.out
 
@@ -149,7 +145,7 @@ class _Nest:
     def _fused(self) -> None:
         conv, plan = self.conv, self.plan
         place = spread_places(self.chunk_tiles * conv.channels)
-        with (T.parallel if self.chunks > 1 else T.serial)(0, self.chunks) as chunk:
+        with tasks(self.plan.chunks) as chunk:
             line, scratch = self._scratch()
             v = T.alloc_buffer((plan.n**2 * place,), "float32", scope="global")
             rows = self._rows_of(chunk)
@@ -160,20 +156,26 @@ class _Nest:
     def _split(self) -> None:
         conv, plan = self.conv, self.plan
         all_rows = conv.batch * self.tile_rows.out
-        place = spread_places(self.chunks * self.chunk_tiles * conv.channels)
+        place = spread_places(self.plan.chunks * self.chunk_tiles * conv.channels)
         v = T.alloc_buffer((plan.n**2 * place,), "float32", scope="global")
-        with T.parallel(0, all_rows * plan.parts) as task:
+        with tasks(all_rows * plan.parts) as task:
             line = T.alloc_buffer((plan.n**2 * plan.lanes,), "float32", scope="local")
             row = T.bind(task // plan.parts)
             first, last = share(conv.channels // plan.lanes, plan.parts, task % plan.parts)
             self._transform_rows(line, (row, row + 1), first, last, v, place, 0)
         panels = conv.filters // (plan.vectors * plan.lanes)
         # Panels inside chunks: cores share out the panels, so that each part of U is read by one core.
-        with T.parallel(0, self.chunks * panels) as task:
+        with tasks(self.plan.chunks * panels) as task:
             line, scratch = self._scratch()
-            chunk = T.bind(task % self.chunks)
+            chunk = T.bind(task % self.plan.chunks)
             self._panel(
-                line, scratch, self._rows_of(chunk), task // self.chunks, v, place, chunk * self.chunk_tiles
+                line,
+                scratch,
+                self._rows_of(chunk),
+                task // self.plan.chunks,
+                v,
+                place,
+                chunk * self.chunk_tiles,
             )
 
     def _scratch(self) -> tuple[Any, tuple[Any, Any]]:
@@ -356,6 +358,11 @@ class _Nest:
         if is_heavy(self.conv.activation):
             return value
         return apply_activation(T.bind(value), self.conv.activation, self.conv.args)
+
+
+def tasks(count: int) -> Any:
+    """The loop over `count` pieces of work, parallel where there is more than one."""
+    return T.parallel(0, count) if count > 1 else T.serial(0, 1)
 
 
 def spread_places(elements: int) -> int:

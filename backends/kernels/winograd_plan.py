@@ -33,6 +33,7 @@ class WinogradPlan:
     efficiency: float  # predicted, the direct sum's operations against the peak: may pass 1
     tile_rows: int  # of all images
     tile_columns: int
+    panels: int
 
     @property
     def n(self) -> int:
@@ -40,9 +41,14 @@ class WinogradPlan:
         return self.m + 2
 
     @property
-    def tasks(self) -> int:
-        """Pieces of the products that may run at once (split mode multiplies them by the panels)."""
+    def chunks(self) -> int:
+        """Chunks of rows of tiles."""
         return -(-self.tile_rows // self.chunk)
+
+    @property
+    def tasks(self) -> int:
+        """Pieces of the products that may run at once."""
+        return self.chunks * (self.panels if self.split else 1)
 
     @property
     def reason(self) -> str:
@@ -50,7 +56,7 @@ class WinogradPlan:
         nr = self.vectors * self.lanes
         how = "split over chunks and panels" if self.split else "fused"
         return (
-            f"F({self.m}x{self.m}), {self.rows}x{nr}, {self.tasks} chunks of {self.chunk * self.tile_columns} tiles, "
+            f"F({self.m}x{self.m}), {self.rows}x{nr}, {self.chunks} chunks of {self.chunk * self.tile_columns} tiles, "
             f"{how}, predicted {self.efficiency:.2f} of the direct sum's peak"
         )
 
@@ -156,6 +162,7 @@ def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPl
                     ideal / cycles,
                     tile_rows,
                     columns.out,
+                    panels,
                 )
             )
     return found
