@@ -331,6 +331,38 @@ def _piece(nest: Nest, axis: Axis, low: int, high: int) -> Piece:
     return Piece(low, high, body, not any(_uses(guard, axis.var) for guard in guards))
 
 
+def parts_along(nest: Nest, axis: Axis) -> list[Nest]:
+    """The nest cut along a spatial axis where its guards change; just the nest, where they do not or cannot be decided."""
+    if not nest.simple:
+        return [nest]
+    cut = merge(pieces(nest, axis))
+    if len(cut) < 2 or not any(part.uniform for part in cut):
+        return [nest]
+    parts = []
+    for piece in cut:
+        dtype = str(axis.var.ty.dtype)
+        own = Axis(tirx.Var(axis.var.name, dtype), piece.high - piece.low)
+        if own.extent == 1:
+            values = {axis.var: tirx.const(piece.low, dtype)}
+        else:
+            values = {axis.var: own.var + tirx.const(piece.low, dtype)}
+        spatial = [own if a is axis else a for a in nest.spatial if a is not axis or own.extent != 1]
+        # The other axes get variables of their own too: no variable may be bound by two loops.
+        fresh = {a.var: tirx.Var(a.var.name, str(a.var.ty.dtype)) for a in (*spatial, *nest.reduce) if a is not own}
+        values.update(fresh)
+
+        def renamed(axes: list[Axis], fresh: dict[Var, Var] = fresh) -> list[Axis]:
+            return [Axis(fresh.get(a.var, a.var), a.extent) for a in axes]
+
+        part = Nest(renamed(spatial), renamed(nest.reduce), piece.body, nest.init, nest.simple)
+        analyzer = analyzer_of(part.axes)
+        part.body = fold_guards(simplify_integers(substitute(part.body, values), analyzer), analyzer)
+        if part.init is not None:
+            part.init = simplify_integers(substitute(part.init, values), analyzer)
+        parts.append(part)
+    return parts
+
+
 def fold_guards(body: Stmt, analyzer: Any) -> Stmt:
     """Drop the branches of if_then_else that the analyzer can decide."""
 

@@ -16,17 +16,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
-from tvm.ir import Range
+from tvm.ir import TensorLoad
 
 from ...hwdb import Hardware
 from . import access
 from .access import Nest, Views, element_bits
 from .emit import Plan, choose_plan, constant, emit, sequence
-from .stages import Axis, Expr, Stage, Stmt, Var, inline_producers, read_stages, substitute
+from .stages import Axis, Expr, Stage, Stmt, Var, collect, inline_producers, read_stages, substitute
+from .transpose import CYCLES, emit_tiles, find_tile
 
 log = logging.getLogger(__name__)
 
 _DEFAULT_MHZ = 2500.0
+_PARTS = 8  # nests that one stage may be cut into
 _SCRATCH_BYTES = 1 << 17  # of one row group; beyond this the stages run one after another over whole tensors
 
 
@@ -140,10 +142,6 @@ def _shared_depth(members: list[Stage], hw: Hardware) -> int:
 
 def _aligned(stage: Stage, depth: int, written: set[Any]) -> bool:
     """Whether every access to a buffer of the group has the first `depth` axes as its first varying indices."""
-    from tvm.ir import TensorLoad
-
-    from .stages import collect
-
     accesses = [(n.source, n.indices) for n in collect(stage.body, TensorLoad) if n.source in written]
     accesses += [(stage.body.buffer, stage.body.indices)]
     for buffer, indices in accesses:
@@ -184,18 +182,40 @@ def _group(members: list[Stage], depth: int, private: Sequence[Any], views: View
         return tirx.Evaluate(tirx.const(0, "int32"))
     nest = access.flatten(stage, views)
     access.split_by_divisors(nest)
+    return sequence([_alone(part, hw) for part in _split_by_guards(nest, hw)])
+
+
+def _split_by_guards(nest: Nest, hw: Hardware) -> list[Nest]:
+    """Cut the axes outside of the vectorised one where guards change: the parts of a concatenation, the rows of a border."""
+    inner = choose_plan(nest, nest.axes, hw).axis
+    parts = [nest]
+    for axis in nest.spatial:
+        if axis is inner:
+            continue
+        cut = [part for part in parts for part in access.parts_along(part, axis)]
+        if len(cut) > _PARTS:
+            break
+        parts = cut
+    return parts
+
+
+def _alone(nest: Nest, hw: Hardware) -> Stmt:
     access.collapse(nest, 0)
+    if not nest.axes:
+        return emit(nest, {}, Plan(None, 1, 1.0))
+    like = nest.axes[0].var
+    tile = find_tile(nest, hw)
+    if tile is not None:
+        axes = [tile.columns if a is tile.across else a for a in nest.spatial if a is not tile.along]
+        return _parallel(axes, _tasks(nest.axes, CYCLES, hw), like, lambda at: emit_tiles(nest, at, tile), [])
     plan = choose_plan(nest, nest.axes, hw)
     outer = [axis for axis in nest.spatial if axis is not plan.axis]
     tasks = _tasks(nest.axes, plan.cycles, hw)
-    if not nest.axes:
-        return emit(nest, {}, plan)
     rows = math.prod(axis.extent for axis in outer)
     shares = 1
     if plan.axis in nest.spatial and tasks > rows:
         group = plan.lanes * (4 if nest.reduce else 1)
         shares = max(1, min(-(-tasks // rows), plan.axis.extent // group))  # type: ignore[union-attr]
-    like = nest.axes[0].var
     if shares > 1 and not _guarded(nest, plan):
         share = Axis(tirx.Var("share", str(like.ty.dtype)), shares)
         return _parallel([*outer, share], tasks, like, lambda at: emit(nest, at, plan, (at[share.var], shares)), [])
@@ -300,6 +320,3 @@ def _at(axes: Sequence[Axis], position: Expr, like: Var, body: Any) -> Stmt:
         bindings.append(tirx.Bind(bound, _as(value, axis.var)))
         values[axis.var] = bound
     return sequence([*bindings, body(values)])
-
-
-_ = Range
