@@ -44,7 +44,7 @@ def runtime_objects(triple: str) -> list[Path]:
     target = zig_target(triple)
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for part in (target, importlib.metadata.version("ziglang"), *_FLAGS):
+    for part in (target, _zig_version(), *_FLAGS):
         digest.update(part.encode() + b"\0")
     for name in (*_HEADERS, *_SOURCES):
         digest.update((here / name).read_bytes())
@@ -110,6 +110,13 @@ def zig_target(triple: str) -> str:
     parts = triple.split("-")
     arch, system = parts[0], "linux" if "linux" in parts else parts[-2]
     return f"{arch}-{system}-{parts[-1] if parts[-1] != system else 'gnu'}"
+
+
+def _zig_version() -> str:
+    try:
+        return importlib.metadata.version("ziglang")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ToolMissing("compiling needs the ziglang package: pip install ziglang") from error
 
 
 def _zig(*arguments: str) -> None:

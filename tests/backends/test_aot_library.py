@@ -117,7 +117,7 @@ def test_the_gil_is_released(tmp_path: Path) -> None:
     buffers = [buffer("x", "input", (width, width)), buffer("w", "input", (width, width))]
     buffers.append(buffer("y", "output", (width, width)))
     slow = load(
-        program({"matmul": matmul(width, width)}, buffers, [Step("matmul", ("x", "w", "y"))] * 20, ["y"]), tmp_path
+        program({"matmul": matmul(width, width)}, buffers, [Step("matmul", ("x", "w", "y"))] * 8, ["y"]), tmp_path
     )
     tensors = [torch.zeros(width, width) for _ in range(3)]
     counted, stop = [0], threading.Event()
