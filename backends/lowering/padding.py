@@ -63,12 +63,12 @@ def _pad_by_index(out: Out, source: te.Tensor, pad: Sequence[int], place: Callab
     sides, shape = _sides(pad, len(out.shape)), sizes(source)
 
     def value(*i: Expr) -> Expr:
-        return source(
-            *(
-                x if (before, after) == (0, 0) else place(x - before, extent)
-                for x, extent, (before, after) in zip(i, shape, sides, strict=True)
-            )
-        )
+        moved = [x - before for x, (before, _) in zip(i, sides, strict=True)]
+        index = [x if side == (0, 0) else place(x, extent) for x, extent, side in zip(moved, shape, sides, strict=True)]
+        # Between the two borders of the innermost dim neighbours read neighbours; the condition lets a schedule see it.
+        before = sides[-1][0]
+        middle = within(moved[-1], 0, shape[-1], (-before, out.shape[-1] - 1 - before))
+        return guarded(middle, source(*index[:-1], moved[-1]), source(*index))
 
     return define(out, value, "pad")
 

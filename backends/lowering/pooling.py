@@ -164,7 +164,7 @@ def _plane_place(index: Sequence[Expr], axes: Sequence[int], extents: Sequence[i
     return tirx.Cast("int32", place)
 
 
-for _operator, _count, _with_indices in (
+for _operator, _rank, _with_indices in (
     (aten.max_pool1d.default, 1, False),
     (aten.max_pool2d.default, 2, False),
     (aten.max_pool3d.default, 3, False),
@@ -172,7 +172,7 @@ for _operator, _count, _with_indices in (
     (aten.max_pool2d_with_indices.default, 2, True),
     (aten.max_pool3d_with_indices.default, 3, True),
 ):
-    lowers(_operator)(_max_pool(_count, _with_indices))
+    lowers(_operator)(_max_pool(_rank, _with_indices))
 
 
 def _average(out: Out, windows: Windows, after: Sequence[int], counted: bool, divisor: int | None) -> te.Tensor:

@@ -33,10 +33,9 @@ def _scale(size_in: int, size_out: int, scale: float | None, align_corners: bool
 
 def _nearest_index(i: Expr, size_in: int, size_out: int, scale: float | None, exact: bool, dtype: str) -> Expr:
     step = _scale(size_in, size_out, scale, False, dtype)
-    real = np.float64 if dtype == "float64" else np.float32
     half = 0.5 if exact else 0.0
-    places = np.arange(size_out).astype(real)
-    table = np.minimum(np.floor((places + real(half)) * real(step)).astype(np.int64), size_in - 1)
+    places = np.arange(size_out, dtype=dtype)  # sums and products with Python numbers stay in this dtype
+    table = np.minimum(np.floor((places + half) * step).astype(np.int64), size_in - 1)
     forms: list[tuple[Callable[[Any], Any], Expr]] = [
         (lambda k: k, i),
         (lambda k: k * size_in // size_out, i // (size_out // size_in) if size_out % size_in == 0 else None),

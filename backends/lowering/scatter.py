@@ -38,10 +38,14 @@ def _multiply(old: Expr, new: Expr) -> Expr:
 
 
 def _minimum(old: Expr, new: Expr) -> Expr:
+    if str(old.ty) == "bool":
+        return tirx.all(old, new)
     return tirx.Select(tirx.any(old < new, ex.is_nan(old)), old, new)
 
 
 def _maximum(old: Expr, new: Expr) -> Expr:
+    if str(old.ty) == "bool":
+        return tirx.any(old, new)
     return tirx.Select(tirx.any(old > new, ex.is_nan(old)), old, new)
 
 

@@ -89,6 +89,11 @@ def test_scatter_reduce_of_integers_rounds_the_mean_down() -> None:
     check(aten.scatter_reduce.two, torch.tensor([-3, 4]), 0, torch.tensor([0, 0]), torch.tensor([-4, 0]), "mean")
 
 
+@pytest.mark.parametrize("reduce", ["sum", "prod", "amin", "amax"])
+def test_scatter_reduce_of_booleans(reduce: str) -> None:
+    check(aten.scatter_reduce.two, X[:, 0] > 0, 0, index(3, 4, below=5), X[:3, 1] > 0, reduce, include_self=False)
+
+
 @pytest.mark.parametrize("reduce", ["add", "multiply"])
 def test_scatter_with_a_reduction(reduce: str) -> None:
     check(aten.scatter.reduce, X, 1, index(5, 3, 4, below=3), torch.randn(5, 3, 4), reduce=reduce)
