@@ -79,7 +79,7 @@ class _Nest:
     def emit(self) -> None:
         conv, plan = self.conv, self.plan
         units = conv.groups if conv.groups > 1 else plan.panels + (1 if plan.tail_vectors else 0)
-        tasks = conv.batch * plan.row_blocks * plan.unit_blocks
+        tasks = plan.tasks
         with (T.parallel if tasks > 1 else T.serial)(0, tasks) as task:
             accumulators = max(plan.vectors * plan.pixels, plan.tail_vectors * plan.tail_pixels)
             acc = T.alloc_buffer((accumulators * plan.lanes,), "float32", scope="local")

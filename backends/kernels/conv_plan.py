@@ -88,6 +88,7 @@ class Conv:
 class Plan:
     """How the nest is cut."""
 
+    batch: int
     lanes: int
     panels: int  # full panels of a group
     vectors: int  # of a full panel
@@ -117,9 +118,10 @@ class Plan:
         """A name of the packed weight's arrangement."""
         return f"conv_panels_{self.lanes}x{self.vectors}x{self.panels}_{self.tail_vectors}_{self.merged}"
 
-    def tasks(self, conv: Conv) -> int:
+    @property
+    def tasks(self) -> int:
         """Pieces of work that may run at once."""
-        return conv.batch * self.row_blocks * self.unit_blocks
+        return self.batch * self.row_blocks * self.unit_blocks
 
     @property
     def padded_filters(self) -> int:
@@ -164,6 +166,7 @@ def choose_plan(conv: Conv, hw: Hardware) -> Plan:
     weights = 4 * conv.filters * conv.group_channels * conv.kernel[0] * conv.kernel[1]
     busiest_cycles = max(cycles * conv.groups * busiest, memory_cycles(hw, weights))
     return Plan(
+        conv.batch,
         lanes,
         panels,
         vectors,

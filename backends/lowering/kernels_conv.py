@@ -6,7 +6,7 @@ images whose elements a 32-bit index cannot count. The TE definition serves thos
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -17,7 +17,7 @@ from ...hwdb import Hardware
 from ...hwdb.cost import Work
 from ...passes import dialect
 from ..kernels.conv2d import conv2d
-from ..kernels.conv_plan import Conv, choose_plan, pack_weight
+from ..kernels.conv_plan import Conv, Plan, choose_plan, pack_weight
 from ..kernels.depthwise import depthwise
 from ..kernels.depthwise import pack_weight as pack_depthwise
 from ..kernels.matmul import matmul
@@ -26,7 +26,7 @@ from ..kernels.pool2d import avg_pool2d, max_pool2d
 from ..kernels.sweep import SweepPlan, Windows, choose_sweep
 from ..kernels.window import Axis
 from ..kernels.winograd import winograd
-from ..kernels.winograd_plan import choose_winograd
+from ..kernels.winograd_plan import WinogradPlan, choose_winograd
 from ..kernels.winograd_plan import pack_weight as pack_winograd
 from ..tiling import choose_tiling
 from .kernels_matmul import bind, refuse_dtypes, shape_of
@@ -73,17 +73,23 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         return _depthwise(problem, x, weight, extra, hw)
     if problem.pointwise:
         return _pointwise(problem, x, weight, extra, hw)
+    func, plan = _spatial(problem, hw)
+    if isinstance(plan, WinogradPlan):
+        algorithm, pack = "winograd conv", partial(pack_winograd, plan=plan)
+    else:
+        algorithm = "stem conv" if channels < plan.lanes and groups == 1 else "direct conv"
+        pack = partial(pack_weight, conv=problem, plan=plan)
+    work = _conv_work(problem, (x, weight, *extra), plan.tasks, plan.efficiency)
+    return KernelCall(func, (x, Packed(weight, plan.layout, pack), *extra), algorithm, plan.reason, work)
+
+
+@lru_cache(maxsize=256)
+def _spatial(problem: Conv, hw: Hardware) -> tuple[Any, Plan | WinogradPlan]:
+    """The kernel of a convolution whose taps overlap, and its plan: layers of a network repeat."""
     plan, fast = choose_plan(problem, hw), choose_winograd(problem, hw)
     if fast is not None and fast.cycles < WINOGRAD_GAIN * plan.cycles:
-        func, algorithm, reason = winograd(problem, fast), "winograd conv", fast.reason
-        packed = Packed(weight, fast.layout, partial(pack_winograd, plan=fast))
-        work = _conv_work(problem, (x, weight, *extra), fast.tasks, fast.efficiency)
-    else:
-        func, reason = conv2d(problem, plan), plan.reason
-        algorithm = "stem conv" if channels < plan.lanes and groups == 1 else "direct conv"
-        packed = Packed(weight, plan.layout, partial(pack_weight, conv=problem, plan=plan))
-        work = _conv_work(problem, (x, weight, *extra), plan.tasks(problem), plan.efficiency)
-    return KernelCall(func, (x, packed, *extra), algorithm, reason, work)
+        return winograd(problem, fast), fast
+    return conv2d(problem, plan), plan
 
 
 def _conv_work(problem: Conv, read: tuple[fx.Node, ...], tasks: int, efficiency: float) -> Work:
