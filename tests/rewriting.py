@@ -37,7 +37,7 @@ def trace_core(
     With `pre_dispatch`, operators are those the function calls, none broken up.
     """
     with torch.no_grad():
-        graph = make_fx(function, tracing_mode="real", pre_dispatch=pre_dispatch)(*inputs)
+        graph = make_fx(lambda *args: function(*args), tracing_mode="real", pre_dispatch=pre_dispatch)(*inputs)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for node in graph.graph.nodes:
         if node.op == "get_attr" and isinstance(tensor := getattr(graph, node.target), torch.Tensor):
