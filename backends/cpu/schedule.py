@@ -3,9 +3,9 @@
     read stages -> inline cheap producers -> join stages that share their outer axes -> loops, one group after another
 
 A group of stages that share outer axes runs row by row (softmax: maximum, exponential, sum, quotient of one row), its
-intermediate results in a scratch row. Outer loops are parallel where there is enough work. Two rules hold: elements that are
-only moved stay bit-exact, and a schedule never fails: what a rule cannot do falls to the next simpler one, at last to
-the function as it came.
+intermediate results in a scratch row. Outer loops are parallel where there is enough work. Two rules hold: elements
+that are only moved stay bit-exact, and a schedule never fails: what a rule cannot do falls to the next simpler one, at
+last to the function as it came.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from tvm.ir import TensorLoad
 from ...hwdb import Hardware
 from . import access
 from .access import Nest, Views, element_bits
-from .emit import Plan, choose_plan, constant, emit, sequence
+from .emit import choose_plan, emit
+from .guards import merge, parts_along, pieces
+from .loops import Plan, constant, sequence
 from .stages import Axis, Expr, Stage, Stmt, Var, collect, inline_producers, read_stages, substitute
 from .transpose import CYCLES, emit_tiles, find_tile
 
@@ -102,7 +104,7 @@ def _groups(stages: list[Stage], hw: Hardware) -> list[tuple[list[Stage], int]]:
     groups: list[tuple[list[Stage], int]] = []
     for stage in stages:
         if groups:
-            members, depth = groups[-1]
+            members, _ = groups[-1]
             shared = _shared_depth([*members, stage], hw)
             if shared:
                 groups[-1] = ([*members, stage], shared)
@@ -186,13 +188,13 @@ def _group(members: list[Stage], depth: int, private: Sequence[Any], views: View
 
 
 def _split_by_guards(nest: Nest, hw: Hardware) -> list[Nest]:
-    """Cut the axes outside of the vectorised one where guards change: the parts of a concatenation, the rows of a border."""
+    """Cut the axes outside of the vectorised one where guards change: a concatenation's parts, a border's rows."""
     inner = choose_plan(nest, nest.axes, hw).axis
     parts = [nest]
     for axis in nest.spatial:
         if axis is inner:
             continue
-        cut = [part for part in parts for part in access.parts_along(part, axis)]
+        cut = [part for part in parts for part in parts_along(part, axis)]
         if len(cut) > _PARTS:
             break
         parts = cut
@@ -223,7 +225,7 @@ def _alone(nest: Nest, hw: Hardware) -> Stmt:
 
 
 def _guarded(nest: Nest, plan: Plan) -> bool:
-    return plan.axis is not None and len(access.merge(access.pieces(nest, plan.axis))) > 1
+    return plan.axis is not None and len(merge(pieces(nest, plan.axis))) > 1
 
 
 def _rows(members: list[Stage], depth: int, private: Sequence[Any], views: Views, hw: Hardware) -> Stmt:
@@ -275,7 +277,7 @@ def _tasks(axes: Sequence[Axis], cycles: float, hw: Hardware) -> int:
 
 
 def _parallel(axes: Sequence[Axis], tasks: int, like: Var, body: Any, allocations: Sequence[Stmt]) -> Stmt:
-    """Run `body` for every position of `axes`, divided into `tasks` equal shares; each share has its own allocations."""
+    """Run `body` for every position of `axes`, in `tasks` equal shares; each share has its own allocations."""
     rows = math.prod(axis.extent for axis in axes)
     dtype = str(like.ty.dtype)
 

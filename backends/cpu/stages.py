@@ -3,7 +3,7 @@
     for i, j, k: C[i, j] += A[i, k] * B[k, j]      ->  Stage(spatial=(i, j), reduce=(k,), writes C)
     for i, j:    D[i, j] = exp(C[i, j])            ->  Stage(spatial=(i, j), writes D)
 
-Axes of extent 1 are gone (their variable is 0). A nest that does not have this form is one opaque stage and stays as it is.
+Axes of extent 1 are gone (their variable is 0). A nest that does not have this form is opaque and stays as it is.
 """
 
 from __future__ import annotations
@@ -23,27 +23,17 @@ Var = Any
 
 # Arithmetic in units of one vector instruction, about: a division, a square root, a polynomial, a libm call per lane.
 _DIVISION, _POLYNOMIAL, _LIBM = 4, 20, 60
-_CHEAP_CALLS = {
-    "tirx.if_then_else": 1,
-    "tirx.reinterpret": 0,
-    "tirx.sqrt": 4,
-    "tirx.rsqrt": 8,
-    "tirx.fabs": 1,
-    "tirx.floor": 1,
-    "tirx.ceil": 1,
-    "tirx.trunc": 1,
-    "tirx.round": 1,
-    "tirx.nearbyint": 1,
-    "tirx.shift_left": 1,
-    "tirx.shift_right": 1,
-    "tirx.bitwise_and": 1,
-    "tirx.bitwise_or": 1,
-    "tirx.bitwise_xor": 1,
-    "tirx.bitwise_not": 1,
-    "tirx.likely": 0,
-    "tirx.isnan": 1,
-}
-_POLYNOMIALS = ("tirx.exp", "tirx.log", "tirx.tanh", "tirx.sigmoid", "tirx.erf", "graphwright.")
+_CHEAP = {"if_then_else": 1, "reinterpret": 0, "likely": 0, "sqrt": 4, "rsqrt": 8}
+_CHEAP |= dict.fromkeys(("fabs", "floor", "ceil", "trunc", "round", "nearbyint", "isnan"), 1)
+_CHEAP |= dict.fromkeys(("shift_left", "shift_right", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"), 1)
+_POLYNOMIALS = {"exp", "log", "log1p", "tanh", "sigmoid", "erf"}
+
+
+def intrinsic(node: Any) -> str:
+    """The name of the intrinsic that a call calls, without TVM's name space; "" for other nodes."""
+    if not isinstance(node, Call) or not isinstance(node.op, Op):
+        return ""
+    return str(node.op.name).removeprefix("tirx.").removeprefix("prim.")
 
 
 @dataclass(frozen=True)
@@ -106,8 +96,9 @@ def cost(root: Any) -> int:
     def count(node: Any) -> None:
         nonlocal total
         if isinstance(node, Call):
-            name = node.op.name if isinstance(node.op, Op) else ""
-            total += _CHEAP_CALLS.get(name, _POLYNOMIAL if name.startswith(_POLYNOMIALS) else _LIBM)
+            name = intrinsic(node)
+            heavy = _POLYNOMIAL if name in _POLYNOMIALS or name.startswith("graphwright.") else _LIBM
+            total += _CHEAP.get(name, heavy)
         elif isinstance(node, tirx.Div | tirx.Mod | tirx.FloorDiv | tirx.FloorMod):
             total += _DIVISION
         else:

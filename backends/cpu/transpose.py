@@ -2,8 +2,8 @@
 
     in[v][t]  ->  out[t][v]        `lanes` rows of `lanes` elements are loaded, transposed by shuffles, and stored
 
-A row of tiles along `t` as wide as a cache line is carried down `v`, so that both sides touch whole lines: every line read is
-used up while it is in L1, and a written line is completed by the next tile. Tails repeat the last full tile.
+A row of tiles along `t` as wide as a cache line is carried down `v`, so that both sides touch whole lines: every line
+read is used up while it is in L1, and a written line is completed by the next tile. Tails repeat the last full tile.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from tvm import tirx
 from tvm.ir import TensorLoad
 
 from ...hwdb import Hardware
-from .access import Nest, element_bits, pieces, stride
-from .emit import constant, loop, sequence
+from .access import Nest, element_bits, stride
+from .guards import pieces
+from .loops import constant, loop, sequence
 from .stages import Axis, Expr, Stmt, Var, collect, substitute
 
 CYCLES = 0.8  # an element, measured
