@@ -84,9 +84,11 @@ def _in_memory(nest: Nest, values: dict[Var, Expr], plan: Plan) -> Stmt:
     def statement(body: Stmt, rest: dict[Var, Expr], start: Expr | None, width: int) -> Stmt:
         if axis is None:
             return _renamed(substitute(body, {**values, **rest}))
-        return vector_loop(
-            width, lambda v: _renamed(substitute(body, {**values, **rest, axis.var: start + v})), axis.var
-        )
+
+        def lane(v: Expr) -> Stmt:
+            return _renamed(substitute(body, {**values, **rest, axis.var: start + v}))
+
+        return vector_loop(width, lane, axis.var)
 
     def make(start: Expr | None, width: int) -> Stmt:
         update = loops(nest.reduce, lambda r: statement(nest.body, r, start, width))

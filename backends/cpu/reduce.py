@@ -80,10 +80,8 @@ def along_spatial(nest: Nest, values: dict[Var, Expr], plan: Plan, block: tuple[
             return [*add, *clear()]
 
         first = each(lambda at, o: tirx.BufferStore(total, substitute(init, at), [o]))
-        if long:
-            middle = [*clear(), _in_blocks(nest.reduce, update, flush)]
-        else:
-            middle = [loops(nest.reduce, update)]
+        plain = loops(nest.reduce, update)
+        middle = [*clear(), _in_blocks(nest.reduce, update, flush)] if long else [plain]
         last = each(
             lambda at, o: tirx.BufferStore(nest.body.buffer, tirx.BufferLoad(total, [o]), [substitute(place, at)])
         )
@@ -153,9 +151,10 @@ def along_reduce(nest: Nest, values: dict[Var, Expr], plan: Plan) -> Stmt:
     place = substitute(nest.body.indices[0], values)
 
     def each(what: Callable[[Expr], Stmt]) -> list[Stmt]:
-        return [
-            vector_loop(lanes, lambda v, u=u: what(constant(u * lanes, axis.var) + v), axis.var) for u in range(count)
-        ]  # type: ignore[misc]
+        def one(u: int) -> Stmt:
+            return vector_loop(lanes, lambda v: what(constant(u * lanes, axis.var) + v), axis.var)
+
+        return [one(u) for u in range(count)]
 
     def vector(start: Expr, u: int, body: Stmt, rest: dict[Var, Expr]) -> Stmt:
         def lane(v: Expr) -> Stmt:
