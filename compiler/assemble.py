@@ -99,7 +99,12 @@ def _write(
     built = build(captured.graph, options.hw, directory)
     built_at = time.perf_counter()
     errors: tuple[ErrorRow, ...] = ()
-    if options.verify and example is not None and obstacle(options.hw) is None and not compare.is_random(captured.graph):
+    if (
+        options.verify
+        and example is not None
+        and obstacle(options.hw) is None
+        and not compare.is_random(captured.graph)
+    ):
         errors = _verify(directory, captured, built, example_tensors(example, captured.signature), options)
     report = Report(
         options.hw.id,

@@ -1,4 +1,4 @@
-"""Time a compiled model beside PyTorch eager, Inductor, ONNX Runtime and OpenVINO: interleaved rounds, equal threads."""
+"""Time a compiled model beside eager, Inductor, ONNX Runtime and OpenVINO: interleaved rounds, equal threads."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def _first(result: Any) -> torch.Tensor:
 def _onnx(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> bytes:
     program = torch.onnx.export(model, tuple(inputs), dynamo=True, verbose=False)
     assert program is not None
-    return program.model_proto.SerializeToString()
+    return bytes(program.model_proto.SerializeToString())
 
 
 def _print(rows: Sequence[Row], against: Sequence[str], header: bool) -> None:

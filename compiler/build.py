@@ -35,7 +35,7 @@ class Built:
     passes: tuple[pipeline.PassRun, ...]
     kernels: tuple[KernelRow, ...] = ()
     eager: tuple[EagerRow, ...] = ()
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
 
 

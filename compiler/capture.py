@@ -91,7 +91,8 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
         return tuple(example_inputs), {}
     raise InputError(
-        f"example_inputs is a {type(example_inputs).__name__}; pass a tensor, a tuple of arguments or a mapping of keywords"
+        f"example_inputs is a {type(example_inputs).__name__}; "
+        "pass a tensor, a tuple of arguments or a mapping of keywords"
     )
 
 
@@ -334,9 +335,9 @@ def _attribute(
 
 
 def _effect(graph: fx.Graph, old: fx.Node, nodes: dict[fx.Node, fx.Node]) -> fx.Node:
-    """with_effects(token, operator, *args) -> operator(*args): a graph runs in its order, and needs no tokens for it."""
+    """with_effects(token, operator, *args) -> operator(*args): a graph runs in its order and needs no tokens."""
     _, effect, *rest = old.args
-    args, kwargs = fx.node.map_arg((tuple(rest), old.kwargs), lambda n: nodes[n])  # type: ignore[misc]
+    args, kwargs = fx.node.map_arg((tuple(rest), old.kwargs), lambda n: nodes[n])
     node = graph.call_function(effect, args, kwargs)  # type: ignore[arg-type]
     _, *values = old.meta["val"]
     node.meta = {**old.meta, "val": values[0] if len(values) == 1 else tuple(values)}

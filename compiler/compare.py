@@ -56,7 +56,7 @@ def _draws(node: fx.Node) -> bool:
             position = names.index(name)
             default = node.target._schema.arguments[position].default_value
             given = node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
-            return given != 0.0
+            return bool(given != 0.0)
     return True
 
 

@@ -16,7 +16,7 @@ Run: TypeAlias = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 
 def executor(plan: Plan, library: Library | None, constants: Mapping[str, torch.Tensor]) -> Run:
-    """The function from the plan's tensor inputs to its tensor results. One region and nothing else is the fast path."""
+    """The function from the plan's tensor inputs to its results; one region and nothing else is the fast path."""
     if len(plan.calls) == 1 and isinstance(call := plan.calls[0], RegionCall) and plan.outputs == call.outputs:
         assert library is not None
         return _region(library, call, call.inputs)

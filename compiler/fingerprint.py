@@ -47,7 +47,8 @@ def _meta(node: Any) -> str:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The elements in row-major order, as bytes, copied only where the tensor is strided."""
     dense = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return memoryview(dense.view(torch.uint8).numpy())
+    data: memoryview = dense.view(torch.uint8).numpy().data
+    return data
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,7 +17,6 @@ from torch import fx
 from ..errors import ArtifactError, UnsupportedOp
 from .partition import Part
 
-
 _FUNCTIONS: dict[str, Any] = {"operator": operator, "math": math, "torch": torch}
 
 
@@ -86,9 +85,10 @@ def make_plan(graph: fx.GraphModule, parts: Sequence[Part]) -> tuple[Plan, dict[
             regions += 1
             continue
         for node in part.nodes:
-            calls.append(OperatorCall(_name_of(node.target), _encode(node.args, slot), _encode(node.kwargs, slot), slot(node)))
+            args, kwargs = _encode(node.args, slot), _encode(node.kwargs, slot)
+            calls.append(OperatorCall(_name_of(node.target), args, kwargs, slot(node)))
     output = next(n for n in graph.graph.nodes if n.op == "output")
-    outputs = tuple(slot(n) for n in output.args[0])  # type: ignore[union-attr, arg-type]
+    outputs = tuple(slot(n) for n in output.args[0])
     return Plan(tuple(calls), len(placeholders), outputs, len(slots), constants), tensors
 
 
@@ -96,10 +96,11 @@ def _name_of(target: Any) -> str:
     """The name `resolve` finds an operator by; arithmetic on sizes uses functions of Python and torch."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
-    module = {"_operator": "operator"}.get(target.__module__, target.__module__)
-    if module in _FUNCTIONS and getattr(_FUNCTIONS[module], target.__name__, None) is target:
-        return f"{module}:{target.__name__}"
-    raise UnsupportedOp(f"the model calls {module}.{target.__name__}, which is not an operator of PyTorch")
+    module = {"_operator": "operator"}.get(str(target.__module__), str(target.__module__))
+    name = str(target.__name__)
+    if module in _FUNCTIONS and getattr(_FUNCTIONS[module], name, None) is target:
+        return f"{module}:{name}"
+    raise UnsupportedOp(f"the model calls {module}.{name}, which is not an operator of PyTorch")
 
 
 def resolve(name: str) -> Callable[..., Any]:

@@ -33,7 +33,7 @@ class Float64(fx.Interpreter):
         return widen(super().get_attr(target, args, kwargs))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = fx.node.map_aggregate((args, kwargs), _widen_dtype)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _widen_dtype)
         return widen(super().call_function(target, args, kwargs))
 
 
@@ -57,7 +57,7 @@ def widen(value: Any) -> Any:
 
 
 def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """|value - reference| / |reference| over the elements where the reference is finite; inf where they disagree on which are."""
+    """|value - reference| / |reference| where the reference is finite; inf where the two are not finite alike."""
     value, reference = _comparable(value), _comparable(reference)
     finite = reference.isfinite()
     if not torch.equal(value[~finite].nan_to_num(7.0), reference[~finite].nan_to_num(7.0)):

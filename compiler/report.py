@@ -84,8 +84,9 @@ class Report:
                 if self.cached
                 else f"compiled in {self.compile_seconds:.1f} s"
             ),
-            f"weights {_bytes(self.weights_bytes)}, code {_bytes(self.code_bytes)}, activations {_bytes(self.arena_bytes)} "
-            f"(at most {_bytes(self.arena_lower_bound_bytes)} live at once, {_bytes(self.activations_bytes)} without sharing)",
+            f"weights {_bytes(self.weights_bytes)}, code {_bytes(self.code_bytes)}, "
+            f"activations {_bytes(self.arena_bytes)} (at most {_bytes(self.arena_lower_bound_bytes)} live at once, "
+            f"{_bytes(self.activations_bytes)} without sharing)",
         ]
         if self.stages:
             lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.stages.items()))

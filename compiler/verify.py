@@ -121,7 +121,7 @@ def blame(
 
 
 def _first_changed(before: fx.GraphModule, after: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.Node | None:
-    """The first node of `after` whose value no node of `before` had, in float64, when all its operands' values were there."""
+    """The first node of `after` whose float64 value differs from that of its namesake, or that no node had before."""
     old, new = Float64(before, keep=True), Float64(after, keep=True)
     with torch.no_grad():
         old.run(*inputs)
@@ -160,7 +160,9 @@ def _first_wrong(
 ) -> fx.Node | None:
     """Compile with every intermediate value as an output, and compare them in order."""
     probe = pipeline.copy_graph(graph)
-    nodes = [n for n in probe.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)]
+    nodes: list[fx.Node] = [
+        n for n in probe.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), torch.Tensor)
+    ]
     output = next(n for n in probe.graph.nodes if n.op == "output")
     output.args = (tuple(nodes),)
     probe.recompile()

@@ -47,7 +47,7 @@ def main() -> None:
         )
     console.print(table)
     console.print(
-        "ratio: time of graphwright / time of PyTorch eager, medians of interleaved rounds; error: relative L2 against float64."
+        "ratio: graphwright's time / PyTorch eager's, medians of interleaved rounds; error: relative L2 to float64."
     )
 
 

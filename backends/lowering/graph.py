@@ -282,7 +282,7 @@ class _Builder:
 
         def compute(*operands: Any) -> Any:
             given = dict(zip(tensors, operands, strict=True))
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])  # type: ignore[misc]
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
             result = lowering.compute(out, *args, **kwargs)
             # TVM names a value by its producer, and refuses to return a placeholder.
             if isinstance(result, te.Tensor) and any(result.same_as(o) for o in operands):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every build from now on."""
     calls: list[Any] = []
     original = assemble.build
@@ -34,7 +33,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return original(*args, **kwargs)
 
     monkeypatch.setattr(assemble, "build", build)
-    yield calls
+    return calls
 
 
 def net() -> nn.Module:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from graphwright.compiler.capture import capture, export
-from graphwright.compiler.reference import max_absolute, relative_l2, run_eager, run_float64
 from graphwright.compiler.compare import Reference, compare, is_random
+from graphwright.compiler.reference import max_absolute, relative_l2, run_eager, run_float64
 
 
 def test_float64_reaches_into_casts_and_constants() -> None:
