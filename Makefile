@@ -15,7 +15,7 @@ demo: $(VENV)/.models  ## compile ResNet-18 and MiniLM, check the numbers, time 
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.models,test  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.lint build/types/graphwright  ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ Composite operators (linear, conv2d, layer_norm, attention, ...) stay whole so t
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import operator
@@ -146,15 +147,21 @@ def capture(exported: ExportedProgram, parameters: tuple[str, ...] = ()) -> Capt
     Raises CaptureError where the model changes its buffers or inputs, or takes symbolic shapes.
     """
     _refuse_mutation(exported)
-    from ..backends.lowering import decompositions
-
     with torch.no_grad(), warnings.catch_warnings():
         # torch copies its own tree specifications in a way that it warns of.
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
-        core = exported.run_decompositions(decompositions.table())
+        core = exported.run_decompositions(dict(_decompositions()))
     _refuse_mutation(core)
     graph, signature = _flatten(core, parameters)
     return Captured(graph, signature)
+
+
+@functools.lru_cache(maxsize=1)
+def _decompositions() -> dict[Any, Any]:
+    """The decomposition table, built once: torch enumerates all its operators to make it."""
+    from ..backends.lowering import decompositions
+
+    return decompositions.table()
 
 
 def parameters_of(model: Model) -> tuple[str, ...]:

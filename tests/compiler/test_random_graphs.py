@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +12,7 @@ import graphwright
 
 @pytest.mark.slow
 @settings(
-    max_examples=int(os.environ.get("GW_EX", "200")),
+    max_examples=200,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
