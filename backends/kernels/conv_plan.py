@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...hwdb import Hardware
-from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles, vectors_limit
+from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles
 from .window import Axis, runs
 
 DEFAULT_CLOCK_MHZ = 2000.0
@@ -145,7 +145,7 @@ def choose_plan(conv: Conv, hw: Hardware) -> Plan:
     conv, merged = merge_groups(conv, lanes)
     needed = -(-conv.group_filters // lanes)
     best: tuple[float, int, int, int, int] | None = None
-    for vectors in range(1, min(needed, vectors_limit(hw, 2)) + 1):
+    for vectors in range(1, min(needed, widest(hw)) + 1):
         pixels, cycles = _best_pixels(conv, hw, vectors)
         cycles *= needed // vectors
         tail, tail_pixels = needed % vectors, 0
@@ -160,11 +160,15 @@ def choose_plan(conv: Conv, hw: Hardware) -> Plan:
     efficiency = min(1.0, ideal / (cycles * conv.batch * conv.rows.out * conv.groups))
     panels = needed // vectors
     units = conv.groups if conv.groups > 1 else panels + (1 if tail else 0)
-    row_blocks, unit_blocks = _blocks(conv, hw, units)
+    launch = hw.launch_us * (hw.clock_mhz or DEFAULT_CLOCK_MHZ)
+    if cycles * conv.groups * conv.batch * conv.rows.out < 2 * launch:  # not worth a parallel region
+        row_blocks = unit_blocks = 1
+    else:
+        row_blocks, unit_blocks = _blocks(conv, hw, units)
     turns = -(-conv.batch * row_blocks * unit_blocks // hw.cores)
     busiest = turns * -(-conv.rows.out // row_blocks) * -(-units // unit_blocks) / units
     weights = 4 * conv.filters * conv.group_channels * conv.kernel[0] * conv.kernel[1]
-    busiest_cycles = max(cycles * conv.groups * busiest, memory_cycles(hw, weights))
+    busiest_cycles = max(cycles * conv.groups * busiest, memory_cycles(hw, weights)) + launch
     return Plan(
         conv.batch,
         lanes,
@@ -181,6 +185,27 @@ def choose_plan(conv: Conv, hw: Hardware) -> Plan:
     )
 
 
+def widest(hw: Hardware) -> int:
+    """Most vectors of a register tile of at least two rows."""
+    return max(1, (hw.vector_registers - 1) // 3)
+
+
+def most_rows(hw: Hardware, vectors: int) -> int:
+    """Most rows of a register tile: rows * V + V + 1 <= registers.
+
+    A tile one vector wide has one broadcast for each multiply-add, and LLVM keeps several of them in flight: with 14
+    rows and 16 registers half of the accumulators were spilled, with 10 none.
+    """
+    spare = hw.vector_registers - vectors - 1
+    return max(1, spare - 4 if vectors == 1 else spare // vectors)
+
+
+def core_l2_bytes(hw: Hardware) -> int:
+    """A core's share of L2."""
+    l2 = hw.cache(2)
+    return l2.size_bytes // l2.shared_by_cores if l2 else 256 * 1024
+
+
 def memory_cycles(hw: Hardware, constant_bytes: float) -> float:
     """Cycles in which weights stream from memory, where they are too large to stay in the last cache between runs."""
     last = hw.caches[-1].size_bytes if hw.caches else 0
@@ -191,7 +216,7 @@ def memory_cycles(hw: Hardware, constant_bytes: float) -> float:
 
 def _best_pixels(conv: Conv, hw: Hardware, vectors: int) -> tuple[int, float]:
     """The tile height whose row of tiles takes fewest cycles, and those cycles."""
-    most = max(m for m in range(1, hw.vector_registers) if m == 1 or vectors_limit(hw, m) >= vectors)
+    most = most_rows(hw, vectors)
     if conv.stride[1] * conv.channels * 4 % ALIAS_BYTES == 0:
         most = min(most, 8)  # the pixels of a tile fall on one set of L1
     sizes = range(1, min(most, conv.columns.out) + 1)
@@ -217,8 +242,7 @@ def _row_cycles(conv: Conv, hw: Hardware, vectors: int, pixels: int) -> float:
 def _blocks(conv: Conv, hw: Hardware, units: int) -> tuple[int, int]:
     """Row blocks and unit blocks: even work for the cores, input rows and weights fetched seldom."""
     cores = hw.cores
-    l2 = hw.cache(2)
-    fits = (l2.size_bytes if l2 else 256 * 1024) / 2
+    fits = core_l2_bytes(hw) / 2
     rows = conv.rows
     weights = 4 * conv.filters * conv.group_channels * conv.kernel[0] * conv.kernel[1]
     step_flops = conv.flops / (conv.batch * rows.out * units)

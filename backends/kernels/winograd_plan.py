@@ -8,8 +8,8 @@ from math import prod
 import torch
 
 from ...hwdb import Hardware
-from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles, vectors_limit
-from .conv_plan import Conv, memory_cycles
+from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles
+from .conv_plan import DEFAULT_CLOCK_MHZ, Conv, core_l2_bytes, memory_cycles, most_rows, widest
 from .window import Axis, balanced
 
 L3_BYTES_PER_CYCLE = 8.0  # of one core while all of them read
@@ -104,7 +104,7 @@ def plans(conv: Conv, hw: Hardware) -> list[WinogradPlan]:
     return [
         plan
         for m in PAIRS
-        for vectors in range(1, vectors_limit(hw, 2) + 1)
+        for vectors in range(1, widest(hw) + 1)
         if conv.filters % (vectors * lanes) == 0
         for plan in _plans_of(conv, hw, m, vectors)
     ]
@@ -118,9 +118,10 @@ def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPl
     weights = 4 * n * n * conv.channels * conv.filters
     per_tile_in = conv.channels // lanes * 3.0 * n * n  # cycles: two passes, each a load and a store
     per_tile_out = 1.5 * (n * n + n * m) * vectors
-    l2 = hw.cache(2)
-    l2_bytes = l2.size_bytes if l2 else 256 * 1024
+    l2_bytes = core_l2_bytes(hw)
     streaming = memory_cycles(hw, weights)
+    most_v = max(2 * 2**20, hw.caches[-1].size_bytes // 2 if hw.caches else 0)  # V stays in the last cache
+    launch = hw.launch_us * (hw.clock_mhz or DEFAULT_CLOCK_MHZ)
     found = []
     for chunk in sorted({-(-tile_rows // c) for c in range(1, tile_rows + 1)}):
         tiles, chunks = chunk * columns.out, -(-tile_rows // chunk)
@@ -131,6 +132,8 @@ def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPl
             continue
         for split in (False, True):
             if split:
+                if chunks * v_bytes > most_v:
+                    continue
                 parts = 1 if tile_rows % hw.cores == 0 else min(hw.cores, conv.channels // lanes)
                 first = -(-tile_rows * parts // hw.cores) * columns.out * per_tile_in / parts
                 turns = -(-chunks * panels // hw.cores)
@@ -147,7 +150,7 @@ def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPl
                 moved = weights if weights + v_bytes <= l2_bytes * 3 // 4 else turns * weights
                 if v_bytes > l2_bytes // 2:
                     moved += turns * panels * v_bytes
-            cycles = max(arithmetic + moved / L3_BYTES_PER_CYCLE, streaming)
+            cycles = max(arithmetic + moved / L3_BYTES_PER_CYCLE, streaming) + launch * (1 + split)
             ideal = conv.flops / 2 / lanes / hw.fma_per_cycle / hw.cores
             found.append(
                 WinogradPlan(
@@ -172,9 +175,7 @@ def _product_cycles(conv: Conv, hw: Hardware, tiles: int, vectors: int) -> tuple
     """The best register tile for `tiles` rows, and the cycles of one product with one panel."""
     aliased = conv.channels * 4 % ALIAS_BYTES == 0
     best: tuple[float, int] | None = None
-    for rows in range(1, min(tiles, hw.vector_registers) + 1):
-        if vectors_limit(hw, rows) < vectors or (aliased and rows > 8):
-            break
+    for rows in range(1, min(tiles, most_rows(hw, vectors), 8 if aliased else tiles) + 1):
         cycles = sum(
             conv.channels * step_cycles(hw, size, vectors) + TILE_CYCLES + size * vectors
             for size in balanced(tiles, rows)
