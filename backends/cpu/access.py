@@ -8,7 +8,7 @@ from typing import Any
 
 import tvm_ffi
 from tvm import sym, tirx
-from tvm.ir import Call, Range, TensorLoad
+from tvm.ir import Call, Op, Range, TensorLoad, register_op_attr
 
 from .stages import Axis, Buffer, Expr, Stage, Stmt, Var, collect, intrinsic, substitute
 
@@ -19,6 +19,9 @@ _VECTOR_CALLS = {
     *("reinterpret", "shift_left", "shift_right", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
     *("likely", "if_then_else"),
 }
+# LLVM's test for NaN has a vector form, which TVM does not know: it would tear a vector loop apart, bindings included.
+if not Op.get("tirx.isnan").get_attr("TVectorizable"):
+    register_op_attr("tirx.isnan", "TVectorizable", True)
 
 
 def element_bits(dtype: str) -> int:
