@@ -10,6 +10,7 @@ from tvm import tirx
 
 from ...hwdb import Hardware
 from .access import Nest, combiner, element_bits, stride, vectorisable_calls
+from .guards import Piece, merge, pieces
 from .loops import Plan, constant, injective, loop, loops, sequence, vector_loop
 from .reduce import along_reduce, along_spatial
 from .stages import Axis, Expr, Stmt, Var, collect, cost, substitute
@@ -90,20 +91,29 @@ def _in_memory(nest: Nest, values: dict[Var, Expr], plan: Plan) -> Stmt:
 
         return vector_loop(width, lane, axis.var)
 
-    def make(start: Expr | None, width: int) -> Stmt:
-        update = loops(nest.reduce, lambda r: statement(nest.body, r, start, width))
+    def make(body: Stmt, start: Expr | None, width: int) -> Stmt:
+        update = loops(nest.reduce, lambda r: statement(body, r, start, width))
         if nest.init is None:
             return update
         return tirx.SeqStmt([statement(nest.init, {}, start, width), update])
 
     if axis is None:
-        return make(None, 1)
-    full, rest = divmod(axis.extent, plan.lanes)
-    parts = [loop(full, lambda i: make(i * constant(plan.lanes, axis.var), plan.lanes), axis.var)] if full else []
-    if rest:
-        first = full * plan.lanes
-        parts.append(loop(rest, lambda i: make(i + constant(first, axis.var), 1), axis.var))
-    return sequence(parts)
+        return make(nest.body, None, 1)
+
+    def cover(part: Piece) -> list[Stmt]:
+        # TVM 0.27 makes a vector loop whose guard varies into one scalar loop a statement, and loses the bindings.
+        full = (part.high - part.low) // plan.lanes if part.uniform else 0
+        done = part.low + full * plan.lanes
+        low, rest = constant(part.low, axis.var), constant(done, axis.var)
+        parts = []
+        if full:
+            lanes = constant(plan.lanes, axis.var)
+            parts.append(loop(full, lambda i: make(part.body, low + i * lanes, plan.lanes), axis.var))
+        if done < part.high:
+            parts.append(loop(part.high - done, lambda i: make(part.body, rest + i, 1), axis.var))
+        return parts
+
+    return sequence([statement for part in merge(pieces(nest, axis)) for statement in cover(part)])
 
 
 def _renamed(body: Stmt) -> Stmt:
