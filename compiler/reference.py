@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
@@ -47,6 +47,30 @@ def run_eager(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[tor
     """The graph's outputs in plain PyTorch, in the dtypes it was captured with."""
     with torch.no_grad():
         return list(fx.Interpreter(graph).run(*inputs))
+
+
+class _Keeping(fx.Interpreter):
+    """Runs a graph and keeps the values of some nodes."""
+
+    def __init__(self, graph: fx.GraphModule, wanted: Set[fx.Node]) -> None:
+        super().__init__(graph)
+        self.wanted = wanted
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.wanted:
+            self.values[n] = value
+        return value
+
+
+def run_eager_keeping(
+    graph: fx.GraphModule, inputs: Sequence[torch.Tensor], wanted: Set[fx.Node]
+) -> tuple[list[torch.Tensor], dict[fx.Node, Any]]:
+    """Like `run_eager`, and what the `wanted` nodes gave on the way."""
+    interpreter = _Keeping(graph, wanted)
+    with torch.no_grad():
+        return list(interpreter.run(*inputs)), interpreter.values
 
 
 def widen(value: Any) -> Any:

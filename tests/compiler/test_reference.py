@@ -9,6 +9,7 @@ import torch
 
 from graphwright.compiler.capture import capture, export
 from graphwright.compiler.compare import Reference, compare, is_random
+from graphwright.compiler.compare import reference as verify_reference
 from graphwright.compiler.reference import max_absolute, relative_l2, run_eager, run_float64
 
 
@@ -67,3 +68,21 @@ def test_dropout_in_training_is_random() -> None:
     graph = capture(export(net.eval(), (torch.ones(3),))).graph
     assert not is_random(graph)
     assert run_eager(graph, [torch.ones(3)])[0].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_positions_of_equal_elements_are_equal_and_others_are_not() -> None:
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x.topk(2, 1)[1], x.argmax(), x.sort(0)[1], x.max(-1)[1]
+
+    x = torch.tensor([[1.0, 3.0, 3.0], [3.0, 0.0, 3.0]])
+    graph = capture(export(model, (x,))).graph
+    expected = verify_reference(graph, [x])
+    right = [torch.tensor([[2, 1], [2, 0]]), torch.tensor(5), expected.eager[2], torch.tensor([2, 0])]
+    assert compare(right, expected, None) is None
+    for i, wrong in enumerate([[[0, 1], [2, 0]], 0, [[1, 1, 0], [0, 0, 1]], [0, 0]]):
+        given = [*right[:i], torch.tensor(wrong), *right[i + 1 :]]
+        difference = compare(given, expected, None)
+        assert difference is not None
+        assert difference.output == i
+    outside = [torch.tensor([[2, 7], [2, 0]]), *right[1:]]
+    assert compare(outside, expected, None) is not None
