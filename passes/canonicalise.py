@@ -6,6 +6,7 @@
     conv2d(x, w, b, "same")                     -> conv2d(x, w, b, padding), behind a pad where it is uneven
     contiguous(x)                               -> clone(x)
     clamp_min(x, a), clamp_max(x, a)            -> clamp(x, a), clamp(x, None, a)
+    _softmax(x, dim), _adaptive_avg_pool2d(x)   -> softmax(x, dim), adaptive_avg_pool2d(x)
     _native_batch_norm_legit_no_training(x)[0]  -> batch_norm(x)
     native_layer_norm(x)[0]                     -> layer_norm(x)
     max_pool2d_with_indices(x)[0]               -> max_pool2d(x)
@@ -61,6 +62,7 @@ _CONV_TRANSPOSE = {
     3: aten.conv_transpose3d.input,
 }
 _PADDED_BY_NAME = {aten.conv1d.padding: 1, aten.conv2d.padding: 2, aten.conv3d.padding: 3}
+_SOFTMAX = {aten._softmax.default: aten.softmax.int, aten._log_softmax.default: aten.log_softmax.int}
 # The operator for the first result, and the names of the arguments it takes from the spelling with several.
 _FIRST_RESULT: dict[Operator, tuple[Operator, Callable[[dict[str, Any]], tuple[Any, ...]]]] = {
     aten._native_batch_norm_legit_no_training.default: (
@@ -128,6 +130,10 @@ def _respelt(graph: fx.GraphModule, node: fx.Node) -> Spelling | None:
         return aten.clamp.default, (source, node.args[1]), {}
     if target is aten.clamp_max.default:
         return aten.clamp.default, (source, None, node.args[1]), {}
+    if target in _SOFTMAX and not node.args[2]:
+        return _SOFTMAX[target], (source, node.args[1]), {}
+    if target is aten._adaptive_avg_pool2d.default:
+        return aten.adaptive_avg_pool2d.default, (source, node.args[1]), {}
     if target is aten.convolution.default:
         return _convolution(node)
     if target in _PADDED_BY_NAME:

@@ -23,18 +23,18 @@ from .split_batch_norm import split_batch_norm
 PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
     canonicalise,  # first: the others know one spelling of each operation
     remove_dead,  # before every pattern: a dropout or a copy in the middle of one hides it
+    merge_duplicates,  # before fold_constants: what is computed from one weight twice is stored once
     fold_constants,  # before fold_batch_norm: weights may be computed from parameters
     fold_batch_norm,
     split_batch_norm,  # after fold_batch_norm: what is left has no product to go into
     recognise_activations,  # before the fusions, which take up single operators
-    merge_duplicates,  # before the fusions: a value read twice is not taken up, so reads must be real ones
     fuse_attention,  # before fuse_reshape_transpose, which would merge the repeats of grouped heads
     fuse_conv_activation,  # after fold_batch_norm: a batch norm in between stops it
     fuse_matmul_bias,  # before fuse_reshape_transpose: it takes up transposes and lifts reshapes
     assign_layout,  # after fuse_conv_activation: what is fused needs no permutes of its own
     fuse_reshape_transpose,  # after assign_layout and the fusions, whose moves meet the model's own
     fuse_matmul_bias,  # again: operands that became plain transposes, values whose reshapes are gone
+    merge_duplicates,  # again: moves of one head may have become equal
     fold_constants,  # again: fusions transpose weights and flatten biases by operators on constants
-    merge_duplicates,  # again: moves respelt from one head may have become equal
     remove_dead,  # last: constants that nobody reads must not reach the artifact
 )

@@ -181,14 +181,10 @@ def replace(old: fx.Node, new: fx.Node) -> None:
 
 
 def replace_chain(first: fx.Node, last: fx.Node, new: fx.Node) -> None:
-    """Let the readers of `last` read `new`, and erase the chain of sole readers from `last` up to `first`."""
-    chain = [first]
-    while chain[-1] is not last:
-        (user,) = chain[-1].users
-        chain.append(user)
+    """Let the readers of `last` read `new`, and erase `last` with what only it and the chain up to `first` read."""
     last.replace_all_uses_with(new)
-    for node in reversed(chain):
-        node.graph.erase_node(node)
+    erase_cone(last)
+    assert first._erased, first
 
 
 def erase_unused(*nodes: fx.Node) -> None:

@@ -93,7 +93,7 @@ def test_attention_groups_heads_and_masks():
     assert not result[:, :, 1].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.tuples(*[st.integers(1, 4)] * 2),
     st.tuples(*[st.integers(1, 3)] * 2),

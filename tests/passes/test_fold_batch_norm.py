@@ -144,7 +144,7 @@ def test_what_is_left_is_split(shape, affine):
     assert found == ["aten.relu.default", "aten.mul.Tensor", "aten.add.Tensor"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.integers(1, 3),
     st.integers(1, 3),
