@@ -65,7 +65,9 @@ class Worker:
         if self.process is None:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1"}
             command = [sys.executable, str(Path(__file__).with_name("op_sweep_worker.py"))]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            )
         process = self.process
         assert process.stdin is not None
         assert process.stdout is not None

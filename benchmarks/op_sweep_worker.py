@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 import graphwright
 
 STATUSES = ("compiled", "partly", "eager", "refused", "failed", "wrong", "crash")
-SEED = 7
+SEED = 42  # the one that OpInfo's wrappers of random operators set around the call
 
 
 class Call(torch.nn.Module):

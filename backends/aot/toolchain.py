@@ -33,8 +33,8 @@ _C_LIBRARY = """
 """
 _MATH = """
     acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs floor fma
-    fmax fmin fmod hypot ldexp lgamma log log10 log1p log2 lrint lround nearbyint nextafter pow remainder rint round
-    roundeven sin sincos sinh sqrt tan tanh tgamma trunc
+    fmax fmin fmod hypot j0 j1 ldexp lgamma log log10 log1p log2 lrint lround nearbyint nextafter pow remainder rint
+    round roundeven sin sincos sinh sqrt tan tanh tgamma trunc y0 y1
 """
 _EXPORTS = ("gw_init", "gw_run", "gw_free", "gw_error", "gw_set_threads", "gw_get_threads")
 

@@ -175,7 +175,7 @@ def power_of_number(out: Out, base: Scalar, exponent: te.Tensor) -> te.Tensor:
 
 
 def _pow(x: Any, y: Any) -> Any:
-    return tirx.call_intrin(ex.dtype_of(x), "tirx.pow", x, y)
+    return ex.libm("pow", x, y)
 
 
 def _integer_power(x: Any, exponent: int) -> Any:

@@ -70,7 +70,8 @@ class LoweringError(GraphwrightError):
 
     def __init__(self, node: fx.Node, error: Exception) -> None:
         super().__init__(f"lowering {node.format_node()} failed: {error}{_where(node)}")
-        self.node = node
+        # Whoever leaves operators to PyTorch decides by the producer of a getitem.
+        self.node = node.args[0] if node.target is operator.getitem else node
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,10 @@ class _Builder:
             source, index = node.args
             assert isinstance(source, fx.Node)
             assert isinstance(index, int)
+            tensors = out_of(source)
+            assert isinstance(tensors, tuple)
+            if len(tensors) == 1:  # Relax knows no tuple of one
+                return self._value(source)
             return self.block.emit(relax.TupleGetItem(self._value(source), index))
         if is_reshape(node):
             out = out_of(node)

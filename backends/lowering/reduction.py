@@ -338,6 +338,6 @@ def vector_norm(
         return reduced(plus, 0, lambda v: v * v, tirx.sqrt)
 
     def to_the(power: float) -> Callable[[Any], Any]:
-        return lambda v: tirx.call_intrin(working, "tirx.pow", v, ex.constant(power, working))
+        return lambda v: ex.libm("pow", v, ex.constant(power, working))
 
     return reduced(plus, 0, lambda v: to_the(exponent)(tirx.abs(v)), to_the(1 / exponent))

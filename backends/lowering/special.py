@@ -33,7 +33,7 @@ def _choose(*cases: Any) -> Any:
 
 
 def _power(base: Any, exponent: Any) -> Any:
-    return tirx.call_intrin(WORKING, "tirx.pow", base, exponent)
+    return ex.libm("pow", base, exponent)
 
 
 def elementwise_loop(out: Out, body: Callable[..., Any], *operands: Any) -> te.Tensor:
@@ -198,6 +198,48 @@ def polygamma(out: Out, n: int, x: te.Tensor) -> te.Tensor:
     return elementwise_loop(out, lambda v: _number(scale) * _zeta(_number(n + 1), v), x)
 
 
+def _polynomial(x: Any, coefficients: Sequence[float]) -> Any:
+    """Horner's scheme, highest power first."""
+    total = _number(coefficients[0])
+    for coefficient in coefficients[1:]:
+        total = total * x + _number(coefficient)
+    return total
+
+
+def _erfinv(y: Any) -> Any:
+    """Rational approximations in the centre and the tails, then two Newton steps, as torch's calc_erfinv."""
+    one = _number(1)
+    square, z, root = local(WORKING), local(WORKING), local(WORKING)
+    square[0] = y * y
+    z[0] = tirx.sqrt(-tirx.log((one - tirx.abs(y)) / _number(2)))
+    centre = y * (
+        _polynomial(square[0], (-0.140543331, 0.914624893, -1.645349621, 0.886226899))
+        / _polynomial(square[0], (0.012229801, -0.329097515, 1.442710462, -2.118377725, 1.0))
+    )
+    tail = tirx.copysign(
+        _polynomial(z[0], (1.641345311, 3.429567803, -1.624906493, -1.970840454))
+        / _polynomial(z[0], (1.637067800, 3.543889200, 1.0)),
+        y,
+    )
+    root[0] = tirx.Select(tirx.abs(y) <= _number(0.7), centre, tail)
+    for _ in range(2):
+        slope = _number(2 / math.sqrt(math.pi)) * tirx.exp(_number(0) - root[0] * root[0])
+        root[0] = root[0] - (tirx.erf(root[0]) - y) / slope
+    size = tirx.abs(y)
+    edge = tirx.copysign(_number(math.inf), y)
+    return _choose(ex.is_nan(y), y, size > one, _number(math.nan), size.equal(one), edge, root[0])
+
+
+@lowers(aten.erfinv.default)
+def erfinv(out: Out, x: te.Tensor) -> te.Tensor:
+    return elementwise_loop(out, _erfinv, x)
+
+
+def _bessel_of_libm(name: str, x: Any) -> Any:
+    """C's function (POSIX has the double one only), but NaN at infinity, as torch has it."""
+    return tirx.Select(ex.is_inf(x), _number(math.nan), tirx.call_pure_extern(WORKING, name, x))
+
+
 # Modified Bessel functions
 
 
@@ -246,6 +288,10 @@ def _scaled_k(order: int, x: Any) -> Any:
 
 
 _BESSEL: dict[torch._ops.OpOverload, Callable[[Any], Any]] = {
+    aten.special_bessel_j0.default: functools.partial(_bessel_of_libm, "j0"),
+    aten.special_bessel_j1.default: functools.partial(_bessel_of_libm, "j1"),
+    aten.special_bessel_y0.default: functools.partial(_bessel_of_libm, "y0"),
+    aten.special_bessel_y1.default: functools.partial(_bessel_of_libm, "y1"),
     aten.i0.default: lambda x: _scaled_i(0, x) * tirx.exp(tirx.abs(x)),
     aten.special_i0e.default: lambda x: _scaled_i(0, x),
     aten.special_i1.default: lambda x: _scaled_i(1, x) * tirx.exp(tirx.abs(x)),

@@ -27,15 +27,6 @@ def _libm(name: str) -> Function:
     return functools.partial(ex.libm, name)
 
 
-def _bessel(name: str) -> Function:
-    """libm's, but NaN at infinity as torch has it."""
-
-    def function(x: Any) -> Any:
-        return tirx.Select(ex.is_inf(x), tirx.const(math.nan, ex.dtype_of(x)), ex.libm(name, x))
-
-    return function
-
-
 def _one(x: Any) -> Any:
     return ex.constant(1, ex.dtype_of(x))
 
@@ -65,10 +56,6 @@ REAL_FUNCTIONS: dict[torch._ops.OpOverload, Function] = {
     aten.sigmoid.default: tirx.sigmoid,
     aten.sin.default: tirx.sin,
     aten.sinh.default: _libm("sinh"),
-    aten.special_bessel_j0.default: _bessel("j0"),
-    aten.special_bessel_j1.default: _bessel("j1"),
-    aten.special_bessel_y0.default: _bessel("y0"),
-    aten.special_bessel_y1.default: _bessel("y1"),
     aten.sqrt.default: tirx.sqrt,
     aten.tan.default: _libm("tan"),
     aten.tanh.default: tirx.tanh,
@@ -231,46 +218,6 @@ def logaddexp(out: Out, a: te.Tensor, b: te.Tensor) -> te.Tensor:
         return tirx.Select(equal_infinities, x, log_sum)
 
     return pointwise(out, combined, a, b)
-
-
-@lowers(aten.erfinv.default)
-def erfinv(out: Out, x: te.Tensor) -> te.Tensor:
-    return pointwise(out, _erfinv, x)
-
-
-def _polynomial(x: Any, coefficients: tuple[float, ...]) -> Any:
-    """Horner's scheme, highest power first."""
-    total = ex.constant(coefficients[0], ex.dtype_of(x))
-    for coefficient in coefficients[1:]:
-        total = total * x + ex.constant(coefficient, ex.dtype_of(x))
-    return total
-
-
-def _erfinv(y: Any) -> Any:
-    """Rational approximations in the centre and the tails, then two Newton steps, as torch's calc_erfinv."""
-    dtype = ex.dtype_of(y)
-    one = ex.constant(1, dtype)
-    square = y * y
-    centre = y * (
-        _polynomial(square, (-0.140543331, 0.914624893, -1.645349621, 0.886226899))
-        / _polynomial(square, (0.012229801, -0.329097515, 1.442710462, -2.118377725, 1.0))
-    )
-    z = tirx.sqrt(-tirx.log((one - tirx.abs(y)) / ex.constant(2, dtype)))
-    tail = tirx.copysign(
-        _polynomial(z, (1.641345311, 3.429567803, -1.624906493, -1.970840454))
-        / _polynomial(z, (1.637067800, 3.543889200, 1.0)),
-        y,
-    )
-
-    def newton(x: Any) -> Any:
-        slope = ex.constant(2 / math.sqrt(math.pi), dtype) * tirx.exp(-x * x)
-        return x - (tirx.erf(x) - y) / slope
-
-    start = tirx.Select(tirx.abs(y) <= ex.constant(0.7, dtype), centre, tail)
-    refined = newton(newton(start))
-    edge = tirx.copysign(tirx.const(math.inf, dtype), y)
-    outside = tirx.Select(tirx.abs(y) > one, tirx.const(math.nan, dtype), refined)
-    return tirx.Select(tirx.abs(y).equal(one), edge, outside)
 
 
 @lowers(aten.logit.default)
