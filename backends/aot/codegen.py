@@ -20,6 +20,8 @@ import tvm
 from tvm import ir, s_tir, tirx
 from tvm.tirx.buffer import is_buffer_var
 
+from .cut_nested import cut_nested
+
 # Weak pointers that TVM's code calls through and our runtime does not fill: such a call would jump to address 0.
 _FOREIGN = (b"__TVMBackendParallelBarrier", b"__TVMFFIFunctionCall", b"__TVMFFIEnvModLookupFromImports")
 
@@ -92,6 +94,7 @@ def _passes() -> list[Any]:
         # These refuse buffer parameters, so they follow the change of convention.
         tirx.transform.FP8StorageLegalize(),
         tirx.transform.BF16StorageLegalize(),
+        cut_nested(),
         tirx.transform.LowerTVMBuiltin(),
         tirx.transform.LowerIntrin(),
     ]
