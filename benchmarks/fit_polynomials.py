@@ -1,9 +1,12 @@
-"""Fit the polynomials of `backends/kernels/vector_math.py` and print them with their error: python benchmarks/fit_polynomials.py
+"""Fit the polynomials of `backends/kernels/vector_math.py` and print them with their error.
 
-Minimax in a weighted sense by Lawson's iteration: least squares on Chebyshev nodes, the weights multiplied by the error until it
-levels out (C. L. Lawson, Contributions to the theory of linear least maximum approximation, 1961). Rationals are linearised as
-p - f q and divided by the last q (C. K. Sanathanan and J. Koerner, 1963). A polynomial's coefficients are rounded to
-float32 one by one from the lowest order, the rest fitted anew, so that the rounding is made good.
+    python benchmarks/fit_polynomials.py
+
+Minimax in a weighted sense by Lawson's iteration: least squares on Chebyshev nodes, the weights multiplied by the error
+until it levels out (C. L. Lawson, Contributions to the theory of linear least maximum approximation, 1961). Rationals
+are linearised as p - f q and divided by the last q (C. K. Sanathanan and J. Koerner, 1963). A polynomial's
+coefficients are rounded to float32 one by one from the lowest order, the rest fitted anew, so that the rounding is made
+good.
 """
 
 from __future__ import annotations

@@ -92,9 +92,11 @@ def along_spatial(nest: Nest, values: dict[Var, Expr], plan: Plan, block: tuple[
         return tirx.SeqStmt([*allocations, make(None, 1, 1, nest.body)])
     statements = []
     for part in merge(pieces(nest, axis)):
-        statements += spread(
-            part, axis, lanes, ACCUMULATORS, block, lambda s, w, c, body=part.body: make(s, w, c, body)
-        )
+
+        def covered(start: Expr, width: int, count: int, body: Stmt = part.body) -> Stmt:
+            return make(start, width, count, body)
+
+        statements += spread(part, axis, lanes, ACCUMULATORS, block, covered)
     return tirx.SeqStmt([*allocations, *statements])
 
 
@@ -107,7 +109,8 @@ def _is_long_sum(nest: Nest, additions: int) -> bool:
 
 def _in_blocks(axes: Sequence[Axis], body: Callable[[dict[Var, Expr]], Stmt], flush: Callable[[], list[Stmt]]) -> Stmt:
     """The nest over `axes` with `flush` after about every _BLOCK runs of the body, and at the end."""
-    rest, inner, runs = list(axes), [], 1
+    rest, runs = list(axes), 1
+    inner: list[Axis] = []
     while rest and runs < _BLOCK:
         inner.insert(0, rest.pop())
         runs *= inner[0].extent

@@ -215,9 +215,9 @@ def _alone(nest: Nest, hw: Hardware) -> Stmt:
     tasks = _tasks(nest.axes, plan.cycles, hw)
     rows = math.prod(axis.extent for axis in outer)
     shares = 1
-    if plan.axis in nest.spatial and tasks > rows:
+    if plan.axis is not None and plan.axis in nest.spatial and tasks > rows:
         group = plan.lanes * (4 if nest.reduce else 1)
-        shares = max(1, min(-(-tasks // rows), plan.axis.extent // group))  # type: ignore[union-attr]
+        shares = max(1, min(-(-tasks // rows), plan.axis.extent // group))
     if shares > 1 and not _guarded(nest, plan):
         share = Axis(tirx.Var("share", str(like.ty.dtype)), shares)
         return _parallel([*outer, share], tasks, like, lambda at: emit(nest, at, plan, (at[share.var], shares)), [])

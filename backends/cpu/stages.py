@@ -132,7 +132,7 @@ def _read_stage(statement: Stmt) -> Stage:
     if not isinstance(inner, s_tir.SBlockRealize):
         return _opaque(statement)
     block = inner.block
-    if len(block.alloc_buffers) or len(block.match_buffers) or len(block.annotations):
+    if len(block.alloc_buffers) or len(block.match_buffers):
         return _opaque(statement)
     if not (isinstance(inner.predicate, tirx.IntImm) and int(inner.predicate)):
         return _opaque(statement)

@@ -60,7 +60,7 @@ _HEAVY: dict[str, Callable[..., PrimExpr]] = {
 def is_heavy(activation: str) -> bool:
     """Whether the activation is a polynomial of dozens of operations.
 
-    Such a one is faster as a second loop over the stored tile than unrolled over the accumulators, which it would spill.
+    Such a one is faster as a second loop over the stored tile than unrolled over the accumulators: it would spill them.
     """
     return activation in _HEAVY
 
@@ -68,8 +68,8 @@ def is_heavy(activation: str) -> bool:
 def apply_activation(x: PrimExpr, activation: str, args: Sequence[float] = ()) -> PrimExpr:
     """`activation(x)` in x's dtype (float32, float32xN; narrower floats are computed in float32).
 
-    `args` is (low, high) for "clamp" and (slope,) for "leaky_relu", empty otherwise. `x` should be a variable or a load:
-    the light activations repeat it.
+    `args` is (low, high) for "clamp" and (slope,) for "leaky_relu", empty otherwise. `x` should be a variable or a
+    load: the light activations repeat it.
     """
     if activation in _LIGHT:
         return _LIGHT[activation](x, *args)

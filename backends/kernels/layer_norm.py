@@ -1,7 +1,7 @@
 """Normalisation of rows: layer_norm, rms_norm, and group_norm, whose rows are the groups of one image.
 
-Two passes before the writing one: the mean, then the mean of (x - mean)^2. The sum of squares minus the square of the sum
-would save a pass over L1, and cancel where the mean is large against the spread.
+Two passes before the writing one: the mean, then the mean of (x - mean)^2. The sum of squares minus the square of the
+sum would save a pass over L1, and cancel where the mean is large against the spread.
 """
 
 from __future__ import annotations

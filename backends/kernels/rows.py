@@ -1,8 +1,8 @@
 """What kernels over the rows of a matrix share: vector partial results, tails without scalar code, parallel rows.
 
     columns   | v0 v1 v2 v3 | v0 v1 v2 v3 | v0 v1 | last |      groups of independent accumulators, then single vectors
-The last vector starts `lanes` before the end and overlaps its neighbour; what it counts twice is masked. A row shorter than a
-vector is cut into vectors of the largest power of two that fits, so that any length from 1 on takes the same code.
+The last vector starts `lanes` before the end and overlaps its neighbour; what it counts twice is masked. A row shorter
+than a vector is cut into vectors of the largest power of two that fits: any length from 1 on takes the same code.
 Registers: one accumulator per group vector, the value, and what its arithmetic needs.
 """
 

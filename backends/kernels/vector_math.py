@@ -2,7 +2,7 @@
 
 LLVM has no vector exp, so `T.exp` in a vectorised loop becomes a libm call per lane (8 to 48 times slower). The
 functions here are branch free: range reduction by bit tricks, one minimax polynomial, `Select` for the edges. They
-follow IEEE: infinities, NaN, signed zero, overflow to inf and gradual underflow, except where a docstring says otherwise.
+follow IEEE (infinities, NaN, signed zero, overflow to inf, gradual underflow) except where a docstring says otherwise.
 
 Each is an intrinsic of its own, `graphwright.exp(x)`, which TVM's last lowering pass replaces by the arithmetic: TVM's
 simplifier substitutes every let it meets, so that a polynomial written out early grows exponentially in each pass.
@@ -175,7 +175,7 @@ def exp(x: PrimExpr) -> PrimExpr:
     """e^x: 1.0 ulp; overflows to inf above 88.72, underflows gradually to 0 below -103.97."""
     let = _Lets()
     x = let(minimum(let(maximum(let(x), _like(x, -104.0))), _like(x, 89.0)))
-    # 2^n leaves the exponent's range at both ends: 2^n = 2^h 2^(n-h). The bias 2*127 makes both halves' fields positive.
+    # 2^n leaves the exponent's range at both ends: 2^n = 2^h 2^(n-h). The bias 2*127 makes both fields positive.
     r, shifted = _reduce(x, 254, let)
     pattern = let(_bits(shifted))
     half = let(tirx.shift_right(pattern, _int_like(x, 1)))
@@ -186,7 +186,7 @@ def exp(x: PrimExpr) -> PrimExpr:
 
 @_intrinsic
 def exp_nonpositive(x: PrimExpr) -> PrimExpr:
-    """e^x for x <= 0, as softmax needs it: 1.0 ulp; results below 2^-126 become 0; one multiplication less than `exp`."""
+    """e^x for x <= 0, as softmax needs it: 1.0 ulp; results below 2^-126 become 0; fewer operations than `exp`."""
     let = _Lets()
     x = let(maximum(let(x), _like(x, -88.0)))  # n >= -127, whose exponent field is 0: a factor of 0
     r, shifted = _reduce(x, 127, let)
@@ -323,7 +323,7 @@ def gelu(x: PrimExpr) -> PrimExpr:
 
 @_intrinsic
 def gelu_tanh(x: PrimExpr) -> PrimExpr:
-    """The tanh approximation of GELU, as x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation below 0."""
+    """GELU's tanh approximation, as x sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation below 0."""
     let = _Lets()
     x = let(x)
     u = (x * x * _like(x, 0.044715) + _like(x, 1.0)) * x * _like(x, 1.5957691216057308)

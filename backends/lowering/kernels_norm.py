@@ -39,7 +39,7 @@ def _work(rows: Rows, flops: int) -> Work:
 
 
 def _softmax(node: fx.Node, hw: Hardware, log: bool) -> KernelCall | Refusal:
-    x, dim, dtype = bind(node)
+    x, dim, _ = bind(node)
     refusal = refuse_dtypes(node, x)
     if refusal is not None:
         return refusal
@@ -70,12 +70,12 @@ def log_softmax_kernel(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
 
 
 def _float32(node: fx.Node, *operands: fx.Node | None) -> Refusal | None:
+    refusal = refuse_dtypes(*operands)
     values = node.meta["val"]
-    results = values if isinstance(values, (tuple, list)) else (values,)
-    for value in results:
-        if value is None or value.dtype != torch.float32:
-            return Refusal(f"{node.name} does not give float32")
-    return refuse_dtypes(*operands)
+    for value in values if isinstance(values, (tuple, list)) else (values,):
+        if refusal is None and (value is None or value.dtype != torch.float32):
+            refusal = Refusal(f"{node.name} does not give float32")
+    return refusal
 
 
 def _layer_norm(
