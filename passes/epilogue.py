@@ -71,6 +71,9 @@ def _add(found: Epilogue, add: fx.Node, is_bias: Callable[[fx.Node], bool]) -> E
     if not rewrite.is_float(found.last, other, add):
         log.debug("stop at %s: it mixes dtypes", add)
         return None
+    if rewrite.shape_of(add) != rewrite.shape_of(found.last):
+        log.debug("stop at %s: it broadcasts the product", add)
+        return None
     if found.bias is None and found.residual is None and is_bias(other):
         return replace(found, last=add, bias=other)
     if found.residual is None and rewrite.shape_of(other) == rewrite.shape_of(found.last):

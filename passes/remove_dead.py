@@ -43,7 +43,8 @@ def remove_dead(graph: fx.GraphModule, hw: Hardware) -> int:
             continue
         graph.graph.erase_node(node)
         count += 1
-    _drop_constants(graph)
+    if count:
+        _drop_constants(graph)
     return rewrite.finish(graph, count)
 
 

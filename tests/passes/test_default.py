@@ -29,7 +29,7 @@ def efficientnet():
     """Depthwise convolutions, uneven padding, gates and silu."""
     blocks = {"in_channels": [32, 8, 16], "out_channels": [8, 16, 24], "strides": [1, 2, 2], "expand_ratios": [1, 6, 6]}
     config = transformers.EfficientNetConfig(
-        image_size=64, kernel_sizes=[3, 3, 5], num_block_repeats=[1, 1, 2], hidden_dim=96, width_coefficient=1.0,
+        image_size=64, kernel_sizes=[3, 3, 5], num_block_repeats=[1, 1, 2], hidden_dim=1280, width_coefficient=1.0,
         depth_coefficient=1.0, **blocks,
     )  # fmt: skip
     return transformers.EfficientNetForImageClassification(config), IMAGE

@@ -213,6 +213,16 @@ def test_a_bias_that_widens_the_result_is_none():
     assert_same_numbers(before, graph, [X[0]], **CLOSE)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 3, 5)])
+def test_an_addition_that_broadcasts_the_product_stays(shape, caplog):
+    graph = trace_core(Weights(lambda x, w, b: x @ w + b, w=torch.randn(4, 5), b=torch.randn(shape)), [X[0]])
+    before = copy_graph(graph)
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert fuse_matmul_bias(graph, HW) == 1
+    assert "broadcasts the product" in caplog.text
+    assert_same_numbers(before, graph, [X[0]], **CLOSE)
+
+
 def test_no_inner_extent():
     """A product over nothing is zero, and its rows cannot be found by counting elements."""
     graph = trace_core(Weights(lambda x, w: (x @ w).reshape(1, 3, 5).relu(), w=torch.randn(0, 5)), [torch.randn(3, 0)])
