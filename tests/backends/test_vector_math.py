@@ -75,12 +75,17 @@ def native() -> Hardware:
     return detect()
 
 
+@functools.lru_cache(maxsize=2)
+def compiled(function: Callable[[Any], Any], count: int, lanes: int) -> Any:
+    func = elementwise(function, count, lanes)
+    return tvm.compile(tvm.IRModule({"main": func}), target=tvm.target.Target(native().tvm_target()))["main"]
+
+
 def run(function: Callable[[Any], Any], values: np.ndarray, lanes: int | None = None) -> np.ndarray:
     """`function` of every value, computed by machine code for this machine."""
     lanes = lanes or native().lanes("float32")
     padded = np.concatenate([values, np.zeros(-len(values) % lanes, np.float32)])
-    func = elementwise(function, len(padded), lanes)
-    main = tvm.compile(tvm.IRModule({"main": func}), target=tvm.target.Target(native().tvm_target()))["main"]
+    main = compiled(function, len(padded), lanes)
     result = tvm.runtime.empty(padded.shape, "float32")
     main(tvm.runtime.tensor(padded), result)
     return result.numpy()[: len(values)]
