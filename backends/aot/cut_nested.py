@@ -1,13 +1,13 @@
 """Nested transcendental functions -> one after the other, through a scratch variable.
 
-    y[i] = tanh(a + sigmoid(b))  ->  t[0] = sigmoid(b); y[i] = tanh(a + t[0])
+    y[i] = tanh(a + sigmoid(b))  ->  t[0] = a + sigmoid(b); y[i] = tanh(t[0])
     v = tanh(a)                  ->  t[0] = tanh(a); v = t[0]
 
 When TVM 0.27 emits LLVM it simplifies the value of every let with the earlier ones substituted, in time exponential
 in their nesting: tanh(tanh(tanh(x))) takes minutes. It cannot look through memory, and LLVM keeps `t` in a register.
 
-Refused where a function is called in a branch of if_then_else, which guards what it reads, or in a let expression,
-whose name ends there.
+Refused for a call in a branch of if_then_else, which guards what it reads, or in a let expression, whose name ends
+there.
 """
 
 from __future__ import annotations
@@ -37,32 +37,30 @@ def cut(body: Stmt) -> Stmt:
 
 
 def _cut_statement(statement: Stmt) -> Stmt:
-    value = statement.value
-    if not _calls(value) or _is_guarded(value):
-        return statement
     before: list[Stmt] = []
+    guarded = _guarded(statement.value)
 
-    def outer(call: Any) -> Any:
-        # Children come first: calls in this one's arguments have none in theirs.
-        if not _is_ours(call) or not _calls(call.args):
-            return call
-        args = tvm_ffi.structural_map(list(call.args), (ir.Call, lambda inner: _stored(inner, before)))
-        return tirx.call_intrin(str(call.ty.dtype), call.op, *args)
+    def call(node: Any) -> Any:
+        # Children come first: what this argument calls has no nested argument any more.
+        if not _is_ours(node) or not _calls(node.args) or any(node.same_as(other) for other in guarded):
+            return node
+        args = [_stored(argument, before) for argument in node.args]
+        return tirx.call_intrin(str(node.ty.dtype), node.op, *args)
 
-    value = tvm_ffi.structural_map(value, (ir.Call, outer))
+    value = tvm_ffi.structural_map(statement.value, (ir.Call, call))
     if isinstance(statement, tirx.Bind):
-        value = tvm_ffi.structural_map(value, (ir.Call, lambda inner: _stored(inner, before)))
+        if not _calls(value):
+            return statement
+        value = _stored(value, before)
         return tirx.SeqStmt([*before, tirx.Bind(statement.var, value)])
     if not before:
         return statement
     return tirx.SeqStmt([*before, tirx.BufferStore(statement.buffer, value, statement.indices)])
 
 
-def _stored(call: Any, before: list[Stmt]) -> Expr:
-    if not _is_ours(call):
-        return call
-    scratch = tirx.decl_buffer((1,), str(call.ty.dtype), f"nested{len(before)}", scope="local")
-    before += [tirx.AllocBuffer(scratch), tirx.BufferStore(scratch, call, [0])]
+def _stored(value: Expr, before: list[Stmt]) -> Expr:
+    scratch = tirx.decl_buffer((1,), str(value.ty.dtype), f"nested{len(before)}", scope="local")
+    before += [tirx.AllocBuffer(scratch), tirx.BufferStore(scratch, value, [0])]
     return tirx.BufferLoad(scratch, [0])
 
 
@@ -76,8 +74,8 @@ def _calls(root: Any) -> list[Any]:
     return found
 
 
-def _is_guarded(value: Expr) -> bool:
-    """Whether a call of ours stands where its statement may not be split off."""
+def _guarded(value: Expr) -> list[Any]:
+    """The calls of ours that stand where they may not be split off their statement."""
     found: list[Any] = []
 
     def branch(call: Any) -> None:
@@ -85,7 +83,7 @@ def _is_guarded(value: Expr) -> bool:
             found.extend(_calls(list(call.args[1:])))
 
     tvm_ffi.structural_walk(value, ((ir.Call, branch), (tirx.Let, lambda let: found.extend(_calls(let)))))
-    return bool(found)
+    return found
 
 
 def _flat(sequence: Any) -> Stmt:

@@ -54,12 +54,20 @@ def test_left_alone(buffer: Any, guard: str) -> None:
     var = tirx.Var("v", "float32")
     inner = vector_math.exp(x)
     value = {
-        "branch": lambda: vector_math.tanh(tirx.if_then_else(tirx.Var("i", "int32") < 1, inner, x)),
+        "branch": lambda: tirx.if_then_else(tirx.Var("i", "int32") < 1, vector_math.tanh(inner), x),
         "let": lambda: tirx.Let(var, x, vector_math.tanh(vector_math.exp(var))),
         "single": lambda: inner + vector_math.tanh(x),
     }[guard]()
     store = tirx.BufferStore(buffer, value, [1])
     assert cut(store).same_as(store)
+
+
+def test_a_guard_inside_an_argument_moves_with_it(buffer: Any) -> None:
+    x = tirx.BufferLoad(buffer, [0])
+    guarded = tirx.if_then_else(tirx.Var("i", "int32") < 1, vector_math.exp(x), x)
+    body = cut(tirx.BufferStore(buffer, vector_math.tanh(guarded), [1]))
+    assert depth(body) == 1
+    assert body.seq[1].value.same_as(guarded)
 
 
 def test_deep_nests_compile_and_keep_their_numbers() -> None:
@@ -72,3 +80,11 @@ def test_deep_nests_compile_and_keep_their_numbers() -> None:
     compiled = graphwright.compile(model, (x, y), cache=False)
     # Eighteen functions of at most 2 ulp each, one upon another.
     torch.testing.assert_close(compiled(x, y), model(x, y), rtol=1e-5, atol=1e-6)
+
+
+def test_nests_with_choices_in_them() -> None:
+    def model(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(torch.sigmoid(x) * y + torch.nn.functional.mish(x))
+
+    x, y = torch.randn(3, 37), torch.randn(3, 37)
+    torch.testing.assert_close(graphwright.compile(model, (x, y), cache=False)(x, y), model(x, y), rtol=1e-5, atol=1e-6)
