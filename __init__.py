@@ -18,8 +18,8 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .compiler.api import compile as compile
-    from .compiler.loading import load as load
     from .compiler.compiled import Compiled as Compiled
+    from .compiler.loading import load as load
 
 __version__ = "0.1.0"
 

@@ -68,9 +68,7 @@ class Case:
         assert isinstance(call, KernelCall), call
         assert call.work.flops["float32"] >= 0
         assert call.choice
-        operands = [
-            o.pack(self.given[o.constant]) if isinstance(o, Packed) else self.given[o] for o in call.operands
-        ]
+        operands = [o.pack(self.given[o.constant]) if isinstance(o, Packed) else self.given[o] for o in call.operands]
         out = torch.full(tuple(self.node.meta["val"].shape), 12345.0)
         main = compile_kernel(call, hw)["main"]
         main(*[tvm.runtime.from_dlpack(_aligned(t)) for t in operands], view := tvm.runtime.from_dlpack(out))
@@ -83,9 +81,7 @@ class Case:
 
 def compile_kernel(call: KernelCall, hw: Hardware) -> Any:
     """Machine code of the kernel."""
-    return tvm.compile(
-        tvm.IRModule({"main": call.func.with_attr("global_symbol", "main")}), target=target(hw)
-    )
+    return tvm.compile(tvm.IRModule({"main": call.func.with_attr("global_symbol", "main")}), target=target(hw))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,8 +114,7 @@ def conv_case(
     b = torch.randn(filters, generator=random) if bias else None
     options = (stride, padding, dilation, groups, activation, list(args), layout)
     out = [
-        (size[i] + sum(padding[2 * i : 2 * i + 2]) - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
+        (size[i] + sum(padding[2 * i : 2 * i + 2]) - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)
     ]
     added = torch.randn(batch, *out, filters, generator=random) if residual else None
     return Case(dialect.conv2d, (x, weight, b, added), options)

@@ -162,9 +162,7 @@ class _Nest:
         """One register tile: pixels [column, column + run.pixels) of a row."""
         conv, lanes, vectors = self.conv, self.plan.lanes, panel.vectors
         clear(acc, run.pixels, vectors, lanes)
-        corner = T.bind(
-            (in_row + conv.columns.first(column)) * conv.channels + panel.group * conv.group_channels
-        )
+        corner = T.bind((in_row + conv.columns.first(column)) * conv.channels + panel.group * conv.group_channels)
         contiguous = conv.groups == 1 and conv.dilation[1] == 1
         with T.serial(0, taps[1]) as i:
             kh = taps[0] + i

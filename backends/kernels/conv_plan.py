@@ -132,9 +132,7 @@ class Plan:
 def merge_groups(conv: Conv, lanes: int) -> tuple[Conv, int]:
     """Join groups narrower than a vector: as many multiply-adds, whole vectors instead of partial stores."""
     merged = max(
-        m
-        for m in range(1, conv.groups + 1)
-        if conv.groups % m == 0 and (m == 1 or m * conv.group_filters <= lanes)
+        m for m in range(1, conv.groups + 1) if conv.groups % m == 0 and (m == 1 or m * conv.group_filters <= lanes)
     )
     return replace(conv, groups=conv.groups // merged), merged
 
@@ -253,9 +251,7 @@ def _blocks(conv: Conv, hw: Hardware, units: int) -> tuple[int, int]:
         block_rows, block_units = -(-rows.out // row_blocks), -(-units // unit_blocks)
         turns = -(-tasks // cores)
         flops = turns * block_rows * block_units * step_flops
-        input_rows = min(
-            conv.height, (block_rows - 1) * conv.stride[0] + conv.dilation[0] * (conv.kernel[0] - 1) + 1
-        )
+        input_rows = min(conv.height, (block_rows - 1) * conv.stride[0] + conv.dilation[0] * (conv.kernel[0] - 1) + 1)
         block_input = 4 * input_rows * conv.width * conv.channels
         blocks_seen = -(-turns // unit_blocks)
         fetched: float = blocks_seen * block_input * (1 if block_input <= fits else block_units)
@@ -266,12 +262,7 @@ def _blocks(conv: Conv, hw: Hardware, units: int) -> tuple[int, int]:
     row_choices = sorted({-(-rows.out // n) for n in range(1, rows.out + 1)})
     unit_choices = sorted({-(-units // n) for n in range(1, units + 1)})
     return min(
-        (
-            (r, u)
-            for r in row_choices
-            for u in unit_choices
-            if r * u * conv.batch <= max(16 * cores, r * conv.batch)
-        ),
+        ((r, u) for r in row_choices for u in unit_choices if r * u * conv.batch <= max(16 * cores, r * conv.batch)),
         key=lambda c: (cost(*c), c[0] * c[1]),
     )
 

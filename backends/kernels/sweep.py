@@ -81,9 +81,7 @@ def choose_sweep(windows: Windows, hw: Hardware) -> SweepPlan:
     vectors = -(-windows.channels // lanes)
     pixels = min(windows.columns.out, hw.vector_registers // 2)
     l1 = hw.cache(1)
-    columns = (
-        (pixels - 1) * windows.columns.stride + windows.columns.dilation * (windows.columns.kernel - 1) + 1
-    )
+    columns = (pixels - 1) * windows.columns.stride + windows.columns.dilation * (windows.columns.kernel - 1) + 1
     row_bytes = 4 * lanes * columns * windows.rows.kernel
     strip = max(1, min(vectors, (l1.size_bytes if l1 else 32 * 1024) // 2 // row_bytes))
     cycles = windows.reads / lanes / hw.fma_per_cycle
@@ -136,9 +134,7 @@ def sweep(windows: Windows, plan: SweepPlan, emit: Callable[[Any, Tile], None]) 
         first, last = T.bind(first), T.bind(last)
 
         def tile(run: Run, column: Any, row: Any, vector: Any) -> None:
-            channel = T.bind(
-                vector * lanes if channels % lanes == 0 else tirx.min(vector * lanes, channels - lanes)
-            )
+            channel = T.bind(vector * lanes if channels % lanes == 0 else tirx.min(vector * lanes, channels - lanes))
             first_tap, row_taps = rows.dynamic_taps(row)
             in_row = image * rows.size + rows.first(row)
             out_row = image * rows.out + row
@@ -190,9 +186,7 @@ def each_tap(tile: Tile, emit: Callable[[int, Any, Any, Any], None]) -> None:
         line = T.bind(tile.corner + kh * tile.tap_row)
         spans = tile.run.spans
         if sum(s.taps for s in spans) <= 16:
-            reads = [
-                (p, kw) for s in spans for kw in range(s.tap, s.tap + s.taps) for p in range(s.low, s.high)
-            ]
+            reads = [(p, kw) for s in spans for kw in range(s.tap, s.tap + s.taps) for p in range(s.low, s.high)]
             for p, kw in sorted(reads, key=lambda r: (r[0] * tile.pixel + r[1] * tile.tap_column, r[1])):
                 emit(p, line + (p * tile.pixel + kw * tile.tap_column), kh, kw)
             return

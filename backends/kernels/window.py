@@ -74,9 +74,7 @@ class Run:
     start: int
     pixels: int
     count: int
-    valid: tuple[
-        tuple[int, int], ...
-    ]  # for each tap, the tile's pixels [low, high) for which it reads an input
+    valid: tuple[tuple[int, int], ...]  # for each tap, the tile's pixels [low, high) for which it reads an input
 
     @property
     def spans(self) -> tuple[Span, ...]:

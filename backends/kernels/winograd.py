@@ -78,9 +78,7 @@ def _even_polynomial(pairs: Sequence[float]) -> list[float]:
 def _combine(terms: Sequence[tuple[float, Any]]) -> Any:
     """The sum of coefficient * value, terms of coefficient +-1 first so that the others are multiply-adds."""
     total: Any = None
-    for coefficient, value in sorted(
-        (t for t in terms if t[1] is not None), key=lambda t: abs(abs(t[0]) - 1)
-    ):
+    for coefficient, value in sorted((t for t in terms if t[1] is not None), key=lambda t: abs(abs(t[0]) - 1)):
         lanes = value.ty.dtype.lanes if hasattr(value.ty.dtype, "lanes") else 1
         if coefficient == 1.0:
             term = value
@@ -234,9 +232,7 @@ class _Nest:
                         ]
                         for j, value in enumerate(transform_input(d, m)):
                             zero = constant(0.0, lanes)
-                            T.buffer_store(
-                                line, zero if value is None else value, [span((r * n + j) * lanes, lanes)]
-                            )
+                            T.buffer_store(line, zero if value is None else value, [span((r * n + j) * lanes, lanes)])
 
                     if exists is None:
                         horizontal()
@@ -246,9 +242,7 @@ class _Nest:
                                 horizontal()
                             with T.Else():
                                 for j in range(n):
-                                    T.buffer_store(
-                                        line, constant(0.0, lanes), [span((r * n + j) * lanes, lanes)]
-                                    )
+                                    T.buffer_store(line, constant(0.0, lanes), [span((r * n + j) * lanes, lanes)])
                 with T.serial(0, n) as j:
                     d = [T.bind(line[span((i * n + j) * lanes, lanes)]) for i in range(n)]
                     for i, value in enumerate(transform_input(d, m)):
@@ -293,9 +287,7 @@ class _Nest:
                     )
                     target = T.bind(u * self.products_place + row * nr)
                     for a in range(size * vectors):
-                        T.buffer_store(
-                            products, acc[span(a * lanes, lanes)], [span(target + a * lanes, lanes)]
-                        )
+                        T.buffer_store(products, acc[span(a * lanes, lanes)], [span(target + a * lanes, lanes)])
                 done += count * size
         self._results(line, products, rows, panel)
 
@@ -313,17 +305,11 @@ class _Nest:
 
             def tile(column: Any, columns: int) -> None:
                 source = T.bind(((row - origin) * across + column) * nr)
-                target = T.bind(
-                    ((image * height + tile_row * m) * width + column * m) * conv.filters + panel * nr
-                )
+                target = T.bind(((image * height + tile_row * m) * width + column * m) * conv.filters + panel * nr)
                 with T.serial(0, self.plan.vectors) as vector:
                     with T.serial(0, n) as j:
                         t = [
-                            T.bind(
-                                products[
-                                    span((i * n + j) * self.products_place + source + vector * lanes, lanes)
-                                ]
-                            )
+                            T.bind(products[span((i * n + j) * self.products_place + source + vector * lanes, lanes)])
                             for i in range(n)
                         ]
                         for i, value in enumerate(transform_output(t, m)):

@@ -71,7 +71,7 @@ class LoweringError(GraphwrightError):
     def __init__(self, node: fx.Node, error: Exception) -> None:
         super().__init__(f"lowering {node.format_node()} failed: {error}{_where(node)}")
         # Whoever leaves operators to PyTorch decides by the producer of a getitem.
-        self.node = node.args[0] if node.target is operator.getitem else node
+        self.node: fx.Node = node.all_input_nodes[0] if node.target is operator.getitem else node
 
 
 @dataclass(frozen=True)

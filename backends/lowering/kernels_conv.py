@@ -103,9 +103,7 @@ def _conv_work(problem: Conv, read: tuple[fx.Node, ...], tasks: int, efficiency:
     )
 
 
-def _pointwise(
-    problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node, ...], hw: Hardware
-) -> KernelCall:
+def _pointwise(problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node, ...], hw: Hardware) -> KernelCall:
     """A 1x1 convolution of stride 1 is the matrix product of all pixels with the filters."""
     M, K, N = prod(problem.output_shape[:3]), problem.channels, problem.filters
     tiling = choose_tiling(hw, M, N, K)
@@ -122,9 +120,7 @@ def _pointwise(
         input_shape=problem.input_shape,
         output_shape=problem.output_shape,
     )
-    packed = Packed(
-        weight, f"matmul_nk_panels_{tiling.columns}", partial(_pack_pointwise, columns=tiling.columns)
-    )
+    packed = Packed(weight, f"matmul_nk_panels_{tiling.columns}", partial(_pack_pointwise, columns=tiling.columns))
     work = Work(
         flops={"float32": problem.flops},
         bytes_read=4.0 * (M * K + K * N + sum(prod(shape_of(t)) for t in extra)),
@@ -140,9 +136,7 @@ def _pack_pointwise(weight: torch.Tensor, columns: int) -> torch.Tensor:
     return pack_panels(weight.flatten(1), columns)
 
 
-def _depthwise(
-    problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node, ...], hw: Hardware
-) -> KernelCall:
+def _depthwise(problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node, ...], hw: Hardware) -> KernelCall:
     windows = Windows(problem.batch, problem.rows, problem.columns, problem.channels)
     plan = choose_sweep(windows, hw)
     func = depthwise(
@@ -168,9 +162,7 @@ def max_pool(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         return refusal
     windows = _windows(node, x, kernel, stride, padding, dilation)
     plan = choose_sweep(windows, hw)
-    return KernelCall(
-        max_pool2d(windows, plan), (x,), "max pooling", plan.reason, _sweep_work(windows, plan, hw)
-    )
+    return KernelCall(max_pool2d(windows, plan), (x,), "max pooling", plan.reason, _sweep_work(windows, plan, hw))
 
 
 @kernel_for(dialect.avg_pool2d)

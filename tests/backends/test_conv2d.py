@@ -35,9 +35,7 @@ def problems(draw: st.DrawFn) -> dict[str, object]:
     for i in (0, 1):
         reach = dilation[i] * (kernel[i] - 1) + 1
         least = max(1, reach - padding[2 * i] - padding[2 * i + 1])
-        size.append(
-            draw(st.sampled_from([least, least + 1, least + 6, 13, 23]).filter(lambda n, m=least: n >= m))
-        )
+        size.append(draw(st.sampled_from([least, least + 1, least + 6, 13, 23]).filter(lambda n, m=least: n >= m)))
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
     return {
         "batch": draw(st.sampled_from([1, 1, 2, 3])),
@@ -193,9 +191,7 @@ def hot_loops(assembly: str, fma: str, vector: str, stack: str) -> list[tuple[in
         ("raspberry-pi-4", 32, "fmla", r"\bq\d+", "[sp"),
     ],
 )
-def test_accumulators_stay_in_registers(
-    machine: str, registers: int, fma: str, vector: str, stack: str
-) -> None:
+def test_accumulators_stay_in_registers(machine: str, registers: int, fma: str, vector: str, stack: str) -> None:
     hw = lookup(machine)
     assert hw.vector_registers == registers
     strided = {"stride": (2, 2), "padding": (1, 1, 1, 1), "bias": True, "activation": "relu"}
@@ -218,9 +214,7 @@ def test_taps_agree_with_a_scan_of_every_window() -> None:
         Axis(2, 9, 2, 1, 5, 2),
     ):
         for position in range(axis.out):
-            reads = [
-                t for t in range(axis.kernel) if 0 <= axis.first(position) + t * axis.dilation < axis.size
-            ]
+            reads = [t for t in range(axis.kernel) if 0 <= axis.first(position) + t * axis.dilation < axis.size]
             low, high = axis.taps(position)
             assert list(range(low, high)) == reads, (axis, position)
         for pixels in (1, 2, 3, 6):

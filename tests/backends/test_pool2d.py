@@ -29,9 +29,7 @@ def geometries(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], list[int], lis
     padding = [across[0], across[0], across[1], across[1]]
     if not ceil_mode and draw(st.booleans()):
         padding = [draw(st.integers(0, k // 2)) for k in kernel for _ in range(2)]
-    size = [
-        max(1, kernel[i] - padding[2 * i] - padding[2 * i + 1]) + draw(st.integers(0, 12)) for i in (0, 1)
-    ]
+    size = [max(1, kernel[i] - padding[2 * i] - padding[2 * i + 1]) + draw(st.integers(0, 12)) for i in (0, 1)]
     channels = draw(st.sampled_from([1, 3, 8, 13, 32]))
     return image(draw(st.integers(1, 3)), *size, channels), kernel, stride, padding, ceil_mode
 
