@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,24 +85,32 @@ def prim_func(node: fx.Node) -> tuple[Any, list[fx.Node], list[Out]]:
     return te.create_prim_func([*places.values(), *results]), inputs, outs
 
 
-def compile_node(node: fx.Node, shipped: bool = False) -> Callable[..., list[torch.Tensor]]:
-    """Compile the node; call it with the tensors it reads, in order.
+def compile_nodes(nodes: Sequence[fx.Node], shipped: bool = False) -> list[Callable[..., list[torch.Tensor]]]:
+    """Compile the nodes in one module; call the results with the tensors each node reads, in order.
 
-    With TVM's default schedule, or as it is shipped: with our generic schedule and our elementary functions.
+    With TVM's default schedule, or as they are shipped: with our generic schedule and our elementary functions.
     """
-    func, inputs, outs = prim_func(node)
-    if shipped:
-        func = expand_math(schedule(func, detect()))
-    func = func.with_attrs({"global_symbol": "main", "tirx.noalias": True})
-    main = tvm.compile(tvm.IRModule({"main": func}), target=host_target())["main"]
+    functions, described = {}, []
+    for i, node in enumerate(nodes):
+        func, inputs, outs = prim_func(node)
+        if shipped:
+            func = expand_math(schedule(func, detect()))
+        functions[f"f{i}"] = func.with_attrs({"global_symbol": f"f{i}", "tirx.noalias": True})
+        described.append((len(inputs), outs))
+    module = tvm.compile(tvm.IRModule(functions), target=host_target())
+    return [functools.partial(_call, module[f"f{i}"], *description) for i, description in enumerate(described)]
 
-    def call(*tensors: torch.Tensor) -> list[torch.Tensor]:
-        assert len(tensors) == len(inputs)
-        results = [torch.zeros(out.shape, dtype=getattr(torch, out.dtype)) for out in outs]
-        main(*(_to_tvm(t) for t in (*tensors, *results)))
-        return results
 
-    return call
+def compile_node(node: fx.Node, shipped: bool = False) -> Callable[..., list[torch.Tensor]]:
+    """`compile_nodes` of one."""
+    return compile_nodes([node], shipped)[0]
+
+
+def _call(function: Any, count: int, outs: Sequence[Out], *tensors: torch.Tensor) -> list[torch.Tensor]:
+    assert len(tensors) == count
+    results = [torch.zeros(out.shape, dtype=getattr(torch, out.dtype)) for out in outs]
+    function(*(_to_tvm(t) for t in (*tensors, *results)))
+    return results
 
 
 def _to_tvm(tensor: torch.Tensor) -> Any:
@@ -120,8 +128,13 @@ def run(op: torch._ops.OpOverload, *args: Any, shipped: bool = False, **kwargs: 
     node, tensors, expected = build_node(op, *args, **kwargs)
     refusal = reason(node)
     assert refusal is None, refusal
-    first = {id(n): t for n, t in zip((n for n in node.graph.nodes if n.op == "placeholder"), tensors, strict=True)}
-    return compile_node(node, shipped)(*(first[id(n)] for n in node.all_input_nodes)), expected
+    return compile_node(node, shipped)(*_read_by(node, tensors)), expected
+
+
+def _read_by(node: fx.Node, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    placeholders = [n for n in node.graph.nodes if n.op == "placeholder"]
+    given = dict(zip(placeholders, tensors, strict=True))
+    return [given[n] for n in node.all_input_nodes]
 
 
 def check(
@@ -134,9 +147,46 @@ def check(
 ) -> None:
     """Assert that our results are eager's: dtype and shape, values within assert_close's defaults."""
     got, expected = run(op, *args, shipped=shipped, **kwargs)
+    _compare(got, expected, rtol, atol)
+
+
+def _compare(got: Sequence[torch.Tensor], expected: Any, rtol: float | None, atol: float | None) -> None:
     wanted = [expected] if isinstance(expected, torch.Tensor) else list(expected)
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True, check_stride=False)
+
+
+class Checks:
+    """Many checks compiled in one module, which takes a fraction of the time: add the calls, then `run`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[fx.Node, list[torch.Tensor], Any, float | None, float | None]] = []
+
+    def add(
+        self,
+        op: torch._ops.OpOverload,
+        *args: Any,
+        rtol: float | None = None,
+        atol: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Remember a call to be checked as `check` would."""
+        node, tensors, expected = build_node(op, *args, **kwargs)
+        refusal = reason(node)
+        assert refusal is None, refusal
+        self.calls.append((node, tensors, expected, rtol, atol))
+
+    def run(self, shipped: bool = True) -> None:
+        """Compile and compare them all; the failure lists every call that differs."""
+        compiled = compile_nodes([node for node, *_ in self.calls], shipped)
+        failures = []
+        for function, (node, tensors, expected, rtol, atol) in zip(compiled, self.calls, strict=True):
+            try:
+                _compare(function(*_read_by(node, tensors)), expected, rtol, atol)
+            except AssertionError as error:
+                kinds = [f"{t.dtype} {tuple(t.shape)}" for t in tensors]
+                failures.append(f"{node.format_node()} of {kinds}:\n{error}")
+        assert not failures, "\n\n".join(failures)
 
 
 def check_refused(op: torch._ops.OpOverload, *args: Any, because: str, **kwargs: Any) -> None:

@@ -80,13 +80,18 @@ def _index_reduce(
     return x.scatter_reduce(dim, positions, source, name, include_self=include_self)
 
 
+def _norm(x: Tensor, p: float) -> Tensor:
+    lengths: Tensor = aten.linalg_vector_norm.default(x, p, [-1])
+    return lengths
+
+
 def _cdist_forward(a: Tensor, b: Tensor, p: float, compute_mode: int | None) -> Tensor:
-    return aten.linalg_vector_norm.default(a.unsqueeze(-2) - b.unsqueeze(-3), p, [-1])
+    return _norm(a.unsqueeze(-2) - b.unsqueeze(-3), p)
 
 
 def _pdist_forward(x: Tensor, p: float = 2.0) -> Tensor:
     i, j = torch.triu_indices(x.shape[0], x.shape[0], 1)
-    return aten.linalg_vector_norm.default(x[i] - x[j], p, [-1])
+    return _norm(x[i] - x[j], p)
 
 
 def _trilinear(
@@ -147,7 +152,7 @@ OURS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
 def table() -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
     """The decomposition table capture runs: torch.export's own, less `KEPT`, plus `ADDED` and `OURS`."""
     everything = global_decomposition_table["post_autograd"]
-    result = dict(torch.export.default_decompositions().items())
+    result = dict(torch.export.default_decompositions().items())  # type: ignore[no-untyped-call]
     for operator in KEPT:
         result.pop(operator, None)
     for operator in ADDED:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -18,7 +18,7 @@ from .registry import Out, lowers
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-Operand = te.Tensor | Scalar
+Operand: TypeAlias = Any  # a te.Tensor or a number
 
 
 # Arithmetic

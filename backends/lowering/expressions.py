@@ -17,7 +17,7 @@ from .registry import Out
 
 Scalar = bool | int | float
 
-_TORCH = {
+_TORCH: dict[str, torch.dtype] = {
     name: getattr(torch, name)
     for name in (
         "float16",

@@ -15,6 +15,7 @@ from tvm import te, tirx
 
 from . import expressions as ex
 from .expressions import Scalar, pointwise
+from .imperative import Elements, grid, local, loop_nest
 from .registry import Out, lowers
 
 aten = torch.ops.aten
@@ -191,61 +192,50 @@ def _logical(out: Out, x: te.Tensor, dims: Dims, combine: Combine, identity: int
     return reduced_to(out, truth, axes_of(len(x.shape), dims), combine, identity, "int8")
 
 
-def arg_extreme(x: te.Tensor, axes: Sequence[int], keepdim: bool, larger: bool) -> tuple[te.Tensor, te.Tensor]:
-    """The extreme elements over `axes` and their (row-major) positions, int64."""
-    dtype, shape = _extreme_dtype(str(x.dtype)), shape_of(x)
-    start = lowest(dtype) if larger else highest(dtype)
-    if str(x.dtype) == "bfloat16":  # TVM reads it as an integer inside the lets of a reduction of pairs
-        x = ex.copy(Out(shape, dtype), x)
+def arg_extreme(larger: bool, value: Out, index: Out, x: te.Tensor, axes: Sequence[int]) -> tuple[te.Tensor, ...]:
+    """The extreme elements over `axes` and their row-major positions, the shapes being those of `value` and `index`.
 
-    def combine(a: Any, b: Any) -> Any:
-        (i, v), (j, w) = a, b
-        beats = (v > w) if larger else (v < w)
-        nan_first = tirx.all(ex.is_nan(v), tirx.any(ex.negate(ex.is_nan(w)), i < j))
-        tied = tirx.all(v.equal(w), i < j)
-        first = tirx.any(nan_first, tirx.all(ex.negate(ex.is_nan(w)), tirx.any(beats, tied)))
-        return tirx.Select(first, i, j), tirx.Select(first, v, w)
+    A loop, since no reduction of pairs in TVM reads bfloat16.
+    """
+    dtype, shape = _extreme_dtype(value.dtype), shape_of(x)
+    kept = [1 if d in axes else extent for d, extent in enumerate(shape)]
+    keepdim = len(value.shape) == len(shape)
 
-    # The identity's index is larger than any, so that an element equal to its value still wins.
-    def identity(index_type: Any, value_type: Any) -> Any:
-        return tirx.const(torch.iinfo(torch.int64).max, str(index_type)), ex.constant(start, str(value_type))
+    def body(inputs: Sequence[Elements], outs: Sequence[Elements]) -> None:
+        source, (values, indices) = inputs[0], outs
+        with grid(kept, parallel=True) as line:
+            best, where = local(dtype), local("int64")
+            best[0] = ex.cast(source[line], dtype)
+            where[0] = tirx.const(0, "int64")
+            with grid([shape[d] for d in axes]) as k:
+                at, linear = list(line), tirx.const(0, "int64")
+                for d, position in zip(axes, k, strict=True):
+                    at[d] = position
+                    linear = linear * shape[d] + ex.cast(position, "int64")
+                new = ex.cast(source[at], dtype)
+                beyond = new > best[0] if larger else new < best[0]
+                first_nan = tirx.all(ex.is_nan(new), ex.negate(ex.is_nan(best[0])))
+                where[0] = tirx.Select(tirx.any(beyond, first_nan), linear, where[0])
+                best[0] = tirx.Select(tirx.any(beyond, first_nan), new, best[0])
+            target = line if keepdim else [i for d, i in enumerate(line) if d not in axes]
+            values[target] = ex.cast(best[0], value.dtype)
+            indices[target] = where[0]
 
-    reducer = te.comm_reducer(combine, identity, name="extreme")
-    over = {d: te.reduce_axis((0, shape[d]), name=f"k{d}") for d in axes}
-
-    def value(*index: Any) -> Any:
-        rest = iter(index)
-        at = []
-        linear: Any = tirx.const(0, "int64")
-        for d in range(len(shape)):
-            if d in over:
-                at.append(over[d].var)
-                linear = linear * tirx.const(shape[d], "int64") + over[d].var.astype("int64")
-                if keepdim:
-                    next(rest)
-            else:
-                at.append(next(rest))
-        return reducer((linear, ex.cast(x(*at), dtype)), axis=list(over.values()))
-
-    kept = tuple(1 if d in axes else e for d, e in enumerate(shape) if keepdim or d not in axes)
-    indices, values = te.compute(kept, value, name="extreme")
-    return values, indices
+    return loop_nest([value, index], [x], body, "extreme")
 
 
 def _arg(larger: bool, out: Out, x: te.Tensor, dim: int | None = None, keepdim: bool = False) -> te.Tensor:
-    if not x.shape:
+    if not x.shape or 0 in out.shape:
         return ex.filled(out, 0)
-    axes = axes_of(len(x.shape), dim)
-    return arg_extreme(x, axes, len(out.shape) == len(x.shape), larger)[1]
+    return arg_extreme(larger, Out(out.shape, str(x.dtype)), out, x, axes_of(len(x.shape), dim))[1]
 
 
 def _extreme_with_index(
     larger: bool, out: tuple[Out, Out], x: te.Tensor, dim: int, keepdim: bool = False
-) -> tuple[te.Tensor, te.Tensor]:
-    if not x.shape:
+) -> tuple[te.Tensor, ...]:
+    if not x.shape or 0 in out[0].shape:
         return ex.copy(out[0], x), ex.filled(out[1], 0)
-    values, indices = arg_extreme(x, axes_of(len(x.shape), dim), len(out[0].shape) == len(x.shape), larger)
-    return (values if str(values.dtype) == out[0].dtype else ex.copy(out[0], values)), indices
+    return arg_extreme(larger, *out, x, axes_of(len(x.shape), dim))
 
 
 lowers(aten.argmax.default)(functools.partial(_arg, True))
