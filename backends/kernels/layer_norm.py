@@ -1,12 +1,14 @@
 """Normalisation of rows: layer_norm, rms_norm, and group_norm, whose rows are the groups of one image.
 
 Two passes before the writing one: the mean, then the mean of (x - mean)^2. The sum of squares minus the square of the
-sum would save a pass over L1, and cancel where the mean is large against the spread.
+sum would save a pass over L1, and cancel where the mean is large against the spread. The second pass also finds what
+the rounded mean leaves (Chan, Golub, LeVeque, Algorithms for computing the sample variance, 1983).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -23,31 +25,56 @@ def _add(a: Any, b: Any) -> Any:
     return a + b
 
 
-def _statistics(rows: Rows, x: Any, acc: Any, base: Any, eps: float, centred: bool) -> tuple[Any, Any]:
-    """(mean, 1 / sqrt(variance + eps)) of a row as scalars; without `centred`, mean 0 and the mean of squares."""
+@dataclass(frozen=True)
+class _Row:
+    """The scalars of one row: its elements become (x - mean - rest) * scale."""
+
+    mean: Any  # None for rms_norm
+    rest: Any  # the mean's rounding error
+    scale: Any
+
+    def centre(self, value: Any, lanes: int) -> Any:
+        """`value` less the mean; the first difference is exact where it is small."""
+        return value if self.mean is None else (value - spread(self.mean, lanes)) - spread(self.rest, lanes)
+
+
+def _scratch(rows: Rows) -> tuple[Any, Any]:
+    return accumulators(rows), accumulators(rows)
+
+
+def _statistics(rows: Rows, x: Any, scratch: tuple[Any, Any], base: Any, eps: float, centred: bool) -> _Row:
+    """The scalars of the row at `base`; without `centred` the scale is that of the mean of squares."""
     lanes = rows.lanes
-    mean = None
+    acc, sums = scratch
+    count, zero = tirx.const(float(rows.length), "float32"), vector(0.0, lanes)
+    mean: Any = None
     if centred:
-        fill(rows, acc, 0.0)
+        fill(rows, sums, 0.0)
 
         def add(column: Any, u: int, mask: Any) -> None:
             at = span(u * lanes, lanes)
-            T.buffer_store(acc, acc[at] + masked(mask, x[span(base + column, lanes)], vector(0.0, lanes)), [at])
+            T.buffer_store(sums, sums[at] + masked(mask, x[span(base + column, lanes)], zero), [at])
 
         each_vector(rows, add)
-        mean = T.bind(fold(rows, acc, _add) / tirx.const(float(rows.length), "float32"))
+        mean = T.bind(fold(rows, sums, _add) / count)
+        fill(rows, sums, 0.0)
     fill(rows, acc, 0.0)
 
     def add_square(column: Any, u: int, mask: Any) -> None:
         at = span(u * lanes, lanes)
         value = x[span(base + column, lanes)]
-        value = T.bind(masked(mask, value if mean is None else value - spread(mean, lanes), vector(0.0, lanes)))
+        value = T.bind(masked(mask, value if mean is None else value - spread(mean, lanes), zero))
         T.buffer_store(acc, acc[at] + value * value, [at])
+        if mean is not None:
+            T.buffer_store(sums, sums[at] + value, [at])
 
     each_vector(rows, add_square)
-    variance = fold(rows, acc, _add) / tirx.const(float(rows.length), "float32")
-    scale = T.bind(tirx.const(1.0, "float32") / tirx.sqrt(variance + tirx.const(eps, "float32")))
-    return mean, scale
+    square = fold(rows, acc, _add) / count
+    rest: Any = None
+    if centred:
+        rest = T.bind(fold(rows, sums, _add) / count)
+        square = square - rest * rest
+    return _Row(mean, rest, T.bind(tirx.const(1.0, "float32") / tirx.sqrt(square + tirx.const(eps, "float32"))))
 
 
 def layer_norm(
@@ -76,16 +103,13 @@ def layer_norm(
         offset = flat(rest[affine - 1]) if bias else None
         kept = [flat(buffer) for buffer in rest[affine + 1 :]]
         with each_task(rows) as bounds:
-            acc = accumulators(rows)
+            scratch = _scratch(rows)
             with each_row(rows, bounds) as (row, base):
-                mean, scale = _statistics(rows, x, acc, base, eps, centred)
-                _keep(kept, row, mean, scale)
+                scalars = _statistics(rows, x, scratch, base, eps, centred)
+                _keep(kept, row, scalars)
 
                 def write(column: Any, u: int, _: Any) -> None:
-                    value = x[span(base + column, lanes)]
-                    if mean is not None:
-                        value = value - spread(mean, lanes)
-                    value = value * spread(scale, lanes)
+                    value = scalars.centre(x[span(base + column, lanes)], lanes) * spread(scalars.scale, lanes)
                     if gain is not None:
                         value = value * gain[span(column, lanes)]
                     if offset is not None:
@@ -99,9 +123,10 @@ def layer_norm(
     return kernel_function("layer_norm" if centred else "rms_norm", [shape, *[inner] * affine], results, body)
 
 
-def _keep(buffers: list[Any], row: Any, mean: Any, scale: Any) -> None:
-    for buffer, value in zip(buffers, (mean, scale), strict=False):
-        T.buffer_store(buffer, value, [row])
+def _keep(buffers: list[Any], row: Any, scalars: _Row) -> None:
+    if buffers:
+        T.buffer_store(buffers[0], scalars.mean + scalars.rest, [row])
+        T.buffer_store(buffers[1], scalars.scale, [row])
 
 
 def norm_rows(shape: tuple[int, ...], dims: int, hw: Hardware) -> Rows:
@@ -135,19 +160,19 @@ def group_norm(
         x, y = flat(source), flat(rest[affine])
         kept = [flat(buffer) for buffer in rest[affine + 1 :]]
         with each_task(rows) as bounds:
-            acc = accumulators(rows)
+            scratch = _scratch(rows)
             with each_row(rows, bounds) as (row, base):
-                mean, scale = _statistics(rows, x, acc, base, eps, True)
-                _keep(kept, row, mean, scale)
+                scalars = _statistics(rows, x, scratch, base, eps, True)
+                _keep(kept, row, scalars)
                 with T.serial(0, channels) as channel:
                     index = T.bind(row % groups * channels + channel)
                     start = T.bind(base + channel * plane)
-                    gain = T.bind(scale * rest[0][index] if weight else scale)
+                    gain = T.bind(scalars.scale * rest[0][index] if weight else scalars.scale)
                     shift = T.bind(rest[affine - 1][index]) if bias else None
 
                     def write(column: Any, u: int, _: Any) -> None:
                         here = span(start + column, one.lanes)
-                        value = (x[here] - spread(mean, one.lanes)) * spread(gain, one.lanes)
+                        value = scalars.centre(x[here], one.lanes) * spread(gain, one.lanes)
                         T.buffer_store(y, value if shift is None else value + spread(shift, one.lanes), [here])
 
                     each_vector(one, write)
