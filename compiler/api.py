@@ -49,8 +49,8 @@ def compile(
 
     model: an nn.Module (in eval mode), a function, an ExportedProgram, an fx.GraphModule, or the path of a .pt2 file.
     example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments; shapes, dtypes and
-        arguments that are not tensors become part of the compiled model. Without it the model is compiled at its
-        first call, and again for every further set of shapes.
+        arguments that are not tensors become part of the compiled model, as do the weights at this moment. Without
+        it the model is compiled at its first call, and again for every further set of shapes.
     target: "native", or a machine of the database (`graphwright hw list`).
     precision: "fp32"; other precisions are refused until they are built.
     tolerance: the relative L2 error against float64 that verification allows; None allows a few times eager's own.
@@ -87,12 +87,14 @@ def _compile(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], option
 def _options(
     target: str, precision: str, tolerance: float | None, verify: bool, cache: bool, threads: int | None
 ) -> Options:
+    if not isinstance(target, str):
+        raise InputError(f"target is a name, got {target!r}; `graphwright hw list` shows them")
     hw = lookup(target)
     if precision != "fp32":
         raise GraphwrightError(f"precision {precision!r} is not built yet; only 'fp32' is")
-    if tolerance is not None and not tolerance > 0:
-        raise InputError(f"tolerance is a relative error and must be positive, got {tolerance}")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, got {threads}")
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
+        raise InputError(f"tolerance is a relative error and must be a positive number, got {tolerance!r}")
+    if threads is not None and not (isinstance(threads, int) and threads >= 1):
+        raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
     count = threads or max(1, min(torch.get_num_threads(), hw.cores))
     return Options(hw, precision, tolerance, verify, cache, count)

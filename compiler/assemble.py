@@ -53,13 +53,19 @@ def assemble(
             raise
         weakref.finalize(compiled, shutil.rmtree, directory, True)
         return compiled
-    key = fingerprint.fingerprint(exported, options.hw, {"precision": options.precision})
+    key = fingerprint.fingerprint(exported, options.hw, _decisive(options, example))
     store = Cache()
     path = store.get(key)
     cached = path is not None
     if path is None:
         path = store.put(key, lambda directory: _write(directory, graph, example, options, started))
     return _load(path, graph, options, cached)
+
+
+def _decisive(options: Options, example: Any) -> dict[str, Any]:
+    """The options that decide the result; what was not verified, or only loosely, is no substitute for what was."""
+    verified = options.verify and example is not None
+    return {"precision": options.precision, "verified": verified, "tolerance": options.tolerance if verified else None}
 
 
 class _Graph:

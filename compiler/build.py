@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import fx
 
-from ..errors import UnsupportedOp
+from ..errors import GraphwrightError, UnsupportedOp
 from ..hwdb import Hardware, obstacle
 from . import pipeline
 from .partition import Partition, partition
@@ -56,8 +56,15 @@ def build(graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence
     clock = _Clock()
     rewritten, runs = pipeline.run(graph, hw, default_passes() if passes is None else passes)
     clock.stage("passes")
-    parts, lowered = _lower(rewritten, hw)
-    clock.stage("lowering")
+    try:
+        parts, lowered = _lower(rewritten, hw)
+        clock.stage("lowering")
+        info = library.build([r.program for r in lowered], hw, directory) if lowered else None
+        clock.stage("code")
+    except GraphwrightError:
+        raise
+    except Exception as error:
+        parts, lowered, info = _all_to_pytorch(rewritten, hw, error), [], None
     plan, constants = make_plan(rewritten, parts.parts)
     built = Built(plan, rewritten, runs, eager=_eager_rows(parts))
     built.kernels = tuple(
@@ -65,9 +72,7 @@ def build(graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence
     )
     if constants:
         save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)
-    if lowered:
-        info = library.build([r.program for r in lowered], hw, directory)
-        clock.stage("code")
+    if info is not None:
         tensors = {name: tensor for r in lowered for name, tensor in r.weights.items()}
         weights.write(directory / library.WEIGHTS_NAME, info.weights, tensors)
         clock.stage("weights")
@@ -99,6 +104,15 @@ def _lower(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, list[Any]]:
             failed[error.node] = f"its lowering failed: {error.__cause__}"
             continue
         return parts, lowered
+
+
+def _all_to_pytorch(graph: fx.GraphModule, hw: Hardware, error: Exception) -> Partition:
+    """Where TVM or LLVM fails on what we gave it, which is a bug of ours, the whole model runs in PyTorch."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    if obstacle(hw) is not None:
+        raise GraphwrightError(f"code generation for {hw.id} failed: {reason}; report this as a bug") from error
+    log.warning("code generation failed, so the model runs in PyTorch: %s", reason)
+    return partition(graph, lambda node: f"code generation failed: {reason}")
 
 
 def _eager_rows(parts: Partition) -> tuple[EagerRow, ...]:

@@ -236,10 +236,12 @@ def _explain(module: torch.nn.Module, error: Exception) -> str:
     if isinstance(module, _Function):
         name = getattr(module.function, "__name__", name)
     reason = str(error).strip() or type(error).__name__
+    text = f"torch.export cannot capture {name} as one graph: {reason}"
+    if not any(word in text for word in ("ata-dependent", "data dependent", "control flow", "higher order")):
+        return text
     return (
-        f"torch.export cannot capture {name} as one graph: {reason}\n"
-        'Where control flow depends on data, use torch.cond or torch.compile(model, backend="graphwright"), '
-        "which splits the model at such places."
+        f'{text}\nWhere control flow depends on data, torch.compile(model, backend="graphwright") splits the model '
+        "at such places."
     )
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ArtifactError, InputError
 from .capture import Constant, Signature, TensorSpec
@@ -60,6 +62,8 @@ class Compiled:
                 or tensor.dtype != dtype
                 or tensor.requires_grad
                 or not tensor.is_cpu
+                or tensor.layout is not torch.strided
+                or (type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter)
             ):
                 tensors = self._refuse(tensors)
                 break
@@ -98,8 +102,8 @@ class Compiled:
 
     @threads.setter
     def threads(self, count: int) -> None:
-        if count < 1:
-            raise InputError(f"threads must be at least 1, got {count}")
+        if not isinstance(count, int) or count < 1:
+            raise InputError(f"threads must be a whole number of at least 1, got {count!r}")
         if self._library is not None:
             self._library.threads = count
 
@@ -112,6 +116,9 @@ class Compiled:
         from . import artifact
 
         return artifact.save(self._directory, Path(path))
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a compiled model is neither pickled nor copied: use save() and graphwright.load()")
 
     def __repr__(self) -> str:
         inputs = ", ".join(f"{s.name}: {_describe(s)}" for s in self._specs)
@@ -165,6 +172,12 @@ class Compiled:
         for tensor, spec in zip(tensors, self._specs, strict=True):
             if not isinstance(tensor, torch.Tensor):
                 raise InputError(f"{spec.name}: expected a tensor, got {type(tensor).__name__}")
+            if tensor.layout is not torch.strided or tensor.is_nested:
+                raise InputError(f"{spec.name}: expected a dense tensor, got layout {tensor.layout}: x.to_dense()")
+            if type(tensor) is not torch.nn.Parameter and is_traceable_wrapper_subclass(tensor):
+                raise InputError(f"{spec.name}: is a {type(tensor).__name__}, which wraps other tensors; unwrap it")
+            if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                raise InputError(f"{spec.name}: holds no data: a compiled model cannot be traced, vmapped or faked")
             if not tensor.is_cpu:
                 raise InputError(
                     f"{spec.name}: is on device {tensor.device}; the model is compiled for the CPU: x.cpu()"
@@ -202,7 +215,10 @@ def _positional_spec(count: int) -> pytree.TreeSpec:
 
 
 def _same(given: Any, expected: Any) -> bool:
-    return type(given) is type(expected) and bool(given == expected)
+    if type(given) is not type(expected):
+        return False
+    # repr tells 0.0 from -0.0, and takes NaN for NaN.
+    return repr(given) == repr(expected) if isinstance(given, float) else bool(given == expected)
 
 
 def _sketch(spec: pytree.TreeSpec) -> str:

@@ -14,6 +14,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.utils import _pytree as pytree
 
 from ..errors import GraphwrightError, InputError
 
@@ -133,10 +140,15 @@ class _Specialised:
         if any(isinstance(x, torch.Tensor) and not x.is_cpu for x in inputs):
             self._tell("an input is not on the CPU, so this graph runs in PyTorch")
             return _Entry(None, free, bound)
+        strides = _strides(self.graph, inputs)
+        if strides is None:
+            self._tell("a result shares memory with an input or another result, so this graph runs in PyTorch")
+            return _Entry(None, free, bound)
         try:
             module = _Bound(self.graph, fixed, len(inputs))
             with torch.no_grad():
-                return _Entry(compile(module, tuple(inputs[i] for i in free), **self.options), free, bound)
+                compiled = compile(module, tuple(inputs[i] for i in free), **self.options)
+            return _Entry(_with_strides(compiled, strides), free, bound)
         except GraphwrightError as error:
             self._tell(f"this graph runs in PyTorch: {error}")
             return _Entry(None, free, bound)
@@ -146,6 +158,48 @@ class _Specialised:
         if message not in self.told:
             self.told.add(message)
             log.warning("%s", message)
+
+
+def _strides(graph: fx.GraphModule, inputs: Sequence[Any]) -> list[tuple[int, ...] | None] | None:
+    """The strides dynamo expects of each result (None: no tensor, or known at run time only).
+
+    None in all where results share memory with inputs or each other: a compiled model returns fresh tensors.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    try:
+        with mode, torch.no_grad():
+            results = pytree.tree_leaves(graph(*fakes))
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+        return []
+    seen = {x.untyped_storage()._cdata for x in fakes if isinstance(x, torch.Tensor)}
+    strides: list[tuple[int, ...] | None] = []
+    for result in results:
+        if not isinstance(result, torch.Tensor):
+            strides.append(None)
+            continue
+        if (storage := result.untyped_storage()._cdata) in seen:
+            return None
+        seen.add(storage)
+        strides.append(tuple(result.stride()))
+    return strides
+
+
+def _with_strides(run: Callable[..., Any], strides: list[tuple[int, ...] | None]) -> Callable[..., Any]:
+    """Lay results out in memory as dynamo was told they would be; code behind the graph may read strides."""
+
+    def call(*inputs: Any) -> Any:
+        results = run(*inputs)
+        leaves, spec = pytree.tree_flatten(results)
+        if all(s is None or leaf.stride() == s for leaf, s in zip(leaves, strides, strict=True)):
+            return results
+        moved = [
+            leaf if s is None or leaf.stride() == s else leaf.new_empty_strided(leaf.shape, s).copy_(leaf)
+            for leaf, s in zip(leaves, strides, strict=True)
+        ]
+        return pytree.tree_unflatten(moved, spec)
+
+    return call if strides else run
 
 
 def _is_static(tensor: torch.Tensor) -> bool:

@@ -53,8 +53,8 @@ def _region(library: Library, call: RegionCall, order: Sequence[int]) -> Run:
 
     def invoke(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # Held until the call returns: `contiguous` may have made a copy.
-        operands = [tensors[i].contiguous() for i in order]
-        results = [empty(shape, dtype=dtype) for shape, dtype in outputs]
+        operands = [tensors[i].contiguous().resolve_neg() for i in order]
+        results = [empty(shape, dtype=dtype, device="cpu") for shape, dtype in outputs]
         run(region, [t.data_ptr() for t in operands], [t.data_ptr() for t in results])
         return results
 

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, suggest
+from ..errors import GraphwrightError, InputError, suggest
 from .capture import TensorSpec
 from .model_argument import InputSpec
 
@@ -34,8 +34,11 @@ def run_artifact(compiled: Any, inputs: Path | None, output: Path | None, repeat
     for name, value in named.items():
         yield f"{name}: {_describe(value)}"
     if output is not None:
-        with output.open("wb") as file:
-            numpy.savez(file, **{name: _array(value) for name, value in named.items()})
+        try:
+            with output.open("wb") as file:
+                numpy.savez(file, **{name: _array(value) for name, value in named.items()})
+        except OSError as error:
+            raise GraphwrightError(f"cannot write the results to {output}: {error}") from error
         yield f"wrote {output}"
     yield f"{seconds * 1e3:.3f} ms a call, the fastest of {repeat}"
 

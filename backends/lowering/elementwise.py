@@ -355,7 +355,7 @@ for _packet, _functions in (
     (aten.__rshift__, (tirx.shift_right, _sign_fill)),
 ):
     for _overload in ("Tensor", "Tensor_Scalar", "Scalar_Tensor", "Scalar"):
-        if _overload in _packet.overloads():
+        if _overload in _packet.overloads():  # type: ignore[no-untyped-call]
             lowers(getattr(_packet, _overload))(functools.partial(_shift, *_functions))
 
 

@@ -157,3 +157,12 @@ def test_a_loading_process_needs_no_tvm(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_what_was_not_verified_is_no_substitute(builds: list[Any]) -> None:
+    x = torch.randn(2, 6)
+    graphwright.compile(net(), (x,), verify=False)
+    assert graphwright.compile(net(), (x,)).report().errors
+    with pytest.raises(graphwright.NumericMismatch):
+        graphwright.compile(net(), (x,), tolerance=1e-15)
+    assert len(builds) >= 3

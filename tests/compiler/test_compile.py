@@ -271,6 +271,9 @@ def test_the_report_and_the_graph(compiled: Any, image: torch.Tensor) -> None:
         ({"target": "raspbery-pi"}, UnknownTarget, "did you mean"),
         ({"precision": "bf16"}, GraphwrightError, "not built yet"),
         ({"threads": 0}, InputError, "at least 1"),
+        ({"threads": "2"}, InputError, "whole number"),
+        ({"target": None}, InputError, "target is a name"),
+        ({"tolerance": "1"}, InputError, "positive number"),
         ({"tolerance": -1.0}, InputError, "positive"),
     ],
 )
@@ -284,3 +287,33 @@ def test_wrong_examples_are_explained() -> None:
         graphwright.compile(nn.ReLU(), 3)
     with pytest.raises(CaptureError, match="Sequential"):
         graphwright.compile(nn.Sequential(nn.Linear(3, 4)), (torch.ones(2, 5),))
+
+
+def test_under_another_default_device_results_are_on_the_cpu(compiled: Any, image: torch.Tensor) -> None:
+    expected = compiled(image, torch.tensor(1.0))
+    scale = torch.tensor(1.0)
+    with torch.device("meta"):
+        assert torch.equal(compiled(image, scale), expected)
+
+
+def test_tensors_without_data_are_refused(compiled: Any, image: torch.Tensor) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    fake = FakeTensorMode().from_tensor(image)
+    with pytest.raises(InputError, match="x: holds no data"):
+        compiled(fake, torch.tensor(1.0))
+    with pytest.raises(InputError, match="x: expected a dense tensor"):
+        compiled(image.to_sparse(), torch.tensor(1.0))
+
+
+def test_a_pending_negation_is_carried_out(compiled: Any, block: Block, image: torch.Tensor) -> None:
+    close(compiled(torch._neg_view(image), torch.tensor(1.0)), block(-image, torch.tensor(1.0)).detach())
+
+
+def test_a_compiled_model_says_how_it_is_copied(compiled: Any) -> None:
+    import copy
+    import pickle
+
+    for attempt in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"save\(\) and graphwright\.load"):
+            attempt(compiled)

@@ -163,3 +163,24 @@ def test_more_shapes_than_the_limit_run_in_pytorch() -> None:
     for size in range(1, dynamo.SHAPES + 3):
         assert torch.equal(compiled(torch.ones(size)), 2 * torch.ones(size))
     assert len(compiled.entries) == dynamo.SHAPES
+
+
+def test_results_have_the_strides_of_eager() -> None:
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+        y = torch.relu(x.t())
+        torch._dynamo.graph_break()
+        return torch.as_strided(y, (2,), (1,)), y.stride()
+
+    x = torch.arange(6.0).view(2, 3)
+    with torch.no_grad():
+        result, strides = torch.compile(model, backend="graphwright")(x)
+    assert torch.equal(result, model(x)[0])
+    assert strides == model(x)[1]
+
+
+def test_results_that_are_views_of_inputs_stay_views() -> None:
+    x = torch.ones(2, 3)
+    with torch.no_grad():
+        first = torch.compile(lambda x: (x[0], x.t() + 1), backend="graphwright")(x)[0]
+    first.zero_()
+    assert x[0].tolist() == [0.0, 0.0, 0.0]

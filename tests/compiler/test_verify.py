@@ -94,3 +94,16 @@ def test_a_failing_definition_leaves_the_operator_to_pytorch(monkeypatch: pytest
     compiled = graphwright.compile(lambda x: torch.exp(x.sin()), (x,), cache=False)
     torch.testing.assert_close(compiled(x), torch.exp(x.sin()))
     assert [r.reason for r in compiled.report().eager] == ["its lowering failed: not today"]
+
+
+def test_failing_code_generation_leaves_the_model_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> Any:
+        raise TypeError("LLVM has had enough")
+
+    monkeypatch.setattr("graphwright.backends.aot.library.build", fail)
+    net, x = Gate().eval(), torch.randn(3, 6)
+    compiled = graphwright.compile(net, (x,), cache=False)
+    torch.testing.assert_close(compiled(x), net(x).detach())
+    assert {row.reason for row in compiled.report().eager} == {"code generation failed: LLVM has had enough"}
+    with pytest.raises(graphwright.GraphwrightError, match="code generation for cortex-a72 failed: LLVM"):
+        graphwright.compile(net, (x,), cache=False, target="cortex-a72")
