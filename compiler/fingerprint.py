@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 def fingerprint(exported: ExportedProgram, hw: Hardware, options: dict[str, Any]) -> str:
     """Digest of the graph, its weights, the machine, the options, and the versions of the compilers."""
     digest = hashlib.sha256()
-    for part in (_compiler(), repr(hw), repr(sorted(options.items())), _calling_convention(exported)):
+    for part in (_compiler(), _machine(hw), repr(sorted(options.items())), _calling_convention(exported)):
         digest.update(part.encode() + b"\0")
     for node in exported.graph.nodes:
         digest.update(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs} {_meta(node)}\n".encode())
@@ -28,6 +29,11 @@ def fingerprint(exported: ExportedProgram, hw: Hardware, options: dict[str, Any]
             digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
             digest.update(_bytes(value))
     return digest.hexdigest()
+
+
+def _machine(hw: Hardware) -> str:
+    """Every fact, the features in order: a set prints in another order in every process."""
+    return f"{replace(hw, features=frozenset())!r} {sorted(hw.features)}"
 
 
 def _calling_convention(exported: ExportedProgram) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,21 @@ def test_a_loaded_model_is_called_like_the_original(tmp_path: Path) -> None:
         loaded(pair=pair, bias=0.7)
     with pytest.raises(graphwright.ArtifactError, match="machine code only"):
         loaded.graph  # noqa: B018
+
+
+def test_another_process_finds_what_this_one_compiled() -> None:
+    code = (
+        "import torch, graphwright; torch.manual_seed(0); x = torch.randn(2, 6);"
+        "m = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh()).eval();"
+        "print(graphwright.compile(m, (x,)).report().cached)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    found = []
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        found.append(done.stdout.strip())
+    assert found == ["False", "True", "True"]
 
 
 def test_a_loading_process_needs_no_tvm(tmp_path: Path) -> None:
