@@ -97,7 +97,10 @@ def spread(
     if vectors:
         rest.append(make(constant(done, var), width, vectors))
     if (part.high - done) % width:
-        rest.append(make(constant(part.high - width, var), width, 1))
+        # StorageRewrite may let a result take over the memory of an operand that dies here, which the second reading of
+        # the overlapped elements would not survive: it never does so for statements marked as foreign.
+        again = make(constant(part.high - width, var), width, 1)
+        rest.append(tirx.AttrStmt(constant(0, var), "extern_scope", constant(1, var), again))
     if rest and block is not None:
         index, count = block
         rest = [tirx.IfThenElse(index == constant(count - 1, var), sequence(rest), None)]
