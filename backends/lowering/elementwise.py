@@ -1,4 +1,4 @@
-"""Arithmetic, comparisons, bits: result[i] = f(a[i], b[i], ...), broadcast and promoted as torch does."""
+"""Arithmetic, comparisons, logic: result[i] = f(a[i], b[i], ...), broadcast and promoted as torch does."""
 
 from __future__ import annotations
 
@@ -309,54 +309,6 @@ def where(out: Out, condition: te.Tensor, a: Operand, b: Operand) -> te.Tensor:
 @lowers(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def masked_fill(out: Out, x: te.Tensor, mask: te.Tensor, value: Operand) -> te.Tensor:
     return where(out, mask, value, x)
-
-
-# Bits
-
-
-def _bitwise(on_integers: Callable[..., Any], on_bools: Callable[..., Any], out: Out, *operands: Operand) -> te.Tensor:
-    return pointwise(out, on_bools if out.dtype == "bool" else on_integers, *operands, dtype=out.dtype)
-
-
-BITWISE: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "bitwise_and": (tirx.bitwise_and, tirx.all),
-    "bitwise_or": (tirx.bitwise_or, tirx.any),
-    "bitwise_xor": (tirx.bitwise_xor, ex.not_equal),
-}
-for _name, _functions in BITWISE.items():
-    _packet = getattr(aten, _name)
-    lowers(_packet.Tensor, _packet.Scalar, _packet.Scalar_Tensor)(functools.partial(_bitwise, *_functions))
-lowers(aten.bitwise_not.default)(functools.partial(_bitwise, tirx.bitwise_not, ex.negate))
-
-
-def _shift(shift: Callable[..., Any], beyond: Callable[..., Any], out: Out, x: Operand, by: Operand) -> te.Tensor:
-    """Shifts of more bits than there are (or fewer than 0) are defined by torch, not by the machine."""
-    width = ex.bits(out.dtype)
-
-    def shifted(value: Any, count: Any) -> Any:
-        inside = tirx.all(count >= tirx.const(0, out.dtype), count < tirx.const(width, out.dtype))
-        safe = tirx.Select(inside, count, tirx.const(0, out.dtype))
-        return tirx.Select(inside, shift(value, safe), beyond(value))
-
-    return pointwise(out, shifted, x, by, dtype=out.dtype)
-
-
-def _sign_fill(value: Any) -> Any:
-    zero = tirx.const(0, ex.dtype_of(value))
-    if ex.dtype_of(value) == "uint8":
-        return zero
-    return tirx.Select(value < zero, zero - tirx.const(1, ex.dtype_of(value)), zero)
-
-
-for _packet, _functions in (
-    (aten.bitwise_left_shift, (tirx.shift_left, lambda value: tirx.const(0, ex.dtype_of(value)))),
-    (aten.bitwise_right_shift, (tirx.shift_right, _sign_fill)),
-    (aten.__lshift__, (tirx.shift_left, lambda value: tirx.const(0, ex.dtype_of(value)))),
-    (aten.__rshift__, (tirx.shift_right, _sign_fill)),
-):
-    for _overload in ("Tensor", "Tensor_Scalar", "Scalar_Tensor", "Scalar"):
-        if _overload in _packet.overloads():  # type: ignore[no-untyped-call]
-            lowers(getattr(_packet, _overload))(functools.partial(_shift, *_functions))
 
 
 # Copies

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tvm import te, tirx
 
+from .imperative import Elements, grid, loop_nest
 from .registry import Out
 
 Scalar = bool | int | float
@@ -232,4 +233,11 @@ def copy(out: Out, operand: te.Tensor) -> te.Tensor:
 
 def filled(out: Out, value: Scalar) -> te.Tensor:
     """A tensor of one value."""
+    if out.dtype == "bfloat16":  # stored element by element: TVM cannot store a vector of one bfloat16 constant
+        return loop_nest([out], [], lambda _, outs: _fill(outs[0], constant(value, out.dtype)), "full")[0]
     return te.compute(out.shape, lambda *_: constant(value, out.dtype), name="full")
+
+
+def _fill(target: Elements, value: Any) -> None:
+    with grid(target.shape or (1,)) as index:
+        target[index if target.shape else ()] = value

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 
 FAMILIES = (
-    "convolution_te",
     "activations",
+    "bits",
+    "convolution_te",
     "creation",
     "elementwise",
     "grid_sample",
@@ -31,5 +31,4 @@ FAMILIES = (
 def load() -> None:
     """Import every family, which enters its definitions in `registry.LOWERINGS`."""
     for family in FAMILIES:
-        if importlib.util.find_spec(f"{__package__}.{family}") is not None:
-            importlib.import_module(f".{family}", __package__)
+        importlib.import_module(f".{family}", __package__)

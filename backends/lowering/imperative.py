@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from tvm import te, tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
-from .index_math import Expr
 from .registry import Out
+
+Expr: TypeAlias = Any
 
 # Below this many elements a second thread costs more than it brings (a wake-up is a few microseconds).
 PARALLEL_ELEMENTS = 1 << 15

@@ -70,6 +70,8 @@ def product(a: te.Tensor, b: te.Tensor, transpose_a: bool = False, transpose_b: 
     aten.vdot.default,
 )
 def matmul(out: Out, a: te.Tensor, b: te.Tensor) -> te.Tensor:
+    if 0 in shape_of(a):  # a sum of nothing
+        return ex.filled(out, 0)
     total = product(a, b)
     return total if str(total.dtype) == out.dtype else ex.copy(out, total)
 

@@ -287,7 +287,7 @@ def _scaled_k(order: int, x: Any) -> Any:
     return _choose(x.equal(zero), _number(math.inf), x < zero, _number(math.nan), ex.is_nan(x), x, total[0] * width)
 
 
-_BESSEL: dict[torch._ops.OpOverload, Callable[[Any], Any]] = {
+BESSEL: dict[torch._ops.OpOverload, Callable[[Any], Any]] = {
     aten.special_bessel_j0.default: functools.partial(_bessel_of_libm, "j0"),
     aten.special_bessel_j1.default: functools.partial(_bessel_of_libm, "j1"),
     aten.special_bessel_y0.default: functools.partial(_bessel_of_libm, "y0"),
@@ -309,5 +309,5 @@ def _bessel(function: Callable[[Any], Any], out: Out, x: te.Tensor) -> te.Tensor
     return elementwise_loop(out, function, x)
 
 
-for _operator, _function in _BESSEL.items():
+for _operator, _function in BESSEL.items():
     lowers(_operator)(functools.partial(_bessel, _function))
