@@ -18,6 +18,7 @@ from tvm import ir, relax, te
 
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
+from ...hwdb.cost import predict_seconds
 from ..aot.program import Buffer, Program, Step
 from ..cpu.expand_math import expand_math
 from ..cpu.schedule import schedule
@@ -373,8 +374,6 @@ class _Extractor:
     def _info(self, name: str) -> KernelInfo:
         if name not in self.builder.calls:
             return KernelInfo(name, name.removeprefix("fused_"), "generic", "fused loops", None)
-        from ...hwdb.cost import predict_seconds
-
         call, target = self.builder.calls[name]
         seconds = predict_seconds(self.hw, call.work)
         return KernelInfo(name, target, call.algorithm, call.choice, None if seconds is None else seconds * 1e6)
@@ -383,8 +382,7 @@ class _Extractor:
         """Let results be written where the caller wants them; an input, a weight or a repeated result is copied."""
         outputs: list[str] = []
         for i, name in enumerate(results):
-            storage = self._storage(name)
-            buffer = self.buffers[storage]
+            buffer = self.buffers[storage := self._storage(name)]
             if buffer.kind == "temporary":
                 self.buffers[storage] = Buffer(storage, buffer.shape, buffer.dtype, "output")
                 outputs.append(storage)

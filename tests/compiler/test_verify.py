@@ -9,8 +9,8 @@ import torch
 from torch import fx, nn
 
 import graphwright
-from graphwright.backends.lowering import registry
-from graphwright.compiler import build, verify
+from graphwright.backends.lowering import operators, registry
+from graphwright.compiler import assemble, build, verify
 from graphwright.errors import NumericMismatch
 from graphwright.hwdb import Hardware
 
@@ -38,22 +38,22 @@ class Gate(nn.Module):
 
 def test_a_wrong_pass_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     passes = build.default_passes()
-    for module in ("build", "assemble", "verify"):
-        monkeypatch.setattr(f"graphwright.compiler.{module}.default_passes", lambda: (*passes, confuse_sines))
+    for module in (build, assemble, verify):
+        monkeypatch.setattr(module, "default_passes", lambda: (*passes, confuse_sines))
     with pytest.raises(NumericMismatch, match=r"pass confuse_sines changed the numbers, first at node .*cos") as caught:
         graphwright.compile(Gate().eval(), (torch.randn(3, 6),), cache=False)
     assert "torch.sin(self.linear(x)) * x" in str(caught.value)
 
 
 def test_a_wrong_definition_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = registry.LOWERINGS[aten.sin.default]
+    right = operators.LOWERINGS[aten.sin.default]
 
     def wrong(out: Any, x: Any) -> Any:
         from tvm import te
 
         return te.compute(x.shape, lambda *i: right.compute(out, x)(*i) + te.const(0.25, out.dtype), name="wrong")
 
-    monkeypatch.setitem(registry.LOWERINGS, aten.sin.default, registry.Lowering(wrong, right.can))
+    monkeypatch.setitem(operators.LOWERINGS, aten.sin.default, registry.Lowering(wrong, right.can))
     with pytest.raises(NumericMismatch, match=r"the machine code differs .* first at .*aten\.sin"):
         graphwright.compile(lambda x: (x.cos() + 1).sin().exp(), (torch.randn(5),), cache=False)
 
@@ -89,7 +89,7 @@ def test_a_failing_definition_leaves_the_operator_to_pytorch(monkeypatch: pytest
     def broken(out: Any, x: Any) -> Any:
         raise TypeError("not today")
 
-    monkeypatch.setitem(registry.LOWERINGS, aten.sin.default, registry.Lowering(broken, registry.always))
+    monkeypatch.setitem(operators.LOWERINGS, aten.sin.default, registry.Lowering(broken, registry.always))
     x = torch.randn(5)
     compiled = graphwright.compile(lambda x: torch.exp(x.sin()), (x,), cache=False)
     torch.testing.assert_close(compiled(x), torch.exp(x.sin()))
