@@ -26,7 +26,7 @@ MEANING = {
     "compiled": "all of its graph is machine code of ours",
     "partly": "some of its graph is left to PyTorch",
     "eager": "all of it is left to PyTorch",
-    "refused": "torch.export cannot capture it, or it changes its inputs",
+    "refused": "torch.export cannot capture it, it changes its inputs, or they are sparse",
     "failed": "compiling raised an error that it should not",
     "wrong": "the result differs from PyTorch's",
     "crash": "the process died or did not answer",

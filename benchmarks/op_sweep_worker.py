@@ -104,6 +104,8 @@ def classify_sample(name: str, call: Call) -> tuple[str, str, list[tuple[str, st
     torch.manual_seed(SEED)
     try:
         ours = list(pytree.tree_leaves(compiled(*(t.clone() for t in call.tensors))))
+    except graphwright.InputError as error:  # sparse tensors
+        return "refused", str(error), []
     except Exception as error:
         return "failed", f"the call raised {type(error).__name__}: {error}".strip(), left
     wrong = difference(call, ours, theirs, values=not _undefined(name))
