@@ -1,4 +1,4 @@
-"""PyTorch's own operator samples: a fixed few of them compile and agree; benchmarks/op_sweep.py runs all (an hour)."""
+"""PyTorch's own operator samples: a fixed few of them compile and agree; benchmarks/op_sweep.py runs all (minutes)."""
 
 from __future__ import annotations
 
