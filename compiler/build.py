@@ -13,12 +13,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import fx
 
+from ..backends.lowering.registry import KernelInfo
 from ..errors import GraphwrightError, UnsupportedOp
 from ..hwdb import Hardware, obstacle
 from . import pipeline
 from .partition import Partition, partition
 from .plan import Plan, make_plan
-from .report import EagerRow, KernelRow
+from .report import EagerRow
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Built:
     plan: Plan
     graph: fx.GraphModule
     passes: tuple[pipeline.PassRun, ...]
-    kernels: tuple[KernelRow, ...] = ()
+    kernels: tuple[KernelInfo, ...] = ()
     eager: tuple[EagerRow, ...] = ()
     sizes: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, float] = field(default_factory=dict)
@@ -67,9 +68,7 @@ def build(graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence
         parts, lowered, info = _all_to_pytorch(rewritten, hw, error), [], None
     plan, constants = make_plan(rewritten, parts.parts)
     built = Built(plan, rewritten, runs, eager=_eager_rows(parts))
-    built.kernels = tuple(
-        KernelRow(k.name, k.operators, k.algorithm, k.choice, k.predicted_us) for r in lowered for k in r.kernels
-    )
+    built.kernels = tuple(kernel for region in lowered for kernel in region.kernels)
     if constants:
         save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)
     if info is not None:

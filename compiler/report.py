@@ -6,18 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..backends.lowering.registry import KernelInfo
 from .pipeline import PassRun
-
-
-@dataclass(frozen=True)
-class KernelRow:
-    """One kernel call of the compiled model."""
-
-    name: str
-    operators: str
-    algorithm: str
-    choice: str
-    predicted_us: float | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ class Report:
     precision: str
     threads: int
     passes: tuple[PassRun, ...] = ()
-    kernels: tuple[KernelRow, ...] = ()
+    kernels: tuple[KernelInfo, ...] = ()
     eager: tuple[EagerRow, ...] = ()
     errors: tuple[ErrorRow, ...] = ()
     compile_seconds: float = 0.0
@@ -69,7 +59,7 @@ class Report:
         """The report that `to_dict` wrote."""
         rows = {
             "passes": tuple(PassRun(**r) for r in data["passes"]),
-            "kernels": tuple(KernelRow(**r) for r in data["kernels"]),
+            "kernels": tuple(KernelInfo(**r) for r in data["kernels"]),
             "eager": tuple(EagerRow(**r) for r in data["eager"]),
             "errors": tuple(ErrorRow(**r) for r in data["errors"]),
         }
@@ -106,7 +96,7 @@ class Report:
 
     def _kernel_lines(self) -> list[str]:
         """Equal kernels on one line, with how often they are called."""
-        counts: dict[KernelRow, int] = {}
+        counts: dict[KernelInfo, int] = {}
         for row in self.kernels:
             key = dataclasses.replace(row, name="")
             counts[key] = counts.get(key, 0) + 1

@@ -37,13 +37,15 @@ _SCRATCH_BYTES = 1 << 17  # of one row group; beyond this the stages run one aft
 def schedule(func: Any, hw: Hardware) -> Any:
     """Return `func` with its loops arranged for `hw`; its results are the same up to the order of sums.
 
-    `func` is a tirx.PrimFunc with static shapes, before `expand_math`. What no rule covers stays as it is.
+    `func` is a tirx.PrimFunc with static shapes, before `expand_math`. What no rule covers is returned as it is, with
+    a warning.
     """
     for rule in (_joined, _separate):
         try:
             return rule(func, hw)
         except Exception as error:  # any schedule is better than none: the function itself is always correct
             log.debug("%s of %s: %s", rule.__name__, _name(func), error, exc_info=True)
+    log.warning("no schedule applies to %s, which runs in one thread; the report says so", _name(func))
     return func
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +18,7 @@ from tvm import ir, relax, te
 
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
-from ...hwdb.cost import predict_seconds
-from ..aot.program import Buffer, Program, Step
-from ..cpu.expand_math import expand_math
-from ..cpu.schedule import schedule
+from .extract import Fused, Lowered, extract
 from .operators import KERNELS, LOWERINGS
 from .registry import KernelCall, Out, Packed
 
@@ -85,26 +82,6 @@ class Region:
     outputs: tuple[fx.Node, ...]
 
 
-@dataclass(frozen=True)
-class KernelInfo:
-    """What the report says of one kernel call."""
-
-    name: str
-    operators: str
-    algorithm: str
-    choice: str
-    predicted_us: float | None
-
-
-@dataclass
-class Lowered:
-    """A region as a program, the weights it reads, and what was chosen."""
-
-    program: Program
-    weights: dict[str, torch.Tensor]
-    kernels: list[KernelInfo] = field(default_factory=list)
-
-
 def dtype_name(dtype: torch.dtype) -> str | None:
     """TVM's name of a torch dtype, or None where kernels do not compute in it (complex, quantised, float8)."""
     return _DTYPES.get(dtype)
@@ -162,16 +139,25 @@ def is_reshape(node: fx.Node) -> bool:
 def lower(region: Region, graph: fx.GraphModule, hw: Hardware) -> Lowered:
     """Compile the region's operators to scheduled PrimFuncs and the order of their calls."""
     builder = _Builder(region, graph, hw)
-    module = builder.build()
-    module = ir.transform.Sequential(
+    fused = ir.transform.Sequential(
         [
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
             relax.transform.DeadCodeElimination(),
         ]
-    )(module)
-    return _Extractor(builder, module).extract()
+    )(builder.build())
+    return extract(
+        Fused(
+            region.name,
+            fused,
+            tuple(builder.input_names),
+            builder.weights,
+            {str(var.name): name for name, var in builder.weight_vars.items()},
+            builder.calls,
+        ),
+        hw,
+    )
 
 
 def _out(value: torch.Tensor) -> Out:
@@ -297,104 +283,3 @@ class _Builder:
 
         hint = str(node.target).split(".")[1]
         return self.block.emit_te(compute, *[self._value(t) for t in tensors], primfunc_name_hint=hint)
-
-
-class _Extractor:
-    """Reads the fused Relax function back as buffers and steps."""
-
-    def __init__(self, builder: _Builder, module: Any) -> None:
-        self.builder, self.module, self.hw = builder, module, builder.hw
-        self.buffers: dict[str, Buffer] = {}
-        self.steps: list[Step] = []
-        self.kernels: dict[str, Any] = {}
-        self.names: dict[Any, Any] = {}  # relax variable -> buffer name, or a tuple of them
-        self.infos: list[KernelInfo] = []
-
-    def extract(self) -> Lowered:
-        main = self.module["main"]
-        weights: dict[str, str] = {}
-        originals = {str(v.name): n for n, v in self.builder.weight_vars.items()}
-        for var in main.params:
-            name = str(var.name)
-            kind = "weight" if name in originals else "input"
-            self._add(var, name, var.ty, kind)
-            if name in originals:
-                weights[name] = originals[name]
-        for block in main.body.blocks:
-            for binding in block.bindings:
-                self.names[binding.var] = self._bind(binding.var, binding.value)
-        outputs = self._outputs(self._operand(main.body.body))
-        inputs = tuple(self.builder.input_names)
-        program = Program(
-            self.builder.region.name, self.kernels, self.buffers, tuple(self.steps), inputs, outputs, weights
-        )
-        return Lowered(program, self.builder.weights, self.infos)
-
-    def _add(self, var: Any, name: str, type_: Any, kind: Any, alias: str | None = None) -> str:
-        shape = tuple(int(d) for d in type_.shape)
-        self.buffers[name] = Buffer(name, shape, str(type_.dtype), kind, alias)
-        self.names[var] = name
-        return name
-
-    def _new(self, type_: Any, alias: str | None = None) -> str:
-        name = f"t{len(self.buffers)}"
-        shape = tuple(int(d) for d in type_.shape)
-        self.buffers[name] = Buffer(name, shape, str(type_.dtype), "temporary", alias)
-        return name
-
-    def _operand(self, expression: Any) -> Any:
-        if isinstance(expression, relax.Tuple):
-            return tuple(self._operand(f) for f in expression.fields)
-        if isinstance(expression, relax.TupleGetItem):
-            return self._operand(expression.tuple_value)[expression.index]
-        return self.names[expression]
-
-    def _bind(self, var: Any, value: Any) -> Any:
-        if not isinstance(value, relax.Call):
-            return self._operand(value)
-        if value.op.same_as(ir.Op.get("relax.reshape")):
-            return self._new(var.ty, alias=self._operand(value.args[0]))
-        assert value.op.same_as(ir.Op.get("relax.call_tir")), value
-        name = str(value.args[0].name_hint)
-        args = [self._operand(a) for a in value.args[1].fields]
-        is_tuple = isinstance(var.ty, ir.TupleType)
-        results = tuple(self._new(t) for t in var.ty.fields) if is_tuple else (self._new(var.ty),)
-        if name not in self.kernels:
-            self.kernels[name] = self._scheduled(name)
-        self.steps.append(Step(name, (*args, *results)))
-        self.infos.append(self._info(name))
-        return results if is_tuple else results[0]
-
-    def _scheduled(self, name: str) -> Any:
-        function = self.module[name]
-        if name in self.builder.calls:
-            return function
-        return expand_math(schedule(function, self.hw))
-
-    def _info(self, name: str) -> KernelInfo:
-        if name not in self.builder.calls:
-            return KernelInfo(name, name.removeprefix("fused_"), "generic", "fused loops", None)
-        call, target = self.builder.calls[name]
-        seconds = predict_seconds(self.hw, call.work)
-        return KernelInfo(name, target, call.algorithm, call.choice, None if seconds is None else seconds * 1e6)
-
-    def _outputs(self, results: tuple[str, ...]) -> tuple[str, ...]:
-        """Let results be written where the caller wants them; an input, a weight or a repeated result is copied."""
-        outputs: list[str] = []
-        for i, name in enumerate(results):
-            buffer = self.buffers[storage := self._storage(name)]
-            if buffer.kind == "temporary":
-                self.buffers[storage] = Buffer(storage, buffer.shape, buffer.dtype, "output")
-                outputs.append(storage)
-                continue
-            copy = f"output_{i}"
-            self.buffers[copy] = Buffer(copy, buffer.shape, buffer.dtype, "output")
-            self.steps.append(Step(None, (name, copy)))
-            outputs.append(copy)
-        return tuple(outputs)
-
-    def _storage(self, name: str) -> str:
-        """The buffer that owns the bytes of `name`."""
-        while (alias := self.buffers[name].alias) is not None:
-            name = alias
-        return name

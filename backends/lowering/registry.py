@@ -67,6 +67,17 @@ class KernelCall:
 
 
 @dataclass(frozen=True)
+class KernelInfo:
+    """What the report says of one kernel call."""
+
+    name: str
+    operators: str
+    algorithm: str
+    choice: str
+    predicted_us: float | None
+
+
+@dataclass(frozen=True)
 class Refusal:
     """Why a kernel does not take a node."""
 

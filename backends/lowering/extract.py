@@ -1,0 +1,145 @@
+"""The fused Relax function of a region -> the program that the ahead-of-time path compiles.
+
+What FuseOps and FuseTIR made of the tensor expressions is scheduled here; kernels of ours pass through as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tvm import ir, relax
+
+from ...hwdb import Hardware
+from ...hwdb.cost import predict_seconds
+from ..aot.program import Buffer, Program, Step
+from ..cpu.expand_math import expand_math
+from ..cpu.schedule import schedule
+from .registry import KernelCall, KernelInfo
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A region as a fused Relax module, and what its parameters and functions stand for."""
+
+    name: str
+    module: Any
+    inputs: tuple[str, ...]  # parameters that are inputs of the region
+    weights: dict[str, torch.Tensor]  # by name in the weights file
+    parameters: dict[str, str]  # parameter -> name in the weights file
+    calls: dict[str, tuple[KernelCall, str]]  # function -> our kernel in it, and the operator it serves
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A region as a program, the weights it reads, and what was chosen."""
+
+    program: Program
+    weights: dict[str, torch.Tensor]
+    kernels: list[KernelInfo]
+
+
+def extract(fused: Fused, hw: Hardware) -> Lowered:
+    """Read the module back as buffers and steps, with every function scheduled for `hw`."""
+    return _Extractor(fused, hw).extract()
+
+
+class _Extractor:
+    """Reads the fused Relax function back as buffers and steps."""
+
+    def __init__(self, fused: Fused, hw: Hardware) -> None:
+        self.fused, self.hw = fused, hw
+        self.buffers: dict[str, Buffer] = {}
+        self.steps: list[Step] = []
+        self.kernels: dict[str, Any] = {}
+        self.names: dict[Any, Any] = {}  # relax variable -> buffer name, or a tuple of them
+        self.unscheduled: set[str] = set()
+        self.infos: list[KernelInfo] = []
+
+    def extract(self) -> Lowered:
+        fused, main = self.fused, self.fused.module["main"]
+        for var in main.params:
+            name = str(var.name)
+            self._add(var, name, var.ty, "weight" if name in fused.parameters else "input")
+        for block in main.body.blocks:
+            for binding in block.bindings:
+                self.names[binding.var] = self._bind(binding.var, binding.value)
+        outputs = self._outputs(self._operand(main.body.body))
+        program = Program(
+            fused.name, self.kernels, self.buffers, tuple(self.steps), fused.inputs, outputs, fused.parameters
+        )
+        return Lowered(program, fused.weights, self.infos)
+
+    def _add(self, var: Any, name: str, type_: Any, kind: Any, alias: str | None = None) -> str:
+        shape = tuple(int(d) for d in type_.shape)
+        self.buffers[name] = Buffer(name, shape, str(type_.dtype), kind, alias)
+        self.names[var] = name
+        return name
+
+    def _new(self, type_: Any, alias: str | None = None) -> str:
+        name = f"t{len(self.buffers)}"
+        shape = tuple(int(d) for d in type_.shape)
+        self.buffers[name] = Buffer(name, shape, str(type_.dtype), "temporary", alias)
+        return name
+
+    def _operand(self, expression: Any) -> Any:
+        if isinstance(expression, relax.Tuple):
+            return tuple(self._operand(f) for f in expression.fields)
+        if isinstance(expression, relax.TupleGetItem):
+            return self._operand(expression.tuple_value)[expression.index]
+        return self.names[expression]
+
+    def _bind(self, var: Any, value: Any) -> Any:
+        if not isinstance(value, relax.Call):
+            return self._operand(value)
+        if value.op.same_as(ir.Op.get("relax.reshape")):
+            return self._new(var.ty, alias=self._operand(value.args[0]))
+        assert value.op.same_as(ir.Op.get("relax.call_tir")), value
+        name = str(value.args[0].name_hint)
+        args = [self._operand(a) for a in value.args[1].fields]
+        is_tuple = isinstance(var.ty, ir.TupleType)
+        results = tuple(self._new(t) for t in var.ty.fields) if is_tuple else (self._new(var.ty),)
+        if name not in self.kernels:
+            self.kernels[name] = self._scheduled(name)
+        self.steps.append(Step(name, (*args, *results)))
+        self.infos.append(self._info(name))
+        return results if is_tuple else results[0]
+
+    def _scheduled(self, name: str) -> Any:
+        function = self.fused.module[name]
+        if name in self.fused.calls:
+            return function
+        scheduled = schedule(function, self.hw)
+        if scheduled is function:
+            self.unscheduled.add(name)
+        return expand_math(scheduled)
+
+    def _info(self, name: str) -> KernelInfo:
+        if name not in self.fused.calls:
+            choice = "no schedule applies: one thread" if name in self.unscheduled else "fused loops"
+            return KernelInfo(name, name.removeprefix("fused_"), "generic", choice, None)
+        call, target = self.fused.calls[name]
+        seconds = predict_seconds(self.hw, call.work)
+        return KernelInfo(name, target, call.algorithm, call.choice, None if seconds is None else seconds * 1e6)
+
+    def _outputs(self, results: tuple[str, ...]) -> tuple[str, ...]:
+        """Let results be written where the caller wants them; an input, a weight or a repeated result is copied."""
+        outputs: list[str] = []
+        for i, name in enumerate(results):
+            buffer = self.buffers[storage := self._storage(name)]
+            if buffer.kind == "temporary":
+                self.buffers[storage] = Buffer(storage, buffer.shape, buffer.dtype, "output")
+                outputs.append(storage)
+                continue
+            copy = f"output_{i}"
+            self.buffers[copy] = Buffer(copy, buffer.shape, buffer.dtype, "output")
+            self.steps.append(Step(None, (name, copy)))
+            outputs.append(copy)
+        return tuple(outputs)
+
+    def _storage(self, name: str) -> str:
+        """The buffer that owns the bytes of `name`."""
+        while (alias := self.buffers[name].alias) is not None:
+            name = alias
+        return name
