@@ -144,18 +144,13 @@ def _verify(
         names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
         return compare.errors(names, results, expected)
 
-    def rebuild(probe: fx.GraphModule) -> Any:
-        with tempfile.TemporaryDirectory(prefix="graphwright-") as scratch:
-            again = build(probe, options.hw, Path(scratch), passes=())
-            return loading.runner(Path(scratch), again.plan, options.threads)
-
     log.warning(
         "output %d differs from float64 by %.1e (allowed %.1e); looking for the cause",
         difference.output,
         difference.error,
         difference.allowed,
     )
-    raise verify.blame(captured.graph, options.hw, default_passes(), inputs, options.tolerance, rebuild)
+    raise verify.blame(captured.graph, options.hw, inputs, options.tolerance, options.threads)
 
 
 def _load(path: Path, graph: _Graph, options: Options, cached: bool = False) -> Compiled:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,23 @@ from torch import fx
 _WIDER = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
 
 
-class Float64(fx.Interpreter):
-    """Runs a graph in float64; `values` keeps what every node gave when `keep` is set."""
+class Keeping(fx.Interpreter):
+    """Runs a graph; `values` keeps what the `wanted` nodes gave."""
 
-    def __init__(self, graph: fx.GraphModule, keep: bool = False) -> None:
-        super().__init__(graph, garbage_collect_values=not keep)
-        self.keep = keep
+    def __init__(self, graph: fx.GraphModule, wanted: Iterable[fx.Node] = ()) -> None:
+        super().__init__(graph)
+        self.wanted = set(wanted)
         self.values: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if self.keep:
+        if n in self.wanted:
             self.values[n] = value
         return value
+
+
+class Float64(Keeping):
+    """Runs a graph in float64."""
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return widen(super().placeholder(target, args, kwargs))
@@ -45,30 +49,14 @@ def run_float64(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[t
 
 def run_eager(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The graph's outputs in plain PyTorch, in the dtypes it was captured with."""
-    with torch.no_grad():
-        return list(fx.Interpreter(graph).run(*inputs))
-
-
-class _Keeping(fx.Interpreter):
-    """Runs a graph and keeps the values of some nodes."""
-
-    def __init__(self, graph: fx.GraphModule, wanted: Set[fx.Node]) -> None:
-        super().__init__(graph)
-        self.wanted = wanted
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.wanted:
-            self.values[n] = value
-        return value
+    return run_eager_keeping(graph, inputs, ())[0]
 
 
 def run_eager_keeping(
-    graph: fx.GraphModule, inputs: Sequence[torch.Tensor], wanted: Set[fx.Node]
+    graph: fx.GraphModule, inputs: Sequence[torch.Tensor], wanted: Iterable[fx.Node]
 ) -> tuple[list[torch.Tensor], dict[fx.Node, Any]]:
     """Like `run_eager`, and what the `wanted` nodes gave on the way."""
-    interpreter = _Keeping(graph, wanted)
+    interpreter = Keeping(graph, wanted)
     with torch.no_grad():
         return list(interpreter.run(*inputs)), interpreter.values
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,11 +17,9 @@ from . import loading, pipeline
 from .build import build, default_passes
 from .capture import Model, TensorSpec, arguments, capture, example_of, example_tensors, export
 from .compare import Reference, compare, errors, reference
+from .executor import Run
 from .reference import Float64, relative_l2, run_eager
 from .report import ErrorRow
-
-# Machine code as a function from tensor inputs to tensor outputs.
-Runner: TypeAlias = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -66,34 +64,25 @@ def verify_model(
 
     rewritten, _ = pipeline.run(captured.graph, hw, default_passes(), check)
 
-    def compiled(graph: fx.GraphModule) -> Runner:
-        with tempfile.TemporaryDirectory(prefix="graphwright-") as directory:
-            return loading.runner(Path(directory), build(graph, hw, Path(directory), passes=()).plan, hw.cores)
-
     if obstacle(hw) is not None:
         # Code for another machine cannot be run here: the passes are checked, the machine code is not.
         wrong = compare(run_eager(rewritten, inputs), expected, tolerance)
         if wrong is not None:
-            raise blame(captured.graph, hw, default_passes(), inputs, tolerance, compiled)
+            raise blame(captured.graph, hw, inputs, tolerance, hw.cores)
         return VerifyResult(tuple(stages))
-    results = compiled(rewritten)(inputs)
+    results = _machine_code(rewritten, hw, hw.cores)(inputs)
     stages.append(("machine code", errors(names, results, expected)))
     if compare(results, expected, tolerance) is not None:
-        raise blame(captured.graph, hw, default_passes(), inputs, tolerance, compiled)
+        raise blame(captured.graph, hw, inputs, tolerance, hw.cores)
     return VerifyResult(tuple(stages))
 
 
 def blame(
-    graph: fx.GraphModule,
-    hw: Hardware,
-    passes: Sequence[pipeline.Pass],
-    inputs: Sequence[torch.Tensor],
-    tolerance: float | None,
-    build: Callable[[fx.GraphModule], Runner],
+    graph: fx.GraphModule, hw: Hardware, inputs: Sequence[torch.Tensor], tolerance: float | None, threads: int
 ) -> NumericMismatch:
     """Find out what made the numbers wrong: the first pass whose graph differs, else the first compiled node."""
     expected = reference(graph, inputs)
-    states = [("capture", pipeline.copy_graph(graph))]
+    last = [pipeline.copy_graph(graph)]
     guilty: list[tuple[str, fx.GraphModule, fx.GraphModule]] = []
 
     def check(name: str, current: fx.GraphModule) -> None:
@@ -101,10 +90,10 @@ def blame(
             return
         current.recompile()
         if compare(run_eager(current, inputs), expected, tolerance) is not None:
-            guilty.append((name, states[-1][1], pipeline.copy_graph(current)))
-        states.append((name, pipeline.copy_graph(current)))
+            guilty.append((name, last[0], pipeline.copy_graph(current)))
+        last[0] = pipeline.copy_graph(current)
 
-    rewritten, _ = pipeline.run(graph, hw, passes, check)
+    rewritten, _ = pipeline.run(graph, hw, default_passes(), check)
     if guilty:
         name, before, after = guilty[0]
         node = _first_changed(before, after, inputs)
@@ -112,7 +101,7 @@ def blame(
             f"pass {name} changed the numbers, first at node {node.format_node() if node else 'of the output'}"
             f"{_where(node)}\nThis is a bug of graphwright: report it, and leave the pass out meanwhile."
         )
-    node = _first_wrong(rewritten, inputs, tolerance, build)
+    node = _first_wrong(rewritten, hw, inputs, tolerance, threads)
     found = node.format_node() if node is not None else "no single operator: they differ only together"
     return NumericMismatch(
         f"the machine code differs from PyTorch although every pass kept the numbers; first at {found}{_where(node)}\n"
@@ -122,7 +111,7 @@ def blame(
 
 def _first_changed(before: fx.GraphModule, after: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> fx.Node | None:
     """The first node of `after` whose float64 value differs from that of its namesake, or that no node had before."""
-    old, new = Float64(before, keep=True), Float64(after, keep=True)
+    old, new = Float64(before, before.graph.nodes), Float64(after, after.graph.nodes)
     with torch.no_grad():
         old.run(*inputs)
         new.run(*inputs)
@@ -152,11 +141,14 @@ def _seen(value: torch.Tensor, values: Any) -> bool:
     )
 
 
+def _machine_code(graph: fx.GraphModule, hw: Hardware, threads: int) -> Run:
+    """A rewritten graph, compiled as it is."""
+    with tempfile.TemporaryDirectory(prefix="graphwright-") as directory:
+        return loading.runner(Path(directory), build(graph, hw, Path(directory), passes=()).plan, threads)
+
+
 def _first_wrong(
-    graph: fx.GraphModule,
-    inputs: Sequence[torch.Tensor],
-    tolerance: float | None,
-    build: Callable[[fx.GraphModule], Runner],
+    graph: fx.GraphModule, hw: Hardware, inputs: Sequence[torch.Tensor], tolerance: float | None, threads: int
 ) -> fx.Node | None:
     """Compile with every intermediate value as an output, and compare them in order."""
     probe = pipeline.copy_graph(graph)
@@ -167,7 +159,7 @@ def _first_wrong(
     output.args = (tuple(nodes),)
     probe.recompile()
     expected = reference(probe, inputs)
-    for i, (result, node) in enumerate(zip(build(probe)(inputs), nodes, strict=True)):
+    for i, (result, node) in enumerate(zip(_machine_code(probe, hw, threads)(inputs), nodes, strict=True)):
         single = Reference([expected.exact[i]], [expected.eager[i]])
         if compare([result], single, tolerance) is not None:
             return node
