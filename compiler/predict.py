@@ -71,13 +71,13 @@ def work_of(node: fx.Node) -> Work | None:
     if not values:
         return None
     operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-    sizes = sorted((_bytes(n.meta["val"]) for n in operands), reverse=True)
+    sizes = sorted((n.meta["val"].nbytes for n in operands), reverse=True)
     elements = sum(v.numel() for v in values)
     if node.target in _FOLDED or (torch.Tag.pointwise in node.target.tags and _computed(operands)):
         return Work(_element_flops(values[0], elements), bytes_read=float(sum(sizes[1:])), launches=0)
     counted = _flops(node)
     flops = {_dtype(values[0]): counted} if counted else _element_flops(values[0], elements)
-    written = float(sum(_bytes(v) for v in values))
+    written = float(sum(v.nbytes for v in values))
     return Work(flops, bytes_read=float(sum(sizes)), bytes_written=written)
 
 
@@ -124,10 +124,6 @@ def _element_flops(value: torch.Tensor, elements: int) -> dict[str, float]:
 
 def _dtype(value: torch.Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
-
-
-def _bytes(value: torch.Tensor) -> int:
-    return value.numel() * value.element_size()
 
 
 def _tensors(value: Any) -> list[Any]:

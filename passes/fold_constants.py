@@ -52,7 +52,7 @@ def fold_constants(graph: fx.GraphModule, hw: Hardware) -> int:
     for node in _roots(constants):
         cone = _cone(node, constants, values)
         alone = [n for n in _read_here_only(node, cone) if n.op == "get_attr" and reads[str(n.target)] == 1]
-        growth = _bytes(node) - sum(_bytes(n) for n in alone)
+        growth = int(node.meta["val"].nbytes) - sum(int(n.meta["val"].nbytes) for n in alone)
         if grown + growth > _GROWTH:
             log.debug("keep %s: stored, it would take %d more bytes", node, growth)
             continue
@@ -129,11 +129,6 @@ def _read_here_only(root: fx.Node, cone: list[fx.Node]) -> list[fx.Node]:
         if all(user in alone for user in node.users):
             alone.add(node)
     return [n for n in cone if n in alone]
-
-
-def _bytes(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return int(value.numel()) * int(value.element_size())
 
 
 def _evaluate(

@@ -53,7 +53,7 @@ def _match(node: fx.Node) -> Spelling | None:
     if node.target not in (aten.mul.Tensor, aten.div.Tensor):
         return None
     coefficient, factors = _factors(node)
-    if not rewrite.is_float(node, *factors) or any(_shape(f) != _shape(node) for f in factors):
+    if not rewrite.is_float(node, *factors) or any(rewrite.shape_of(f) != rewrite.shape_of(node) for f in factors):
         return None
     if len(factors) == 1 and _close(coefficient, 1 / 6):
         x = _shifted_relu6(factors[0])
@@ -196,7 +196,3 @@ def _number(value: object) -> bool:
 
 def _close(value: float, wanted: float) -> bool:
     return math.isclose(value, wanted, rel_tol=1e-6)
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    return rewrite.shape_of(node)

@@ -16,6 +16,7 @@ from torch import fx
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
 from ...passes import dialect
+from ...passes.rewrite import shape_of
 from ..kernels.conv2d import conv2d
 from ..kernels.conv_plan import Conv, Plan, choose_plan, pack_weight
 from ..kernels.depthwise import depthwise
@@ -29,7 +30,7 @@ from ..kernels.winograd import winograd
 from ..kernels.winograd_plan import WinogradPlan, choose_winograd
 from ..kernels.winograd_plan import pack_weight as pack_winograd
 from ..tiling import choose_tiling
-from .kernels_matmul import bind, refuse_dtypes, shape_of
+from .kernels_matmul import bind, refuse_dtypes
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
 WINOGRAD_GAIN = 0.8  # its weights are up to 4 times as large: taken for a predicted gain beyond a fifth

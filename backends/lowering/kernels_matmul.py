@@ -18,6 +18,7 @@ from torch import fx
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
 from ...passes import dialect
+from ...passes.rewrite import shape_of
 from ..kernels.attention import Problem, attention, plan_attention, problem
 from ..kernels.batch_matmul import batch_matmul, broadcast_batch, choose_batch_tiling
 from ..kernels.matmul import matmul, pack_weight
@@ -25,11 +26,6 @@ from ..tiling import Tiling, choose_tiling
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
 aten = torch.ops.aten
-
-
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The static shape of a node's value."""
-    return tuple(int(n) for n in node.meta["val"].shape)
 
 
 def refuse_dtypes(*nodes: fx.Node | None) -> Refusal | None:

@@ -14,10 +14,11 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
+from ...passes.rewrite import shape_of
 from ..kernels.layer_norm import group_norm, group_rows, layer_norm, norm_rows
 from ..kernels.rows import Rows
 from ..kernels.softmax import softmax, softmax_rows
-from .kernels_matmul import bind, refuse_dtypes, shape_of
+from .kernels_matmul import bind, refuse_dtypes
 from .registry import KernelCall, Refusal, kernel_for
 
 aten = torch.ops.aten
