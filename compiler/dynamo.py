@@ -107,12 +107,20 @@ class _Specialised:
         self.entries: dict[Any, _Entry] = {}
         self.lock = threading.Lock()
         self.told: set[str] = set()
+        self.varying: tuple[int, ...] | None = None  # inputs that are not parameters or buffers
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             self._tell("gradients are needed, so this graph runs in PyTorch: graphwright only infers so far")
             return self.graph(*inputs)
-        key = tuple((x.shape, x.dtype) if isinstance(x, torch.Tensor) else x for x in inputs)
+        if self.varying is None:
+            self.varying = tuple(
+                i for i, x in enumerate(inputs) if not isinstance(x, torch.Tensor) or not _is_static(x)
+            )
+        # Parameters and buffers are not described: another shape means other bytes, which their versions tell.
+        key = tuple(
+            (x.shape, x.stride(), x.dtype) if isinstance(x := inputs[i], torch.Tensor) else x for i in self.varying
+        )
         entry = self.entries.get(key)
         if entry is None or not all(version.holds(inputs[i]) for i, version in entry.bound):
             entry = self._enter(key, inputs)
