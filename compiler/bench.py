@@ -37,7 +37,7 @@ class Row:
     unavailable: dict[str, str] = field(default_factory=dict)
     arena_bytes: int = 0
     arena_lower_bound_bytes: int = 0
-    peak_rss_bytes: int = 0
+    peak_rss_bytes: int = 0  # of the process that ran everybody, peers included
 
     @property
     def best_peer(self) -> str:
