@@ -51,19 +51,33 @@ class Row:
 
 
 def interleave(runners: Mapping[str, Runner], rounds: int = 15, warm: int = 3) -> dict[str, float]:
-    """Median milliseconds of each runner; a round runs every one of them once, so that drift meets all alike."""
+    """Median milliseconds of each runner; a round runs every one of them once, so that drift meets all alike.
+
+    Before its turn the threads of the others, which spin for a while after their last task, are given time to sleep.
+    """
     for run in runners.values():
         for _ in range(warm):
             run()
     samples: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds):
         for name, run in runners.items():
-            # One call untimed: the other runners have put their own data in the caches and their threads to spin.
+            settle()
+            # One call untimed: the other runners have put their own data in the caches.
             run()
             started = time.perf_counter()
             run()
             samples[name].append((time.perf_counter() - started) * 1e3)
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def settle(most_seconds: float = 1.0) -> None:
+    """Return when this process uses next to no processor, or after `most_seconds`."""
+    end = time.perf_counter() + most_seconds
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(0.01)
+        if time.process_time() - before < 0.001:
+            return
 
 
 def eager(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Runner:

@@ -6,9 +6,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import fx
@@ -20,6 +20,9 @@ from . import pipeline
 from .partition import Partition, partition
 from .plan import Plan, make_plan
 from .report import EagerRow
+
+if TYPE_CHECKING:
+    from ..backends.lowering.extract import Lowered
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +71,7 @@ def build(graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence
         parts, lowered, info = _all_to_pytorch(rewritten, hw, error), [], None
     plan, constants = make_plan(rewritten, parts.parts)
     built = Built(plan, rewritten, runs, eager=_eager_rows(parts))
-    built.kernels = tuple(kernel for region in lowered for kernel in region.kernels)
+    built.kernels = _kernels(lowered)
     if constants:
         save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)
     if info is not None:
@@ -83,6 +86,16 @@ def build(graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence
         built.sizes["activations_bytes"] = largest.sum_bytes
     built.stages = clock.seconds
     return built
+
+
+def _kernels(lowered: Sequence[Lowered]) -> tuple[KernelInfo, ...]:
+    """The kernels of all regions; a region has one mark more than steps."""
+    kernels: list[KernelInfo] = []
+    first = 0
+    for region in lowered:
+        kernels += [replace(kernel, step=first + kernel.step) for kernel in region.kernels]
+        first += len(region.program.steps) + 1
+    return tuple(kernels)
 
 
 def _lower(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, list[Any]]:

@@ -18,6 +18,7 @@ from .capture import Constant, Signature, TensorSpec
 if TYPE_CHECKING:
     from ..backends.aot.library import Library
     from .executor import Run
+    from .profile import Profile
     from .report import Report
 
 
@@ -110,6 +111,15 @@ class Compiled:
     def report(self) -> Report:
         """What the passes did, which kernels were chosen, the error measured, sizes and compile time."""
         return self._report
+
+    def profile(self, *args: Any, rounds: int = 20, **kwargs: Any) -> Profile:
+        """Run a call `rounds` times and time each kernel: median microseconds beside what the cost model predicted.
+
+        No other call may run meanwhile. Raises InputError as a call does, and where there is no machine code to time.
+        """
+        from .profile import profile
+
+        return profile(self._library, self._report.kernels, lambda: self(*args, **kwargs), rounds)
 
     def save(self, path: str | Path) -> Path:
         """Write the artifact to `path`: a directory, or one file where the name ends in .gw. Returns the path."""

@@ -98,7 +98,7 @@ class Report:
         """Equal kernels on one line, with how often they are called."""
         counts: dict[KernelInfo, int] = {}
         for row in self.kernels:
-            key = dataclasses.replace(row, name="")
+            key = dataclasses.replace(row, name="", step=0)
             counts[key] = counts.get(key, 0) + 1
         lines = []
         for row, count in counts.items():

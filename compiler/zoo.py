@@ -116,6 +116,77 @@ def _vit(small: bool, batch: int) -> Built:
     return ViTForImageClassification(config), _images(config.image_size, batch)
 
 
+def _efficientnet(small: bool, batch: int) -> Built:
+    """EfficientNet-B0; transformers' class pools with a 1280-wide window, which OpenVINO refuses."""
+    from transformers import EfficientNetConfig, EfficientNetForImageClassification
+
+    config = EfficientNetConfig(
+        image_size=64 if small else 224,
+        width_coefficient=0.25 if small else 1.0,
+        depth_coefficient=0.3 if small else 1.0,
+        hidden_dim=320 if small else 1280,
+    )
+    inputs = _images(config.image_size, batch)
+    return _calibrate(EfficientNetForImageClassification(config), inputs), inputs
+
+
+def _convnext(small: bool, batch: int) -> Built:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 2, 1]) if small else ConvNextConfig()
+    return ConvNextForImageClassification(config), _images(64 if small else 224, batch)
+
+
+def _wav2vec2(small: bool, batch: int) -> Built:
+    """One second of sound at 16 kHz."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    shrunk: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "conv_dim": [32] * 7,
+    }
+    config = Wav2Vec2Config(**(shrunk if small else {}))
+    return Wav2Vec2Model(config), (torch.randn(batch, 3200 if small else 16000),)
+
+
+class _DecodeStep(torch.nn.Module):
+    """One token through a decoder; the keys and values of the tokens before it come in, and go out one longer."""
+
+    def __init__(self, decoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, token: torch.Tensor, *past: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for layer in range(len(past) // 2):
+            cache.update(past[2 * layer], past[2 * layer + 1], layer)
+        hidden = self.decoder(token, past_key_values=cache, use_cache=True).last_hidden_state
+        return (hidden, *[x for layer in cache.layers for x in (layer.keys, layer.values)])
+
+
+def _llama_decode(small: bool, batch: int) -> Built:
+    """A decode step of a decoder with 2 layers, hidden size 2048 and grouped queries, 127 tokens after the first."""
+    from transformers import LlamaConfig, LlamaModel
+
+    hidden, layers, heads, groups, past = (64, 2, 4, 2, 7) if small else (2048, 2, 32, 8, 127)
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=hidden // heads,
+    )
+    cache = tuple(torch.randn(batch, groups, past, hidden // heads) for _ in range(2 * layers))
+    return _DecodeStep(LlamaModel(config)), (*_tokens(config.vocab_size, 1, batch), *cache)
+
+
 def _minilm(small: bool, batch: int) -> Built:
     """all-MiniLM-L6-v2 with its trained weights; `small` only shortens the text."""
     from transformers import AutoTokenizer, BertModel
@@ -131,10 +202,14 @@ def _minilm(small: bool, batch: int) -> Built:
 
 _MODELS: dict[str, Callable[[bool, int], Built]] = {
     "bert": _bert,
+    "convnext": _convnext,
+    "efficientnet": _efficientnet,
     "gpt2": _gpt2,
+    "llama-decode": _llama_decode,
     "minilm": _minilm,
     "mobilenetv2": _mobilenet,
     "resnet18": _resnet((2, 2, 2, 2), "basic"),
     "resnet50": _resnet((3, 4, 6, 3), "bottleneck"),
     "vit": _vit,
+    "wav2vec2": _wav2vec2,
 }

@@ -46,6 +46,7 @@ extern _Thread_local surroundings self;
 extern atomic_int callers; /* threads inside gw_run */
 
 int launch(task_function run, void *data, int tasks);
+int64_t now(void); /* monotonic nanoseconds */
 void meet_family(void); /* at the start of every call: notice that this process is a forked child */
 
 #endif

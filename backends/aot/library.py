@@ -19,8 +19,10 @@ import struct
 import tempfile
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,11 +70,13 @@ def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildIn
     plans = tuple(memory.plan(program, offsets) for program in programs)
     kernels, symbols = merge_kernels(programs)
     names = [f"gw_region_{number}" for number in range(len(programs))]
+    marks = list(accumulate((region.marks(program) for program in programs), initial=0))
     graph = {
-        name: region.region_function(program, plan, table)
-        for name, program, plan, table in zip(names, programs, plans, symbols, strict=True)
+        name: region.region_function(program, plan, table, mark)
+        for name, program, plan, table, mark in zip(names, programs, plans, symbols, marks[:-1], strict=True)
     }
-    graph |= region.model_functions(names, max((plan.peak_bytes for plan in plans), default=0), layout.nbytes)
+    arena = max((plan.peak_bytes for plan in plans), default=0)
+    graph |= region.model_functions(names, arena, layout.nbytes, marks[-1])
     target = hw.tvm_target()
     output = Path(directory, LIBRARY_NAME)
     with tempfile.TemporaryDirectory() as scratch:
@@ -155,6 +159,7 @@ class Library:
         code.gw_run.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p)
         code.gw_set_threads.argtypes = (ctypes.c_void_p, ctypes.c_int)
         code.gw_get_threads.argtypes = (ctypes.c_void_p,)
+        code.gw_trace.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
         code.gw_error.argtypes = (ctypes.c_void_p,)
         code.gw_error.restype = ctypes.c_char_p
         code.gw_free.argtypes = (ctypes.c_void_p,)
@@ -191,6 +196,19 @@ class Library:
             pack = self._packers[count] = struct.Struct(f"{count}Q").pack
         table: bytes = pack(*addresses)
         return table
+
+    @contextmanager
+    def trace(self) -> Iterator[Any]:
+        """Let calls write when they begin and when each step ends: an array of nanoseconds, region after region.
+
+        One call at a time may run meanwhile.
+        """
+        stamps = (ctypes.c_int64 * self._code.gw_trace(self._context, None))()
+        self._code.gw_trace(self._context, stamps)
+        try:
+            yield stamps
+        finally:
+            self._code.gw_trace(self._context, None)
 
     @property
     def threads(self) -> int:

@@ -28,7 +28,7 @@ static void relax(void) {
 #endif
 }
 
-static int64_t now(void) {
+int64_t now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;

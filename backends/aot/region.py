@@ -3,8 +3,9 @@
     int32_t gw_region_<i>(void **inputs, void **outputs, void *arena, const void *weights, int32_t *status)
 
 `status` receives the result of the last kernel called and, where that is not 0, the number of its step; the function
-then returns -1 at once. `gw_model_run(i, ...)` calls region i; `gw_model_describe(facts)` tells the runtime the number
-of regions, the arena's bytes and the weights' bytes (runtime.c: FACT_*).
+then returns -1 at once. Before its first step and after each, a region calls `gw_mark` with the next of its numbers, so that the runtime can time
+steps. `gw_model_run(i, ...)` calls region i; `gw_model_describe(facts)` tells the runtime the
+number of regions, the arena's bytes, the weights' bytes and the number of marks (runtime.c: FACT_*).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from .program import Program
 _POINTER = "uint64"
 
 
-def region_function(program: Program, plan: Plan, symbols: Mapping[str, str]) -> Any:
+def region_function(program: Program, plan: Plan, symbols: Mapping[str, str], first_mark: int) -> Any:
     """The PrimFunc that runs `program`; `symbols` maps its kernels' names to their C names."""
     caller = _Arguments(len(program.inputs), len(program.outputs))
-    body = [*caller.declarations]
+    body = [*caller.declarations, _mark(first_mark)]
     for number, step in enumerate(program.steps):
         places = [plan.places[name] for name in step.args]
         if step.kernel is None:
@@ -33,11 +34,19 @@ def region_function(program: Program, plan: Plan, symbols: Mapping[str, str]) ->
         else:
             call = tirx.call_extern("int32", symbols[step.kernel], *(caller.address(place) for place in places))
             body.append(caller.checked(call, number))
+        body.append(_mark(first_mark + number + 1))
     body += [_copy(caller, source, target, nbytes) for source, target, nbytes in plan.copies]
     return tirx.PrimFunc(caller.parameters, tirx.SeqStmt(body), ir.PrimType("int32"))
 
 
-def model_functions(regions: Sequence[str], arena_bytes: int, weights_bytes: int) -> dict[str, Any]:
+def marks(program: Program) -> int:
+    """How many numbers the region gives `gw_mark`."""
+    return len(program.steps) + 1
+
+
+def model_functions(
+    regions: Sequence[str], arena_bytes: int, weights_bytes: int, mark_count: int = 0
+) -> dict[str, Any]:
     """`gw_model_run` and `gw_model_describe` over the region functions of these C names."""
     caller = _Arguments()
     region = tirx.Var("region", "int32")
@@ -47,10 +56,10 @@ def model_functions(regions: Sequence[str], arena_bytes: int, weights_bytes: int
         body.append(tirx.IfThenElse(region == _int(number), tirx.IfThenElse(failed, _leave(), None), None))
     run = tirx.PrimFunc([region, *caller.parameters], tirx.SeqStmt(body), ir.PrimType("int32"))
     table = _pointer("facts", "uint64")
-    facts = tirx.decl_buffer((3,), "uint64", "facts_table", data=table)
+    facts = tirx.decl_buffer((4,), "uint64", "facts_table", data=table)
     stores = [
         tirx.BufferStore(facts, tirx.IntImm("uint64", value), [_int(position)])
-        for position, value in enumerate((len(regions), arena_bytes, weights_bytes))
+        for position, value in enumerate((len(regions), arena_bytes, weights_bytes, mark_count))
     ]
     describe = tirx.PrimFunc([table], tirx.SeqStmt([tirx.DeclBuffer(facts, data=table), *stores]), ir.PrimType("int32"))
     return {"gw_model_run": run, "gw_model_describe": describe}
@@ -92,6 +101,10 @@ class _Arguments:
 def _copy(caller: _Arguments, source: Place, target: Place, nbytes: int) -> Any:
     size = tirx.IntImm("uint64", nbytes)
     return tirx.Evaluate(tirx.call_extern("handle", "memcpy", caller.address(target), caller.address(source), size))
+
+
+def _mark(number: int) -> Any:
+    return tirx.Evaluate(tirx.call_extern("int32", "gw_mark", _int(number)))
 
 
 def _leave() -> Any:

@@ -15,7 +15,7 @@
 #define IDLE_STATES 32
 
 /* What generated code provides: region.py. */
-enum { FACT_REGIONS, FACT_ARENA_BYTES, FACT_WEIGHTS_BYTES, FACTS };
+enum { FACT_REGIONS, FACT_ARENA_BYTES, FACT_WEIGHTS_BYTES, FACT_MARKS, FACTS };
 int32_t gw_model_describe(uint64_t *facts);
 int32_t gw_model_run(int32_t region, void *const *inputs, void *const *outputs, void *arena, const void *weights,
                      int32_t *status);
@@ -66,6 +66,13 @@ int (*__TVMBackendParallelLaunch)(task_function, void *, int) = launch;
 void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = take;
 int (*__TVMBackendFreeWorkspace)(int, int, void *) = give;
 
+/* A region function calls this in front of its first step and after each. */
+static _Thread_local int64_t *stamps;
+
+void gw_mark(int32_t number) {
+    if (__builtin_expect(stamps != NULL, 0)) stamps[number] = now();
+}
+
 /* A failed assertion of a kernel calls these by name. */
 void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *text) {
     say(kind);
@@ -89,6 +96,7 @@ typedef struct { /* what one running call needs for itself */
 struct gw_context {
     const void *weights;
     atomic_int threads;
+    int64_t *trace;
     uint64_t facts[FACTS];
     _Atomic(state *) idle[IDLE_STATES];
 };
@@ -173,6 +181,11 @@ int gw_set_threads(gw_context *context, int threads) {
 
 int gw_get_threads(const gw_context *context) { return atomic_load(&context->threads); }
 
+int gw_trace(gw_context *context, int64_t *nanoseconds) {
+    context->trace = nanoseconds;
+    return (int)context->facts[FACT_MARKS];
+}
+
 const char *gw_error(const gw_context *context) {
     (void)context;
     return message;
@@ -195,6 +208,7 @@ int gw_run(gw_context *context, int region, void *const *inputs, void *const *ou
     message[0] = 0;
     self.memory = &mine->memory;
     self.threads = atomic_load_explicit(&context->threads, memory_order_relaxed);
+    stamps = context->trace;
     atomic_fetch_add(&callers, 1);
     int32_t status[2] = {0, 0};
     int result = gw_model_run(region, inputs, outputs, mine->arena, context->weights, status);

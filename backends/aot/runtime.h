@@ -37,6 +37,9 @@ void gw_free(gw_context *context);
 
 int gw_set_threads(gw_context *context, int threads);
 int gw_get_threads(const gw_context *context);
+/* Until it is given NULL: the calls write, region after region, the nanosecond at which they begin and the one at which
+ * each of their steps ends. One call at a time may run. Returns how many values there are. */
+int gw_trace(gw_context *context, int64_t *nanoseconds);
 /* What the calling thread's last failing call met; never NULL. */
 const char *gw_error(const gw_context *context);
 

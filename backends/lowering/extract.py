@@ -5,7 +5,7 @@ What FuseOps and FuseTIR made of the tensor expressions is scheduled here; kerne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class _Extractor:
         if name not in self.kernels:
             self.kernels[name] = self._scheduled(name)
         self.steps.append(Step(name, (*args, *results)))
-        self.infos.append(self._info(name))
+        self.infos.append(replace(self._info(name), step=len(self.steps) - 1))
         return results if is_tuple else results[0]
 
     def _scheduled(self, name: str) -> Any:

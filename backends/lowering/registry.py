@@ -75,6 +75,7 @@ class KernelInfo:
     algorithm: str
     choice: str
     predicted_us: float | None
+    step: int = 0  # which of its region's steps; in a built model, which mark of gw_trace begins it
 
 
 @dataclass(frozen=True)
