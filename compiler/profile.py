@@ -54,9 +54,7 @@ class Profile:
         return "\n".join(lines)
 
 
-def profile(
-    library: Library | None, kernels: Sequence[KernelInfo], call: Callable[[], Any], rounds: int
-) -> Profile:
+def profile(library: Library | None, kernels: Sequence[KernelInfo], call: Callable[[], Any], rounds: int) -> Profile:
     """Time `kernels`, the steps of `library`'s regions in their order, over `rounds` of `call`."""
     if library is None:
         raise InputError("this model has no machine code: all of it runs in PyTorch")
