@@ -34,23 +34,39 @@ from .window import Run, runs
 
 def conv2d(conv: Conv, plan: Plan) -> Any:
     """Return the kernel (x, packed weight[, bias][, residual], out)."""
-    groups = conv.groups // plan.merged
-    depth = plan.merged * conv.group_channels * conv.kernel[0] * conv.kernel[1]
-    operands: list[tuple[int, ...]] = [conv.input_shape, (groups * plan.padded_filters * depth,)]
+    operands: list[tuple[int, ...]] = [conv.input_shape, (packed_elements(conv, plan),)]
     operands += [(conv.filters,)] * conv.bias + [conv.output_shape] * conv.residual
 
     def body(x: Any, weight: Any, *rest: Any) -> None:
-        _Nest(
-            replace(conv, groups=groups),
-            plan,
-            flat(x),
-            weight,
-            rest[0] if conv.bias else None,
-            flat(rest[-2]) if conv.residual else None,
-            flat(rest[-1]),
-        ).emit()
+        bias = rest[0] if conv.bias else None
+        residual = rest[-2] if conv.residual else None
+        emit_conv2d(conv, plan, x, weight, bias, residual, rest[-1])
 
     return kernel_function("conv2d", operands, [conv.output_shape], body)
+
+
+def packed_elements(conv: Conv, plan: Plan) -> int:
+    """Floats of the packed weight."""
+    return conv.groups * plan.padded_filters * conv.group_channels * conv.kernel[0] * conv.kernel[1]
+
+
+def emit_conv2d(
+    conv: Conv, plan: Plan, x: Any, weight: Any, bias: Any, residual: Any, out: Any, place: Placement | None = None
+) -> None:
+    """Emit the nest over buffers of a kernel; `place` puts the outputs into a larger image."""
+    place = place or Placement(conv.rows.out, conv.columns.out)
+    conv = replace(conv, groups=conv.groups // plan.merged)
+    _Nest(conv, plan, flat(x), weight, bias, None if residual is None else flat(residual), flat(out), place).emit()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the outputs lie in the image that is written: output (r, c) at start + (r, c) * step."""
+
+    height: int
+    width: int
+    start: tuple[int, int] = (0, 0)
+    step: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,7 @@ class _Nest:
     bias: Any | None
     residual: Any | None
     out: Any
+    place: Placement
 
     def emit(self) -> None:
         conv, plan = self.conv, self.plan
@@ -138,16 +155,18 @@ class _Nest:
         conv, plan = self.conv, self.plan
         pixels = plan.pixels if panel.vectors == plan.vectors else plan.tail_pixels
         with between(rows[0], rows[1]) as row:
-            out_row = T.bind((image * conv.rows.out + row) * conv.columns.out)
+            place = self.place
+            written = image * place.height + place.start[0] + row * place.step[0]
+            out_row = T.bind(written * place.width + place.start[1])
             in_row = T.bind((image * conv.height + conv.rows.first(row)) * conv.width)
             first, taps = conv.rows.dynamic_taps(row)
             for run in runs(conv.columns, pixels):
                 if run.count == 1:
-                    self._tile(acc, panel, run, out_row + run.start, in_row, run.start, (first, taps))
+                    self._tile(acc, panel, run, out_row + run.start * place.step[1], in_row, run.start, (first, taps))
                     continue
                 with T.serial(0, run.count) as i:
                     column = run.start + i * run.pixels
-                    self._tile(acc, panel, run, out_row + column, in_row, column, (first, taps))
+                    self._tile(acc, panel, run, out_row + column * place.step[1], in_row, column, (first, taps))
 
     def _tile(
         self,
@@ -208,11 +227,12 @@ class _Nest:
     def _store(self, acc: Any, panel: _Panel, pixels: int, out_pixel: Any) -> None:
         lanes, vectors = self.plan.lanes, panel.vectors
         heavy = is_heavy(self.conv.activation)
+        apart = self.place.step[1] * self.conv.filters
         base = T.bind(out_pixel * self.conv.filters + panel.channel)
         pieces = _pieces(panel.channels, lanes)
         for p in range(pixels):
             for offset, width in pieces:
-                at = span(base + p * self.conv.filters + offset, width)
+                at = span(base + p * apart + offset, width)
                 value = acc[span(p * vectors * lanes + offset, width)]
                 if self.bias is not None:
                     value = value + self.bias[span(panel.channel + offset, width)]
@@ -222,7 +242,7 @@ class _Nest:
         if heavy:
             with T.serial(0, pixels) as p:
                 for offset, width in pieces:
-                    at = span(base + p * self.conv.filters + offset, width)
+                    at = span(base + p * apart + offset, width)
                     T.buffer_store(self.out, self._activate(self.out[at]), [at])
 
     def _activate(self, value: Any) -> Any:
