@@ -13,6 +13,7 @@ from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .fuse_attention import fuse_attention
 from .fuse_conv_activation import fuse_conv_activation
+from .fuse_head_moves import fuse_head_moves
 from .fuse_matmul_bias import fuse_matmul_bias
 from .fuse_reshape_transpose import fuse_reshape_transpose
 from .merge_duplicates import merge_duplicates
@@ -34,6 +35,7 @@ PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
     assign_layout,  # after fuse_conv_activation: what is fused needs no permutes of its own
     fuse_reshape_transpose,  # after assign_layout and the fusions, whose moves meet the model's own
     fuse_matmul_bias,  # again: operands that became plain transposes, values whose reshapes are gone
+    fuse_head_moves,  # after fuse_reshape_transpose: one permute an operand; what is left over, merge_duplicates merges
     merge_duplicates,  # again: moves of one head may have become equal
     fold_constants,  # again: fusions transpose weights and flatten biases by operators on constants
     remove_dead,  # last: constants that nobody reads must not reach the artifact

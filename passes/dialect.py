@@ -160,6 +160,50 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_cau
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
+def _placed(buffer: Tensor, extents: Sequence[int], place: Sequence[int]) -> Tensor:
+    """The elements [b, h, s, d] of a dense buffer, at place[0] + b, h and s times the other three + d."""
+    return buffer.as_strided(list(extents), [*place[1:], 1], buffer.storage_offset() + place[0])
+
+
+def _strided_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    extents: Sequence[int],
+    places: Sequence[int],
+    out_shape: Sequence[int],
+) -> Tensor:
+    batch, heads, key_heads, queries, keys, depth, value_depth = extents
+    y = _attention(
+        _placed(q.contiguous(), (batch, heads, queries, depth), places[:4]),
+        _placed(k.contiguous(), (batch, key_heads, keys, depth), places[4:8]),
+        _placed(v.contiguous(), (batch, key_heads, keys, value_depth), places[8:12]),
+        mask,
+        is_causal,
+        scale,
+    )
+    result = y.new_empty(list(out_shape))
+    _placed(result, y.shape, places[12:]).copy_(y)
+    return result
+
+
+def _strided_attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    extents: Sequence[int],
+    places: Sequence[int],
+    out_shape: Sequence[int],
+) -> Tensor:
+    return q.new_empty(list(out_shape))
+
+
 def _max_pool2d(
     input: Tensor,
     kernel: Sequence[int],
@@ -290,6 +334,13 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
         _attention,
         _attention_fake,
     ),
+    # extents: batch, heads of q, heads of k, queries, keys, depth, depth of v; places: see _placed; q, k, v, the result
+    "strided_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, int[] extents, int[] places, "
+        "int[] out_shape) -> Tensor",
+        _strided_attention,
+        _strided_attention_fake,
+    ),
     "max_pool2d": (
         "(Tensor input, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode, "
         "str layout) -> Tensor",
@@ -316,7 +367,8 @@ linear = torch.ops.graphwright.linear.default
 matmul = torch.ops.graphwright.matmul.default
 permute = torch.ops.graphwright.permute.default
 attention = torch.ops.graphwright.attention.default
+strided_attention = torch.ops.graphwright.strided_attention.default
 max_pool2d = torch.ops.graphwright.max_pool2d.default
 avg_pool2d = torch.ops.graphwright.avg_pool2d.default
 
-OPERATORS = frozenset({conv2d, linear, matmul, permute, attention, max_pool2d, avg_pool2d})
+OPERATORS = frozenset({conv2d, linear, matmul, permute, attention, strided_attention, max_pool2d, avg_pool2d})

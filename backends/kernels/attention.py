@@ -74,10 +74,14 @@ class Plan:
     reason: str
 
 
-def plan_attention(hw: Hardware, p: Problem, causal: bool) -> Plan:
-    """Choose tiles, block size and split from the hardware's facts."""
+def plan_attention(hw: Hardware, p: Problem, causal: bool, query_stride_bytes: int | None = None) -> Plan:
+    """Choose tiles, block size and split from the hardware's facts.
+
+    `query_stride_bytes` separates a head's queries; by default they are dense.
+    """
+    stride = 4 * p.depth if query_stride_bytes is None else query_stride_bytes
     scores, values = min(
-        (_tiles(hw, p, rows) for rows in range(1, min(p.queries, 16) + 1)),
+        (_tiles(hw, p, rows, stride) for rows in range(1, min(p.queries, 16) + 1)),
         key=lambda pair: pair[0].cycles * pair[0].tasks + pair[1].cycles * pair[1].tasks,
     )
     l2 = hw.cache(2)
@@ -100,11 +104,11 @@ def plan_attention(hw: Hardware, p: Problem, causal: bool) -> Plan:
     return Plan(replace(scores, row_chunks=blocks), replace(values, row_chunks=blocks), blocks, parts, tasks, reason)
 
 
-def _tiles(hw: Hardware, p: Problem, rows: int) -> tuple[Tiling, Tiling]:
+def _tiles(hw: Hardware, p: Problem, rows: int, stride: int) -> tuple[Tiling, Tiling]:
     """The tilings of q . k^T and of scores . v on row tiles of `rows`."""
     pairs = p.batch * p.heads
     return (
-        choose_tiling(hw, p.queries, p.keys, p.depth, repeats=pairs, fixed_rows=rows),
+        choose_tiling(hw, p.queries, p.keys, p.depth, row_stride_bytes=stride, repeats=pairs, fixed_rows=rows),
         choose_tiling(
             hw, p.queries, p.value_depth, p.keys, row_stride_bytes=4 * p.keys + 64, repeats=pairs, fixed_rows=rows
         ),

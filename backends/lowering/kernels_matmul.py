@@ -19,7 +19,7 @@ from ...hwdb import Hardware
 from ...hwdb.cost import Work
 from ...passes import dialect
 from ...passes.rewrite import shape_of
-from ..kernels.attention import Problem, attention, plan_attention, problem
+from ..kernels.attention import Placement, Problem, attention, plan_attention, problem
 from ..kernels.batch_matmul import batch_matmul, broadcast_batch, choose_batch_tiling
 from ..kernels.matmul import matmul, pack_weight
 from ..tiling import Tiling, choose_tiling
@@ -256,7 +256,42 @@ def _attention(
         if isinstance(found, Refusal):
             return found
         mask_operand = (found, str(mask.meta["val"].dtype).removeprefix("torch."))
-    plan = plan_attention(hw, p, causal)
+    return _attention_call(node, hw, p, (q, k, v), mask, mask_operand, causal, scale, None)
+
+
+@kernel_for(dialect.strided_attention)
+def strided_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """Attention of operands that lie anywhere in their buffers, and of a result that does."""
+    q, k, v, mask, causal, scale, extents, places, _ = bind(node)
+    refusal = refuse_dtypes(node, q, k, v)
+    if refusal is not None:
+        return refusal
+    batch, heads, key_heads, queries, keys, depth, value_depth = extents
+    p = Problem(batch, heads, key_heads, queries, keys, depth, value_depth)
+    mask_operand: tuple[tuple[int, ...], str] | None = None
+    if mask is not None:
+        found = _mask_shape(mask, p, (batch, heads, queries, depth))
+        if isinstance(found, Refusal):
+            return found
+        mask_operand = (found, str(mask.meta["val"].dtype).removeprefix("torch."))
+    q_place, k_place, v_place, out_place = (Placement(*places[i : i + 4]) for i in range(0, 16, 4))
+    placements = (q_place, k_place, v_place, out_place)
+    return _attention_call(node, hw, p, (q, k, v), mask, mask_operand, causal, scale, placements)
+
+
+def _attention_call(
+    node: fx.Node,
+    hw: Hardware,
+    p: Problem,
+    operands: tuple[fx.Node, fx.Node, fx.Node],
+    mask: fx.Node | None,
+    mask_operand: tuple[tuple[int, ...], str] | None,
+    causal: bool,
+    scale: float,
+    placements: tuple[Placement, Placement, Placement, Placement] | None,
+) -> KernelCall:
+    plan = plan_attention(hw, p, causal, 4 * placements[0].position if placements else None)
+    q, k, v = (shape_of(operand) for operand in operands)
     func = attention(
         p,
         hw,
@@ -264,20 +299,21 @@ def _attention(
         causal=causal,
         mask=mask_operand,
         mask_buffer=shape_of(mask) if mask is not None else None,
-        buffer_shapes=(shapes[0], shapes[1], shapes[2], shape_of(node)),
+        placements=placements,
+        buffer_shapes=(q, k, v, shape_of(node)),
         plan=plan,
     )
     pairs = p.batch * p.heads
+    read = pairs * p.queries * p.depth + p.batch * p.key_heads * p.keys * (p.depth + p.value_depth)
     work = Work(
         flops={"float32": 2.0 * pairs * p.queries * p.keys * (p.depth + p.value_depth) * (0.5 if causal else 1)},
-        bytes_read=4.0 * (sum(prod(shape) for shape in shapes) + (prod(mask_operand[0]) if mask_operand else 0)),
+        bytes_read=4.0 * (read + (prod(mask_operand[0]) if mask_operand else 0)),
         bytes_written=4.0 * prod(shape_of(node)),
         launches=int(plan.tasks > 1),
         tasks=pairs * plan.parts,
         efficiency=0.8 * max(0.01, plan.scores.efficiency),  # softmax takes a fifth
     )
-    operands = (q, k, v) if mask is None else (q, k, v, mask)
-    return KernelCall(func, operands, "attention", plan.reason, work)
+    return KernelCall(func, operands if mask is None else (*operands, mask), "attention", plan.reason, work)
 
 
 def _mask_shape(mask: fx.Node, p: Problem, q: tuple[int, ...]) -> tuple[int, ...] | Refusal:

@@ -14,6 +14,7 @@ from ...passes import dialect
 from . import expressions as ex
 from .epilogue import activate
 from .expressions import Scalar, pointwise
+from .index_math import ravel, unravel
 from .reduction import max_of, plus, reduce, shape_of, sum_of
 from .registry import Out, lowers
 
@@ -208,6 +209,43 @@ def attention(
         return ex.cast(mixed(*index) / tirx.Select(empty, one, whole), out.dtype)
 
     return te.compute(out.shape, finished, name="attention")
+
+
+@lowers(dialect.strided_attention)
+def strided_attention(
+    out: Out,
+    q: te.Tensor,
+    k: te.Tensor,
+    v: te.Tensor,
+    mask: te.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    extents: Sequence[int],
+    places: Sequence[int],
+    out_shape: Sequence[int],
+) -> te.Tensor:
+    """Attention of operands at offset + b, h and s times three strides + d of their buffers."""
+    batch, heads, key_heads, queries, keys, depth, value_depth = extents
+    shapes = ((heads, queries, depth), (key_heads, keys, depth), (key_heads, keys, value_depth))
+
+    def heads_of(x: te.Tensor, shape: tuple[int, ...], place: Sequence[int]) -> te.Tensor:
+        def element(*index: Any) -> Any:
+            linear = sum((i * n for i, n in zip(index, (*place[1:], 1), strict=True)), place[0])
+            return ex.read(x, unravel(linear, shape_of(x)))
+
+        return te.compute((batch, *shape), element, name="heads")
+
+    operands = [
+        heads_of(x, shape, places[4 * i :][:4]) for i, (x, shape) in enumerate(zip((q, k, v), shapes, strict=True))
+    ]
+    whole = attention(Out((batch, heads, queries, value_depth), out.dtype), *operands, mask, is_causal, scale)
+
+    def element(*index: Any) -> Any:
+        linear = ravel(index, out.shape)  # the digits of [b, h, s, d] in another order
+        where = zip((batch, heads, queries, value_depth), (*places[13:], 1), strict=True)
+        return whole(*[tirx.floormod(tirx.floordiv(linear, step), n) if n > 1 else 0 for n, step in where])
+
+    return te.compute(out.shape, element, name="strided_attention")
 
 
 def _no_dropout(node: fx.Node) -> str | None:

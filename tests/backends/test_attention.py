@@ -186,3 +186,27 @@ def test_accumulators_stay_in_registers(name: str, register: str) -> None:
         accumulators = tiling.rows * tiling.columns // tiling.lanes
         products = [loop for loop in loops if loop.multiply_adds % accumulators == 0]
         assert any(loop.stack == 0 and register in loop.text for loop in products), f"{accumulators}: {loops}"
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.data())
+def test_strided_operands(data: st.DataObject) -> None:
+    """One buffer [B, S, columns] holds q, k and v; the result is [B, S, H * D]."""
+    draw = data.draw
+    batch, groups, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    positions, depth, margin = draw(st.integers(1, 40)), draw(st.sampled_from([3, 8, 20])), draw(st.integers(0, 5))
+    heads, causal = groups * group, draw(st.booleans())
+    widths = [heads * depth, groups * depth, groups * depth]
+    row = sum(widths) + margin
+    x = random(batch, positions, row)
+    starts = [0, widths[0], widths[0] + widths[1]]
+    places = [number for start in starts for number in (start, positions * row, depth, row)]
+    places += [0, positions * widths[0], depth, widths[0]]
+    extents = [batch, heads, groups, positions, positions, depth, depth]
+    shape = [batch, positions, widths[0]]
+    got = run_kernel(detect(), dialect.strided_attention, x, x, x, None, causal, 0.25, extents, places, shape)
+    q, k, v = (
+        x[..., start : start + width].unflatten(-1, (-1, depth)).transpose(1, 2)
+        for start, width in zip(starts, widths, strict=True)
+    )
+    check(got.unflatten(-1, (heads, depth)).transpose(1, 2), q, k, v, None, causal, 0.25)

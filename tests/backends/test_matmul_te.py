@@ -70,6 +70,12 @@ def test_attention(dtype: torch.dtype, tolerance: dict[str, float]) -> None:
     checks.add(attend, q, k[:, :2].contiguous(), v[:, :2].contiguous(), enable_gqa=True, **tolerance)
     checks.add(attend, r(3, 4), r(5, 4), r(5, 4), **tolerance)
     checks.add(dialect.attention.default, q, k, v, mask, False, 0.3, **tolerance)
+    row = 8 * (4 + 2) + 2 * 8  # q, k and v side by side
+    places = [0, 6 * row, 8, row, 32, 6 * row, 8, row, 48, 6 * row, 8, row, 0, 6 * 32, 8, 32]
+    joint = r(2, 6, row)
+    extents = [2, 4, 2, 6, 6, 8, 8]
+    strided = dialect.strided_attention.default
+    checks.add(strided, joint, joint, joint, None, True, 0.3, extents, places, [2, 6, 32], **tolerance)
     checks.run()
 
 

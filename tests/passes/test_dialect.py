@@ -93,6 +93,17 @@ def test_attention_groups_heads_and_masks():
     assert not result[:, :, 1].any()
 
 
+def test_strided_attention_reads_and_writes_rows_of_heads():
+    x = torch.randn(2, 5, 3 * 4 * 8)
+    row = 3 * 4 * 8
+    places = [n for start in (0, 32, 64) for n in (start, 5 * row, 8, row)] + [0, 5 * 32, 8, 32]
+    args = (x, x, x, None, True, 0.25, [2, 4, 4, 5, 5, 8, 8], places, [2, 5, 32])
+    opcheck(dialect.strided_attention, args, test_utils=CHECKS)
+    q, k, v = (part.view(2, 5, 4, 8).transpose(1, 2) for part in x.split(32, dim=2))
+    wide = dialect.attention(q, k, v, None, True, 0.25).transpose(1, 2).reshape(2, 5, 32)
+    assert torch.equal(dialect.strided_attention(*args), wide)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.tuples(*[st.integers(1, 4)] * 2),
