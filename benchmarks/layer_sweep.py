@@ -83,7 +83,7 @@ def measure(case: Case, artifacts: Path | None) -> dict[str, Any]:
         "eager_ms": times["eager"],
         "ratio": ours / times["eager"],
         "error": error,
-        "kernels": [k.algorithm for k in compiled.report.kernels],
+        "kernels": [k.algorithm for k in compiled.report().kernels],
     }
 
 

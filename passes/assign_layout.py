@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 
 def assign_layout(graph: fx.GraphModule, hw: Hardware) -> int:
     """Bring convolutions and what hangs together with them to NHWC; returns the number of nodes brought over."""
-    if not any(rewrite.calls(n, dialect.conv2d) and n.args[-1] == "NCHW" for n in graph.graph.nodes):
+    convolutions = (dialect.conv2d, dialect.conv_transpose2d)
+    if not any(rewrite.calls(n, *convolutions) and n.args[-1] == "NCHW" for n in graph.graph.nodes):
         return 0
     images = Images(graph)
     for node in list(graph.graph.nodes):

@@ -13,6 +13,7 @@ from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .fuse_attention import fuse_attention
 from .fuse_conv_activation import fuse_conv_activation
+from .fuse_conv_transpose import fuse_conv_transpose
 from .fuse_head_moves import fuse_head_moves
 from .fuse_matmul_bias import fuse_matmul_bias
 from .fuse_reshape_transpose import fuse_reshape_transpose
@@ -31,6 +32,7 @@ PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
     recognise_activations,  # before the fusions, which take up single operators
     fuse_attention,  # before fuse_reshape_transpose, which would merge the repeats of grouped heads
     fuse_conv_activation,  # after fold_batch_norm: a batch norm in between stops it
+    fuse_conv_transpose,  # likewise
     fuse_matmul_bias,  # before fuse_reshape_transpose: it takes up transposes and lifts reshapes
     assign_layout,  # after fuse_conv_activation: what is fused needs no permutes of its own
     fuse_reshape_transpose,  # after assign_layout and the fusions, whose moves meet the model's own

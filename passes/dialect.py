@@ -89,6 +89,47 @@ def _conv2d_fake(
     return input.new_empty(_image(batch, weight.shape[0], height, width, layout))
 
 
+def _conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    activation_args: Sequence[float],
+    layout: str,
+) -> Tensor:
+    x = input.permute(0, 3, 1, 2) if layout == "NHWC" else input
+    lists = [list(v) for v in (stride, padding, output_padding)]
+    y = F.conv_transpose2d(x, weight, bias, *lists, groups, list(dilation))
+    y = y.permute(0, 2, 3, 1) if layout == "NHWC" else y
+    return _epilogue(y, residual, activation, activation_args).contiguous()
+
+
+def _conv_transpose2d_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    activation_args: Sequence[float],
+    layout: str,
+) -> Tensor:
+    batch, *spatial = _spatial(input, layout)
+    reach = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
+    height, width = ((spatial[i] - 1) * stride[i] - 2 * padding[i] + reach[i] + output_padding[i] for i in (0, 1))
+    return input.new_empty(_image(batch, weight.shape[1] * groups, height, width, layout))
+
+
 def _linear(
     input: Tensor,
     weight: Tensor,
@@ -313,6 +354,12 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
         _conv2d,
         _conv2d_fake,
     ),
+    "conv_transpose2d": (
+        "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+        f"int[] output_padding, int[] dilation, int groups, {_EPILOGUE}, str layout) -> Tensor",
+        _conv_transpose2d,
+        _conv_transpose2d_fake,
+    ),
     "linear": (
         f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
         _linear,
@@ -363,6 +410,7 @@ for _name, (_schema, _body, _fake) in _OPERATORS.items():
         torch.library.register_fake(f"graphwright::{_name}", _fake)
 
 conv2d = torch.ops.graphwright.conv2d.default
+conv_transpose2d = torch.ops.graphwright.conv_transpose2d.default
 linear = torch.ops.graphwright.linear.default
 matmul = torch.ops.graphwright.matmul.default
 permute = torch.ops.graphwright.permute.default
@@ -371,4 +419,6 @@ strided_attention = torch.ops.graphwright.strided_attention.default
 max_pool2d = torch.ops.graphwright.max_pool2d.default
 avg_pool2d = torch.ops.graphwright.avg_pool2d.default
 
-OPERATORS = frozenset({conv2d, linear, matmul, permute, attention, strided_attention, max_pool2d, avg_pool2d})
+OPERATORS = frozenset(
+    {conv2d, conv_transpose2d, linear, matmul, permute, attention, strided_attention, max_pool2d, avg_pool2d}
+)

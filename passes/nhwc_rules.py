@@ -111,7 +111,8 @@ def _conv2d(node: fx.Node, images: Images) -> fx.Node | None:
     if a["residual"] is not None:
         a["residual"] = images.twin(a["residual"], node)
     a["layout"] = "NHWC"
-    return images.call(node, dialect.conv2d, *a.values())
+    assert isinstance(node.target, Operator)
+    return images.call(node, node.target, *a.values())
 
 
 def _max_pool2d(node: fx.Node, images: Images) -> fx.Node | None:
@@ -265,6 +266,7 @@ def _count(node: fx.Node) -> int:
 
 RULES: dict[Any, Rule] = {
     dialect.conv2d: _conv2d,
+    dialect.conv_transpose2d: _conv2d,
     aten.max_pool2d.default: _max_pool2d,
     aten.avg_pool2d.default: _avg_pool2d,
     aten.adaptive_avg_pool2d.default: _adaptive_avg_pool2d,

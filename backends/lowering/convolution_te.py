@@ -273,3 +273,39 @@ def fused_conv2d(
 
     plain = bias is None and residual is None
     return activate(out, sums if plain else define(Out(out.shape, dtype), value, "conv"), activation, activation_args)
+
+
+@lowers(dialect.conv_transpose2d)
+def fused_conv_transpose2d(
+    out: Out,
+    source: te.Tensor,
+    weight: te.Tensor,
+    bias: te.Tensor | None,
+    residual: te.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    activation_args: Sequence[float],
+    layout: str,
+) -> te.Tensor:
+    """activation(transposed convolution + bias + residual) in NCHW or NHWC."""
+    channel, shape = 1, out.shape
+    if layout == "NHWC":
+        n, h, w, c = sizes(source)
+        image = source
+        source = te.compute((n, c, h, w), lambda n, c, y, x: image(n, y, x, c), name="turned")
+        channel, shape = 3, (shape[0], shape[3], *shape[1:3])
+    sums = spread_out(source, weight, shape, stride, padding, dilation, groups)
+    dtype = str(sums.dtype)
+
+    def value(*i: Expr) -> Expr:
+        total = sums(*i) if channel == 1 else sums(i[0], i[3], i[1], i[2])
+        for index, operand in (((i[channel],), bias), (i, residual)):
+            if operand is not None:
+                total = total + ex.cast(operand(*index), dtype)
+        return total
+
+    return activate(out, define(Out(out.shape, dtype), value, "conv"), activation, activation_args)

@@ -42,7 +42,7 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act(conv(x, w) + bias + residual)."""
     x, weight, bias, residual, stride, padding, dilation, groups, activation, args, layout = bind(node)
     tensors = [t for t in (node, x, weight, bias, residual) if t is not None]
-    refusal = _refuse_image(layout, *tensors)
+    refusal = refuse_image(layout, *tensors)
     if refusal is not None:
         return refusal
     if weight.op != "get_attr":
@@ -158,7 +158,7 @@ def _depthwise(problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node,
 def max_pool(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """The maximum over each window."""
     x, kernel, stride, padding, dilation, _, layout = bind(node)
-    refusal = _refuse_image(layout, node, x)
+    refusal = refuse_image(layout, node, x)
     if refusal is not None:
         return refusal
     windows = _windows(node, x, kernel, stride, padding, dilation)
@@ -170,7 +170,7 @@ def max_pool(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
 def avg_pool(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """The mean over each window."""
     x, kernel, stride, padding, _, count_include_pad, divisor, layout = bind(node)
-    refusal = _refuse_image(layout, node, x)
+    refusal = refuse_image(layout, node, x)
     if refusal is not None:
         return refusal
     windows = _windows(node, x, kernel, stride, padding, (1, 1))
@@ -208,7 +208,7 @@ def _sweep_work(windows: Windows, plan: SweepPlan, hw: Hardware, extra: int = 0)
     )
 
 
-def _refuse_image(layout: str, *tensors: fx.Node) -> Refusal | None:
+def refuse_image(layout: str, *tensors: fx.Node) -> Refusal | None:
     """Why the NHWC kernels cannot take an operator on `tensors`, or None."""
     if layout != "NHWC":
         return Refusal(f"the layout is {layout}")
