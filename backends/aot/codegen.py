@@ -20,6 +20,7 @@ import tvm
 from tvm import ir, s_tir, tirx
 from tvm.tirx.buffer import is_buffer_var
 
+from .announce_loops import announce_loops
 from .cut_nested import cut_nested
 
 # Weak pointers that TVM's code calls through and our runtime does not fill: such a call would jump to address 0.
@@ -118,7 +119,8 @@ def _with_c_abi(func: Any) -> Any:
             parameters.append(pointer)
         else:
             parameters.append(parameter)
-    body = tirx.SeqStmt([*declarations, func.body]) if declarations else func.body
+    body = announce_loops(func.body)
+    body = tirx.SeqStmt([*declarations, body]) if declarations else body
     # LowerTVMBuiltin asks on which device scratch memory lies: device 0 of kind 1 is the CPU.
     for key, value in (("device_type", 1), ("device_id", 0)):
         body = tirx.AttrStmt(ir.StringImm("default"), key, tirx.IntImm("int32", value), body)

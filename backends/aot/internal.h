@@ -40,10 +40,11 @@ typedef struct { /* what the kernels running on a thread use */
     scratch *memory;
     int threads;
     int nested; /* inside a parallel loop: loops in it run serially */
+    int extent; /* iterations of the loop about to be launched; 0: unknown */
 } surroundings;
 
 extern _Thread_local surroundings self;
-extern atomic_int callers; /* threads inside gw_run */
+extern atomic_int *callers; /* threads inside gw_run, of this model or of all that share the count */
 
 int launch(task_function run, void *data, int tasks);
 int64_t now(void); /* monotonic nanoseconds */

@@ -14,6 +14,7 @@ from __future__ import annotations
 import _ctypes
 import ctypes
 import logging
+import os
 import re
 import struct
 import tempfile
@@ -136,6 +137,11 @@ def merge_kernels(programs: Sequence[Program]) -> tuple[dict[str, Any], list[dic
     return functions, tables
 
 
+# How many calls of compiled models this process is running.
+_callers = ctypes.c_int32(0)
+os.register_at_fork(after_in_child=lambda: setattr(_callers, "value", 0))
+
+
 class Library:
     """A model.so loaded into this process with its weights mapped."""
 
@@ -160,6 +166,8 @@ class Library:
         code.gw_set_threads.argtypes = (ctypes.c_void_p, ctypes.c_int)
         code.gw_get_threads.argtypes = (ctypes.c_void_p,)
         code.gw_trace.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+        code.gw_share_callers.argtypes = (ctypes.POINTER(ctypes.c_int32),)
+        code.gw_share_callers.restype = None
         code.gw_error.argtypes = (ctypes.c_void_p,)
         code.gw_error.restype = ctypes.c_char_p
         code.gw_free.argtypes = (ctypes.c_void_p,)
@@ -171,6 +179,7 @@ class Library:
             mapped.close()
             _ctypes.dlclose(code._handle)
             raise ArtifactError(f"{path} and {weights_path} do not fit together: {reason}; compile the model again")
+        code.gw_share_callers(ctypes.byref(_callers))
         self._code = code
         self._context = context.value or 0
         self._run = code.gw_run

@@ -1,9 +1,13 @@
 /* The thread pool.
  *
- * Every worker has a mailbox, one cache line: a caller writes a task and sets READY; the worker takes it by
- * READY -> TAKEN. A caller that has done its own share takes back (READY -> EMPTY) what no worker has begun, so it never
- * waits for a thread that the system has not scheduled. A worker spins for SPIN_NANOSECONDS, then sleeps on its mailbox.
- * One caller at a time has the workers; others run their loops by themselves.
+ * A loop is cut into tasks, and the tasks into one row of neighbours for each thread: the same rows every time, so a
+ * thread finds in its caches what it left there. A thread takes tasks from the front of its own row, then from those of
+ * the others, so whoever comes late, or loses its core to another process, leaves the rest to them.
+ *
+ * Every worker has a mailbox, one cache line: a caller sets READY; the worker enters the loop by READY -> TAKEN. A caller
+ * that finds no task left calls back (READY -> EMPTY) the workers that have not entered, so it never waits for a thread
+ * that the system has not scheduled, but for one that lost its core within a task. A worker spins for SPIN_NANOSECONDS,
+ * then sleeps on its mailbox. One caller at a time has the workers; others run their loops by themselves.
  */
 #include "internal.h"
 
@@ -19,6 +23,7 @@
 #define MAX_WORKERS 255
 #define SPIN_NANOSECONDS 40000
 #define LARGEST_PAGE 65536
+#define TASKS_PER_THREAD 16 /* enough that one of a slow thread's is little to wait for; a task costs 10 to 30 ns */
 
 static void relax(void) {
 #if defined(__x86_64__) || defined(__i386__)
@@ -59,30 +64,45 @@ enum { EMPTY, READY, TAKEN, SLEEPING, LEAVE };
 
 typedef struct {
     _Alignas(LINE) atomic_uint state;
-    int task;
-    task_function run;
-    void *data;
+    int row;
     pthread_t thread;
     scratch memory;
 } worker;
+
+typedef struct { /* the tasks of one thread that nobody has begun */
+    _Alignas(LINE) atomic_int next;
+    int end;
+} row;
 
 static struct {
     atomic_uint busy; /* held by the caller whose loop the workers run */
     int workers;
     group env;
+    task_function run;
+    void *data;
+    int rows;
     _Alignas(LINE) atomic_uint pending;
     atomic_uint waiting;
     atomic_int failed;
     char message[MESSAGE_BYTES];
+    row all_rows[MAX_WORKERS + 1];
     worker all[MAX_WORKERS];
 } pool;
 
-atomic_int callers;
+static atomic_int own_callers;
+atomic_int *callers = &own_callers;
 _Thread_local surroundings self;
 
-static void perform(int task, task_function run, void *data) {
-    int result = run(task, &pool.env, data);
-    if (result && !atomic_exchange(&pool.failed, result)) memcpy(pool.message, message, sizeof message);
+/* Run tasks until none is left, those of row `first` before the others'. */
+static void take_part(int first) {
+    for (int i = 0; i < pool.rows; i++) {
+        row *from = &pool.all_rows[(first + i) % pool.rows];
+        if (atomic_load_explicit(&from->next, memory_order_relaxed) >= from->end) continue;
+        for (int task; (task = atomic_fetch_add_explicit(&from->next, 1, memory_order_relaxed)) < from->end;) {
+            int result = pool.run(task, &pool.env, pool.data);
+            if (result && !atomic_exchange(&pool.failed, result)) memcpy(pool.message, message, sizeof message);
+        }
+    }
 }
 
 static void *work(void *argument) {
@@ -98,7 +118,7 @@ static void *work(void *argument) {
         state = READY;
         if (!atomic_compare_exchange_strong(&me->state, &state, TAKEN)) continue;
         message[0] = 0;
-        perform(me->task, me->run, me->data);
+        take_part(me->row);
         atomic_store_explicit(&me->state, EMPTY, memory_order_release);
         if (atomic_fetch_sub(&pool.pending, 1) == 1 && atomic_load(&pool.waiting)) wake_one(&pool.pending);
     }
@@ -122,37 +142,49 @@ static void grow(int workers) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+/* How many tasks a loop of `extent` iterations becomes; generated code gives each ceil(extent / tasks) of them. */
+static int cut(int extent, int threads) {
+    if (extent <= 0) return threads; /* unknown */
+    int most = TASKS_PER_THREAD * threads;
+    int size = (extent + most - 1) / most;
+    return (extent + size - 1) / size;
+}
+
 int launch(task_function run, void *data, int tasks) {
-    if (tasks <= 0 || tasks > self.threads) tasks = self.threads;
-    int others = atomic_load_explicit(&callers, memory_order_relaxed);
+    int threads = self.threads;
+    tasks = tasks > 0 ? tasks : cut(self.extent, threads);
+    self.extent = 0;
+    if (threads > tasks) threads = tasks;
+    int others = atomic_load_explicit(callers, memory_order_relaxed);
     /* Enough callers to fill the machine run fastest each alone. */
-    if (self.nested || tasks <= 1 || (others > 1 && others >= tasks) || atomic_exchange(&pool.busy, 1)) {
+    if (self.nested || threads <= 1 || (others > 1 && others >= threads) || atomic_exchange(&pool.busy, 1)) {
         group alone = {NULL, 1};
         return run(0, &alone, data);
     }
-    grow(tasks - 1);
-    int posted = pool.workers < tasks - 1 ? pool.workers : tasks - 1;
+    grow(threads - 1);
+    int posted = pool.workers < threads - 1 ? pool.workers : threads - 1;
     pool.env = (group){NULL, tasks};
+    pool.run = run;
+    pool.data = data;
+    pool.rows = posted + 1;
+    for (int i = 0, end = 0; i <= posted; i++) {
+        atomic_store_explicit(&pool.all_rows[i].next, end, memory_order_relaxed);
+        /* Rounded up: the caller, who begins first, has the odd task. */
+        pool.all_rows[i].end = end = (int)(((int64_t)(i + 1) * tasks + posted) / (posted + 1));
+    }
     atomic_store_explicit(&pool.failed, 0, memory_order_relaxed);
     atomic_store_explicit(&pool.pending, (unsigned)posted, memory_order_relaxed);
     for (int i = 0; i < posted; i++) {
-        worker *to = &pool.all[i];
-        to->task = i + 1;
-        to->run = run;
-        to->data = data;
-        post(to, READY);
+        pool.all[i].row = i + 1;
+        post(&pool.all[i], READY);
     }
     self.nested = 1;
-    perform(0, run, data);
-    for (int task = posted + 1; task < tasks; task++) perform(task, run, data);
+    take_part(0);
+    self.nested = 0;
     for (int i = 0; i < posted; i++) {
         unsigned state = READY;
-        if (atomic_compare_exchange_strong(&pool.all[i].state, &state, EMPTY)) {
-            perform(i + 1, run, data);
-            atomic_fetch_sub(&pool.pending, 1);
-        }
+        if (atomic_compare_exchange_strong(&pool.all[i].state, &state, EMPTY)) atomic_fetch_sub(&pool.pending, 1);
     }
-    self.nested = 0;
     for (unsigned left; (left = atomic_load(&pool.pending));) {
         if (spin_while(&pool.pending, left) != left) continue;
         atomic_store(&pool.waiting, 1);
@@ -177,7 +209,7 @@ void meet_family(void) {
     unsigned expected = family_pid ? 1 : 0;
     if (atomic_compare_exchange_strong(family, &expected, 2)) {
         memset(&pool, 0, sizeof pool);
-        atomic_store(&callers, 0);
+        if (callers == &own_callers) atomic_store(callers, 0);
         if (family_pid) family_pid = (int)getpid();
         atomic_store(family, 1);
     } else {

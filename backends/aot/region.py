@@ -3,8 +3,8 @@
     int32_t gw_region_<i>(void **inputs, void **outputs, void *arena, const void *weights, int32_t *status)
 
 `status` receives the result of the last kernel called and, where that is not 0, the number of its step; the function
-then returns -1 at once. Before its first step and after each, a region calls `gw_mark` with the next of its numbers, so that the runtime can time
-steps. `gw_model_run(i, ...)` calls region i; `gw_model_describe(facts)` tells the runtime the
+then returns -1 at once. Before its first step and after each, a region calls `gw_mark` with the next of its numbers, so
+that the runtime can time steps. `gw_model_run(i, ...)` calls region i; `gw_model_describe(facts)` tells the runtime the
 number of regions, the arena's bytes, the weights' bytes and the number of marks (runtime.c: FACT_*).
 """
 

@@ -73,6 +73,9 @@ void gw_mark(int32_t number) {
     if (__builtin_expect(stamps != NULL, 0)) stamps[number] = now();
 }
 
+/* Generated code calls this in front of a parallel loop. */
+void gw_extent(int32_t iterations) { self.extent = iterations; }
+
 /* A failed assertion of a kernel calls these by name. */
 void TVMFFIErrorSetRaisedFromCStr(const char *kind, const char *text) {
     say(kind);
@@ -186,6 +189,8 @@ int gw_trace(gw_context *context, int64_t *nanoseconds) {
     return (int)context->facts[FACT_MARKS];
 }
 
+void gw_share_callers(int32_t *count) { callers = (atomic_int *)count; }
+
 const char *gw_error(const gw_context *context) {
     (void)context;
     return message;
@@ -209,10 +214,11 @@ int gw_run(gw_context *context, int region, void *const *inputs, void *const *ou
     self.memory = &mine->memory;
     self.threads = atomic_load_explicit(&context->threads, memory_order_relaxed);
     stamps = context->trace;
-    atomic_fetch_add(&callers, 1);
+    atomic_int *counted = callers; /* one and the same to the end of the call */
+    atomic_fetch_add(counted, 1);
     int32_t status[2] = {0, 0};
     int result = gw_model_run(region, inputs, outputs, mine->arena, context->weights, status);
-    atomic_fetch_sub(&callers, 1);
+    atomic_fetch_sub(counted, 1);
     self.memory = NULL;
     give_state(context, mine);
     if (!result) return GW_OK;

@@ -40,6 +40,9 @@ int gw_get_threads(const gw_context *context);
 /* Until it is given NULL: the calls write, region after region, the nanosecond at which they begin and the one at which
  * each of their steps ends. One call at a time may run. Returns how many values there are. */
 int gw_trace(gw_context *context, int64_t *nanoseconds);
+/* For a process that runs several models: count running calls in `*count`, a zero that all of them are given before any
+ * is called. When there are as many callers as threads, each runs on its own thread alone. A forked child zeroes it. */
+void gw_share_callers(int32_t *count);
 /* What the calling thread's last failing call met; never NULL. */
 const char *gw_error(const gw_context *context);
 

@@ -36,7 +36,16 @@ _MATH = """
     fmax fmin fmod hypot j0 j1 ldexp lgamma log log10 log1p log2 lrint lround nearbyint nextafter pow remainder rint
     round roundeven sin sincos sinh sqrt tan tanh tgamma trunc y0 y1
 """
-_EXPORTS = ("gw_init", "gw_run", "gw_free", "gw_error", "gw_set_threads", "gw_get_threads", "gw_trace")
+_EXPORTS = (
+    "gw_init",
+    "gw_run",
+    "gw_free",
+    "gw_error",
+    "gw_set_threads",
+    "gw_get_threads",
+    "gw_trace",
+    "gw_share_callers",
+)
 
 
 def runtime_objects(triple: str) -> list[Path]:
