@@ -257,14 +257,18 @@ def tanh(x: PrimExpr) -> PrimExpr:
     return let.around(_with_sign_of((_like(x, 0.0) - m) / (m + _like(x, 2.0)), x))
 
 
+def _one_plus_exp(x: PrimExpr, let: _Lets) -> PrimExpr:
+    """1 + e^x, where e^x is inf from 88.4 on and at least e^-87: it vanishes beside the 1 long before."""
+    x = let(minimum(let(maximum(x, _like(x, -87.0))), _like(x, 89.0)))
+    r, shifted = _reduce(x, 127, let)
+    return let(_exp_reduced(r, let) * _float(tirx.shift_left(_bits(shifted), _int_like(x, 23))) + _like(x, 1.0))
+
+
 @_intrinsic
 def sigmoid(x: PrimExpr) -> PrimExpr:
-    """1 / (1 + e^-x): 2.4 ulp; for x < 0 as e^x / (1 + e^x), which underflows gradually instead of overflowing."""
+    """1 / (1 + e^-x): 2.4 ulp; results below 2^-127 become 0."""
     let = _Lets()
-    x = let(x)
-    e = let(exp(_float(_bits(x) | _int_like(x, -0x80000000))))  # e^-|x|
-    numerator = tirx.Select(x < _like(x, 0.0), e, _like(x, 1.0))
-    return let.around(numerator / (e + _like(x, 1.0)))
+    return let.around(_like(x, 1.0) / _one_plus_exp(let(_like(x, 0.0) - x), let))
 
 
 @_intrinsic
@@ -323,16 +327,16 @@ def gelu(x: PrimExpr) -> PrimExpr:
 
 @_intrinsic
 def gelu_tanh(x: PrimExpr) -> PrimExpr:
-    """GELU's tanh approximation, as x sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation below 0."""
+    """GELU's tanh approximation, as x / (1 + e^(-2 u)), u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation below 0."""
     let = _Lets()
     x = let(x)
-    u = (x * x * _like(x, 0.044715) + _like(x, 1.0)) * x * _like(x, 1.5957691216057308)
-    return let.around(x * sigmoid(let(u)))
+    u = (x * x * _like(x, -0.044715) - _like(x, 1.0)) * x * _like(x, 1.5957691216057308)
+    return let.around(x / _one_plus_exp(let(u), let))
 
 
 @_intrinsic
 def silu(x: PrimExpr) -> PrimExpr:
-    """x sigmoid(x), as x e^x / (1 + e^x) for x < 0."""
+    """x sigmoid(x), as x / (1 + e^-x)."""
     let = _Lets()
     x = let(x)
-    return let.around(x * sigmoid(x))
+    return let.around(x / _one_plus_exp(let(_like(x, 0.0) - x), let))

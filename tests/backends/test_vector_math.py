@@ -47,7 +47,7 @@ BOUNDS = {
     "log": Bound(torch.log, 0.9),
     "log1p": Bound(torch.log1p, 1.5),
     "tanh": Bound(torch.tanh, 2.6),
-    "sigmoid": Bound(torch.sigmoid, 2.5),
+    "sigmoid": Bound(torch.sigmoid, 2.5, SMALLEST_NORMAL),
     "erf": Bound(torch.erf, 1.2),
     "rsqrt": Bound(torch.rsqrt, 1.5),
     "one_plus_erf": Bound(lambda x: torch.special.erfc(-x), 5.0, domain=(-0.7, math.inf)),
