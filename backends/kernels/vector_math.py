@@ -8,7 +8,8 @@ Each is an intrinsic of its own, `graphwright.exp(x)`, which TVM's last lowering
 simplifier substitutes every let it meets, so that a polynomial written out early grows exponentially in each pass.
 
 The polynomials come from `benchmarks/fit_polynomials.py`, which prints them with their error bound. The bounds in ulp
-are measured over every 61st of the 2^32 floats with fused multiply-add (tests/backends/test_vector_math.py holds them).
+are measured with fused multiply-add by benchmarks/vector_math_grid.py (docs/measurements/vector_math.json), and
+tests/backends/test_vector_math.py holds them.
 
 A magic constant M = 1.5 * 2^23 (plus a bias) rounds to the nearest integer: in `t = x + M` the low bits of t's pattern
 hold that integer, and `t - M` is the integer as a float. It needs no rounding instruction and no conversion.

@@ -1,7 +1,6 @@
 """Accuracy of the elementary functions over the float32 bit patterns, against PyTorch's float64.
 
-The default takes every 4099th pattern and a fine grid around 0. All of them (ten minutes a function):
-    python tests/backends/test_vector_math.py --every-float [exp tanh ...]
+Every 4099th pattern and a fine grid around 0; benchmarks/vector_math_grid.py takes all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -232,21 +230,3 @@ def test_expansion_replaces_what_it_knows_and_nothing_else() -> None:
     assert expand_math(func).same_as(func)
     both = expand_math(tvm.IRModule({"main": function("float32", tirx.exp)}))
     assert list(_calls(both["main"])) == ["graphwright.exp"]
-
-
-def _every_float(names: list[str]) -> None:
-    chunk = 1 << 24
-    for name in names:
-        bound = BOUNDS[name]
-        error = 0.0
-        for start in range(0, 1 << 32, chunk):
-            bits = np.arange(start, start + chunk, dtype=np.uint64).astype(np.uint32)
-            values = inside(bound, bits.view(np.float32))
-            if len(values):
-                error = max(error, worst(bound, values, run(vector_math.INTRINSICS[name], values)))
-        print(f"{name}: {error:.3f} ulp, bound {bound.ulp}", flush=True)
-
-
-if __name__ == "__main__":
-    assert sys.argv[1:2] == ["--every-float"], __doc__
-    _every_float(sys.argv[2:] or list(BOUNDS))
