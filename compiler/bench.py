@@ -1,53 +1,21 @@
-"""Time a compiled model beside eager, Inductor, ONNX Runtime and OpenVINO: interleaved rounds, equal threads."""
+"""Callables that run a model in eager, Inductor, ONNX Runtime or OpenVINO, and rounds in which callables take turns."""
 
 from __future__ import annotations
 
-import json
-import logging
+import copy
+import fcntl
 import os
-import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-from ..errors import GraphwrightError, ToolMissing, suggest
-from .reference import relative_l2
-
-log = logging.getLogger(__name__)
+from ..errors import ToolMissing
 
 Runner = Callable[[], Any]
-PEERS = ("eager", "inductor", "onnxruntime", "openvino")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model: milliseconds and errors by runner; a peer that cannot run the model says why."""
-
-    model: str
-    milliseconds: dict[str, float]
-    relative_l2: dict[str, float]
-    compile_seconds: dict[str, float]
-    unavailable: dict[str, str] = field(default_factory=dict)
-    arena_bytes: int = 0
-    arena_lower_bound_bytes: int = 0
-    peak_rss_bytes: int = 0  # of the process that ran everybody, peers included
-
-    @property
-    def best_peer(self) -> str:
-        """The fastest of the others."""
-        peers = {k: v for k, v in self.milliseconds.items() if k != "graphwright"}
-        return min(peers, key=lambda k: peers[k])
-
-    def ratio(self, peer: str) -> float:
-        """Our time over the peer's."""
-        return self.milliseconds["graphwright"] / self.milliseconds[peer]
 
 
 def interleave(runners: Mapping[str, Runner], rounds: int = 15, warm: int = 3) -> dict[str, float]:
@@ -106,8 +74,14 @@ def inductor(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Runner:
     return run
 
 
-def onnxruntime(model: torch.nn.Module, inputs: Sequence[torch.Tensor], threads: int) -> Runner:
-    """ONNX Runtime on the CPU with all its graph optimisations."""
+def narrowed(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """A copy of the model in bfloat16, and inputs to match."""
+    wide = (torch.float32, torch.float64)
+    return copy.deepcopy(model).bfloat16(), [x.bfloat16() if x.dtype in wide else x for x in inputs]
+
+
+def onnxruntime(model: torch.nn.Module, inputs: Sequence[torch.Tensor], threads: int, path: Path) -> Runner:
+    """ONNX Runtime on the CPU with all its graph optimisations; `path` keeps the exported model."""
     try:
         import onnxruntime as ort
     except ImportError as error:
@@ -116,168 +90,39 @@ def onnxruntime(model: torch.nn.Module, inputs: Sequence[torch.Tensor], threads:
     ort.disable_telemetry_events()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    session = ort.InferenceSession(_onnx(model, inputs), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(str(_onnx(model, inputs, path)), options, providers=["CPUExecutionProvider"])
     feed = {i.name: x.numpy() for i, x in zip(session.get_inputs(), inputs, strict=True)}
     return lambda: session.run(None, feed)
 
 
-def openvino(model: torch.nn.Module, inputs: Sequence[torch.Tensor], threads: int) -> Runner:
-    """OpenVINO in float32, tuned for latency."""
+def openvino(
+    model: torch.nn.Module, inputs: Sequence[torch.Tensor], threads: int, path: Path, precision: str = "fp32"
+) -> Runner:
+    """OpenVINO tuned for latency; `path` keeps the exported model."""
     try:
         import openvino as ov
     except ImportError as error:
         raise ToolMissing("pip install 'graphwright[peers]'") from error
     core = ov.Core()
     settings = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
     }
-    compiled = core.compile_model(core.read_model(_onnx(model, inputs)), "CPU", settings)
+    compiled = core.compile_model(core.read_model(_onnx(model, inputs, path)), "CPU", settings)
     request = compiled.create_infer_request()
     feed = {i: x.numpy() for i, x in enumerate(inputs)}
     return lambda: list(request.infer(feed).values())
 
 
-def measure(
-    name: str,
-    model: torch.nn.Module,
-    inputs: Sequence[torch.Tensor],
-    against: Sequence[str],
-    rounds: int,
-    threads: int,
-    target: str = "native",
-) -> Row:
-    """Compile with everybody, check everybody's numbers, time all of them in one run."""
-    from .api import compile
-
-    torch.set_num_threads(threads)
-    runners: dict[str, Runner] = {}
-    seconds: dict[str, float] = {}
-    missing: dict[str, str] = {}
-    makers: dict[str, Callable[[], Runner]] = {
-        "eager": lambda: eager(model, inputs),
-        "inductor": lambda: inductor(model, inputs),
-        "onnxruntime": lambda: onnxruntime(model, inputs, threads),
-        "openvino": lambda: openvino(model, inputs, threads),
-    }
-    started = time.perf_counter()
-    compiled = compile(model, tuple(inputs), target=target, threads=threads, cache=False)
-    seconds["graphwright"] = time.perf_counter() - started
-    runners["graphwright"] = lambda: compiled(*inputs)
-    for peer in against:
-        started = time.perf_counter()
-        try:
-            runners[peer] = makers[peer]()
-            runners[peer]()
-        except Exception as error:
-            # A peer that refuses a model is a row of the table, not the end of the run.
-            runners.pop(peer, None)
-            missing[peer] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            log.warning("%s cannot run %s: %s", peer, name, missing[peer])
-        seconds[peer] = time.perf_counter() - started
-    errors = _errors(model, inputs, runners)
-    report = compiled.report()
-    return Row(
-        name,
-        interleave(runners, rounds),
-        errors,
-        seconds,
-        missing,
-        report.arena_bytes,
-        report.arena_lower_bound_bytes,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    )
-
-
-def bench_models(
-    models: Sequence[str],
-    against: Sequence[str] = PEERS,
-    rounds: int = 15,
-    threads: int | None = None,
-    json_path: str | Path | None = None,
-    inputs: Mapping[str, tuple[torch.nn.Module, Sequence[torch.Tensor]]] | None = None,
-) -> int:
-    """Measure models (names of the zoo, or entries of `inputs`), print the table, write JSON; returns how many ran.
-
-    Raises GraphwrightError for a peer that is not one of eager, inductor, onnxruntime, openvino.
-    """
-    for peer in against:
-        if peer not in PEERS:
-            raise GraphwrightError(f"no peer {peer!r}{suggest(peer, PEERS)}; there are {', '.join(PEERS)}")
-    from . import zoo
-
-    threads = threads or torch.get_num_threads()
-    rows: list[Row] = []
-    for name in models:
-        model, example = (inputs or {})[name] if name in (inputs or {}) else zoo.build(name)
-        rows.append(measure(name, model, example, against, rounds, threads))
-        _print(rows[-1:], against, header=len(rows) == 1)
-    if json_path is not None:
-        text = json.dumps({"machine": machine(threads), "rounds": rounds, "rows": [asdict(r) for r in rows]}, indent=1)
-        Path(json_path).write_text(text + "\n")
-    return len(rows)
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What the figures were measured on."""
-    from ..hwdb import detect
-
-    hw = detect()
-    return {
-        "cpu": hw.name,
-        "isa": hw.isa,
-        "vector_bits": hw.vector_bits,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "caches": [[c.level, c.size_bytes] for c in hw.caches],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": os.getloadavg(),
-    }
-
-
-def _errors(model: torch.nn.Module, inputs: Sequence[torch.Tensor], runners: Mapping[str, Runner]) -> dict[str, float]:
-    """Relative L2 of each runner's first output against the model in float64."""
-    import copy
-
-    wide = copy.deepcopy(model).double()
-    with torch.no_grad():
-        exact = _first(wide(*[x.double() if x.is_floating_point() else x for x in inputs]))
-    return {name: relative_l2(_first(run()), exact) for name, run in runners.items()}
-
-
-def _first(result: Any) -> torch.Tensor:
-    leaf = pytree.tree_leaves(result)[0]
-    return leaf if isinstance(leaf, torch.Tensor) else torch.from_numpy(leaf)
-
-
-def _onnx(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> bytes:
-    program = torch.onnx.export(model, tuple(inputs), dynamo=True, verbose=False)
-    assert program is not None
-    return bytes(program.model_proto.SerializeToString())
-
-
-def _print(rows: Sequence[Row], against: Sequence[str], header: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=header)
-    table.add_column("model", min_width=12)
-    for peer in ("graphwright", *against):
-        table.add_column(f"{peer} ms", min_width=12, justify="right")
-    for column in ("best peer", "ratio", "error", "eager's", "compile s", "activations MB"):
-        table.add_column(column, min_width=9, justify="right")
-    for row in rows:
-        table.add_row(
-            row.model,
-            *[f"{row.milliseconds[p]:.2f}" if p in row.milliseconds else "-" for p in ("graphwright", *against)],
-            row.best_peer if len(row.milliseconds) > 1 else "-",
-            f"{row.ratio(row.best_peer):.2f}" if len(row.milliseconds) > 1 else "-",
-            f"{row.relative_l2['graphwright']:.1e}",
-            f"{row.relative_l2['eager']:.1e}" if "eager" in row.relative_l2 else "-",
-            f"{row.compile_seconds['graphwright']:.1f}",
-            f"{row.arena_bytes / 1e6:.1f}",
-        )
-    Console(width=170).print(table)
+def _onnx(model: torch.nn.Module, inputs: Sequence[torch.Tensor], path: Path) -> Path:
+    """The model in ONNX at `path`; who comes second waits for who came first."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            program = torch.onnx.export(model, tuple(inputs), dynamo=True, verbose=False)
+            assert program is not None
+            unfinished = path.with_suffix(".part")
+            unfinished.write_bytes(program.model_proto.SerializeToString())
+            os.replace(unfinished, path)
+    return path

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -147,21 +147,20 @@ def bench(
     threads: Threads = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here too.")] = None,
 ) -> None:
-    """Time MODEL beside other runtimes: interleaved rounds, equal threads, one process."""
+    """Time MODEL beside other runtimes: interleaved rounds, equal threads, a process for each."""
     if input and len(models) > 1:
         raise InputError("--input belongs to one MODEL; give several models only where each brings its own inputs")
-    from .bench import bench_models
-    from .zoo import names
+    from .bench_models import bench_models, check_peers
+    from .bench_worker import Subject
 
-    own: dict[str, tuple[Any, Sequence[Any]]] = {}
-    for name in models:
-        if input or name not in names():
-            loaded, examples = _load(name, input)
-            module = loaded.module() if hasattr(loaded, "module_call_graph") else loaded
-            own[name] = (module, _positional(name, examples))
     peers = [peer for peer in against.split(",") if peer]
+    check_peers(peers)
+    subjects = [Subject(name, inputs=tuple(input or ())) for name in models]
+    for subject in subjects:
+        subject.build()  # what is wrong with a MODEL is said here, not by each of the runners
     # Progress is the table itself, which grows by a row a model.
-    if bench_models(models, peers, rounds, threads, json_path, own) < len(models):
+    rows = bench_models(subjects, peers, rounds, threads, json_path)
+    if any("graphwright" in row.unavailable for row in rows):
         raise typer.Exit(1)
 
 
@@ -222,12 +221,6 @@ def _load(model: str, inputs: list[str] | None) -> tuple[Any, Any]:
     from .model_argument import load_model
 
     return load_model(model, inputs or ())
-
-
-def _positional(name: str, examples: Any) -> Sequence[Any]:
-    if isinstance(examples, dict):
-        raise InputError(f"{name}: bench calls models with positional arguments; its example inputs are keywords")
-    return examples if isinstance(examples, (tuple, list)) else (examples,)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Loops cut into more tasks than threads: every iteration runs once, whatever the number of threads and of iterations."""
+"""Parallel loops cut into tasks: every iteration runs once, whatever the number of threads and of iterations."""
 
 from __future__ import annotations
 
