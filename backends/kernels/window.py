@@ -37,11 +37,19 @@ class Axis:
         high = min(self.kernel, max(0, -((start - self.size) // self.dilation)))
         return low, max(low, high)
 
+    def readers(self, tap: int) -> tuple[int, int]:
+        """The outputs [first, last) for which `tap` reads an input."""
+        under = self.before - tap * self.dilation  # of the padding ahead, what is left in front of this tap
+        first = min(self.out, max(0, -(-under // self.stride)))
+        last = min(self.out, max(0, -(-(under + self.size) // self.stride)))
+        return first, max(first, last)
+
     @cached_property
     def interior(self) -> tuple[int, int]:
-        """The longest run of outputs [first, last) that read all taps."""
-        full = [p for p in range(self.out) if self.taps(p) == (0, self.kernel)]
-        return (full[0], full[-1] + 1) if full else (0, 0)
+        """The outputs [first, last) that read all taps; (0, 0) where there are none."""
+        readers = [self.readers(tap) for tap in (0, self.kernel - 1)]
+        first, last = max(r[0] for r in readers), min(r[1] for r in readers)
+        return (first, last) if first < last else (0, 0)
 
     def dynamic_taps(self, position: Any) -> tuple[Any, Any]:
         """`taps` of an output known only at run time: the first tap, and how many."""
@@ -107,12 +115,14 @@ def runs(axis: Axis, pixels: int) -> list[Run]:
     """The outputs of `axis` in tiles of at most `pixels`, equal neighbours joined."""
     found: list[Run] = []
     start = 0
+    readers = [axis.readers(tap) for tap in range(axis.kernel)]
+    inside, outside = axis.interior
     for size in balanced(axis.out, pixels):
-        taps = [axis.taps(p) for p in range(start, start + size)]
-        valid = []
-        for tap in range(axis.kernel):
-            reading = [i for i, (low, high) in enumerate(taps) if low <= tap < high]
-            valid.append((reading[0], reading[-1] + 1) if reading else (0, 0))
+        if inside <= start and start + size <= outside:
+            valid = [(0, size)] * axis.kernel
+        else:
+            shares = [(max(0, begin - start), min(size, end - start)) for begin, end in readers]
+            valid = [share if share[0] < share[1] else (0, 0) for share in shares]
         last = found[-1] if found else None
         if last and last.pixels == size and last.valid == tuple(valid):
             found[-1] = Run(last.start, size, last.count + 1, last.valid)
