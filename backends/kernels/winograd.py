@@ -30,9 +30,11 @@ from tvm.tirx.script import builder as T
 from .conv_plan import Conv
 from .epilogue import apply_activation, is_heavy
 from .loops import between, constant, flat, kernel_function, share, span
-from .register_tile import clear, multiply_add
+from .register_tile import clear, multiply_add, prefetch
 from .window import Axis, Run, balanced, runs
 from .winograd_plan import PAIRS, WinogradPlan, tile_axis
+
+ASK_STEPS = 64  # steps of a product between which the next U is asked for: the accumulators rest in memory there
 
 
 def transform_input(d: Sequence[Any], m: int) -> list[Any]:
@@ -268,7 +270,7 @@ class _Nest:
         with T.serial(0, plan.n**2) as u:
             left = T.bind(u * place + first_tile * conv.channels)
             right = T.bind((panel * plan.n**2 + u) * (conv.channels * nr))
-            done = 0
+            done = before = 0
             sizes = balanced(tiles, plan.rows)
             for size in sorted(set(sizes), reverse=True):
                 count = sizes.count(size)
@@ -276,20 +278,35 @@ class _Nest:
                     row = T.bind(done + i * size)
                     clear(acc, size, vectors, lanes)
                     base = T.bind(left + row * conv.channels)
-                    multiply_add(
-                        acc,
-                        range(size),
-                        vectors,
-                        lanes,
-                        conv.channels,
-                        lambda p, k, base=base: v[base + p * conv.channels + k],  # type: ignore[misc]
-                        lambda k, j, right=right: self.weight[span(right + k * nr + j * lanes, lanes)],  # type: ignore[misc]
-                    )
+                    self._multiply(acc, size, v, base, right, before + i, len(sizes))
                     target = T.bind(u * self.products_place + row * nr)
                     for a in range(size * vectors):
                         T.buffer_store(products, acc[span(a * lanes, lanes)], [span(target + a * lanes, lanes)])
                 done += count * size
+                before += count
         self._results(line, products, rows, panel)
+
+    def _multiply(self, acc: Any, size: int, v: Any, left: Any, right: Any, tile: Any, of: int) -> None:
+        """The product of register tile `tile` of `of` at one place; meanwhile each asks for its share of the next U."""
+        conv, lanes, vectors = self.conv, self.plan.lanes, self.plan.vectors
+        nr = vectors * lanes
+        blocks = max(1, conv.channels // ASK_STEPS) if self.plan.asks else 1
+        blocks = next(b for b in range(blocks, 0, -1) if conv.channels % b == 0)
+        steps = conv.channels // blocks
+        share = -(-conv.channels * nr // (of * blocks))
+        with T.serial(0, blocks) as block:
+            if self.plan.asks:
+                prefetch(self.weight, right + conv.channels * nr + (tile * blocks + block) * share, share)
+            multiply_add(
+                acc,
+                range(size),
+                vectors,
+                lanes,
+                steps,
+                lambda p, k: v[left + p * conv.channels + k],
+                lambda k, j: self.weight[span(right + k * nr + j * lanes, lanes)],
+                block * steps,
+            )
 
     def _results(self, line: Any, products: Any, rows: tuple[Any, Any], panel: Any) -> None:
         """out = A^T M A and the epilogue, for one panel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -11,8 +12,12 @@ from ...hwdb import Hardware
 from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles
 from .conv_plan import DEFAULT_CLOCK_MHZ, Conv, core_l2_bytes, memory_cycles, most_rows, widest
 from .window import Axis, balanced
+from .winograd_error import refusal
 
 L3_BYTES_PER_CYCLE = 8.0  # of one core while all of them read
+# Register tiles of a product from which on they ask for the next one's weights: fewer wait for memory, asked or not.
+ASK_TILES = 3
+ASKED = 0.5  # share of the time of moving what was asked for that is not hidden behind arithmetic
 
 # The pairs +-p of points, for each m.
 PAIRS = {2: (1.0,), 4: (0.75, 1.5)}
@@ -49,6 +54,11 @@ class WinogradPlan:
     def tasks(self) -> int:
         """Pieces of the products that may run at once."""
         return self.chunks * (self.panels if self.split else 1)
+
+    @property
+    def asks(self) -> bool:
+        """Whether a product asks for the next one's weights."""
+        return self.split and len(balanced(self.chunk * self.tile_columns, self.rows)) >= ASK_TILES
 
     @property
     def reason(self) -> str:
@@ -92,18 +102,25 @@ def tile_axis(axis: Axis, m: int) -> Axis:
 
 def choose_winograd(conv: Conv, hw: Hardware) -> WinogradPlan | None:
     """The cheapest plan, or None where there is none."""
-    return min(plans(conv, hw), key=lambda plan: plan.cycles, default=None)
+    return next(iter(rank_winograd(conv, hw)), None)
+
+
+@lru_cache(maxsize=256)
+def rank_winograd(conv: Conv, hw: Hardware) -> tuple[WinogradPlan, ...]:
+    """All plans, the cheapest first."""
+    return tuple(sorted(plans(conv, hw), key=lambda plan: plan.cycles))
 
 
 def plans(conv: Conv, hw: Hardware) -> list[WinogradPlan]:
-    """All plans; none unless the convolution is 3 x 3 of stride 1 in whole vectors of channels."""
+    """All plans; none unless the convolution is 3 x 3 of stride 1 in whole vectors of channels, and rounds little."""
     lanes = hw.lanes("float32")
     plain = conv.kernel == (3, 3) and conv.stride == conv.dilation == (1, 1) and conv.groups == 1
     if not plain or conv.channels % lanes or conv.filters % lanes:
         return []
     return [
         plan
-        for m in PAIRS
+        for m, pairs in PAIRS.items()
+        if refusal(pairs, conv.channels) is None
         for vectors in range(1, widest(hw) + 1)
         if conv.filters % (vectors * lanes) == 0
         for plan in _plans_of(conv, hw, m, vectors)
@@ -141,7 +158,9 @@ def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPl
                 # The chunks of a panel follow each other: its part of U is read once if it stays in L2.
                 again = 1 if weights // panels <= l2_bytes // 2 else chunks
                 moved = again * weights / hw.cores
-                if chunks * v_bytes > l2_bytes // 2:
+                if len(balanced(tiles, size)) >= ASK_TILES:
+                    moved *= ASKED
+                if chunks * v_bytes > l2_bytes * 3 // 4:
                     moved += turns * v_bytes
             else:
                 parts = 1
