@@ -101,6 +101,9 @@ FLAGS = {"x86_64": X86_FLAGS, "aarch64": ARM_FLAGS}
 # Features every processor of the family has: never turned off.
 BASELINE = {"x86_64": frozenset({"sse", "sse2"}), "aarch64": frozenset({"fp-armv8", "neon"})}
 
+# Matrix registers beside the vector registers, with instructions of their own.
+TILE_FEATURES = frozenset({"amx-tile", "amx-int8", "amx-bf16", "amx-fp16"})
+
 # A hypervisor may mask a feature and leave those built on it visible.
 _NEEDS = {
     "avx2": "avx",

@@ -142,6 +142,10 @@ class Hardware:
         """The instructions that multiply and accumulate `dtype` (vnni, sdot, i8mm, bf16, amx), or None."""
         return instruction_set.dot_product(self.features, dtype_name(dtype))
 
+    def vector_dot_product(self, dtype: str = "int8") -> str | None:
+        """As `dot_product`, but only of instructions on vector registers: not amx, which has tiles of its own."""
+        return instruction_set.dot_product(self.features - instruction_set.TILE_FEATURES, dtype_name(dtype))
+
     def supports(self, dtype: str) -> bool:
         """Whether arithmetic in `dtype` runs in hardware."""
         name = dtype_name(dtype)

@@ -1,0 +1,184 @@
+"""What the narrow matrix product and convolution share: staging the left operand, the inner loop, storing a tile.
+
+staging    the left operand is read in words of `group` elements. Where it does not lie in memory that way (another
+           dtype, a depth that is no multiple of the group, signed bytes for an instruction that takes unsigned ones) it
+           is first copied to scratch, converted and filled up: M * K elements beside M * N * K products
+tile       MR rows x V vectors of accumulators, V vectors of weights, one broadcast word:
+           MR * V + V + 1 + spare <= vector registers (spare: dot_product.Dot)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from .dot_product import Dot, narrow
+from .loops import Shape, span
+
+FLIP = 128  # signed bytes are made unsigned by adding it, and the sum of the weights times it is taken off the result
+
+
+class Finish(Protocol):
+    """What happens to finished sums before they are stored."""
+
+    @property
+    def operands(self) -> Sequence[tuple[Shape, str]]:
+        """Shapes and dtypes of what it reads beside the sums, in the kernel's order."""
+
+    @property
+    def heavy(self) -> bool:
+        """Whether it takes dozens of operations: a loop over the tile in scratch then, instead of unrolled code."""
+
+    @property
+    def result(self) -> str:
+        """dtype of the result in memory."""
+
+    def store(self, value: Any, row: Any, column: Any, lanes: int, read: Sequence[Any], out: Any) -> None:
+        """Finish `lanes` sums of a row from `column` on, and store them; `read` are the operands' buffers."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A register tile: `rows` x `vectors`."""
+
+    rows: int
+    vectors: int
+
+
+def needs_staging(source: str, dot: Dot, depth: int) -> bool:
+    """Whether rows of `depth` elements of dtype `source` cannot be read as they lie."""
+    return dot.by_word and (source != dot.left or depth % dot.group != 0)
+
+
+def stage(
+    load: Callable[[Any, int], Any], store: Callable[[Any, Any, int], None], depth: int, source: str, dot: Dot
+) -> None:
+    """Copy a row of `depth` elements as words, converted and filled up with zeros.
+
+    load(k, lanes) reads elements; store(value, word, lanes) writes words. Scratch is written in the type it is read in:
+    LLVM takes stores and loads of different types for independent of each other.
+    """
+    size = dot.lanes * (4 if dot.left == "uint8" else 1)  # elements of a vector
+    words = size // dot.group
+    whole = depth // size
+    if whole:
+        with T.serial(0, whole) as i:
+            store(_words(load(i * size, size), source, dot, words), i * words, words)
+    composed = depth // dot.group - whole * words
+    if composed:
+        with T.serial(0, composed) as i:
+            word = whole * words + i
+            elements = [load(word * dot.group + j, 1) for j in range(dot.group)]
+            store(_word(elements, source, dot), word, 1)
+    if depth % dot.group:
+        last = depth // dot.group * dot.group
+        elements = [load(k, 1) for k in range(last, depth)]
+        store(_word(elements, source, dot), depth // dot.group, 1)
+
+
+def fill_word(source: str, dot: Dot, value: int = 0) -> int:
+    """The word whose elements all stand for `value` of dtype `source`."""
+    bits = 32 // dot.group
+    value += FLIP if source == "int8" and dot.left == "uint8" else 0
+    word = sum((value & ((1 << bits) - 1)) << (bits * j) for j in range(dot.group))
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _words(value: Any, source: str, dot: Dot, words: int) -> Any:
+    """A vector of elements as `words` words."""
+    many = dot.lanes
+    if source == "float32" and dot.left == "uint16":
+        value = narrow(value, many)
+    elif dot.left == "int16":
+        value = tirx.Cast(f"int16x{many}", value)
+    value = T.reinterpret(f"int32x{words}", value)
+    if source == "int8" and dot.left == "uint8":
+        value = tirx.bitwise_xor(value, tirx.Broadcast(tirx.const(fill_word("int8", dot), "int32"), words))
+    return value
+
+
+def _word(elements: Sequence[Any], source: str, dot: Dot) -> Any:
+    """Elements, low ones first, as one word; what is missing is zero."""
+    bits = 32 // dot.group
+    word: Any = tirx.const(0, "uint32")
+    for j, value in enumerate(elements):
+        if source == "float32":
+            value = narrow(value, 1)
+        elif source == "int8" and dot.left == "uint8":
+            value = tirx.Cast("uint8", tirx.Cast("int32", value) + FLIP)
+        elif dot.left == "int16":
+            value = T.reinterpret("uint16", tirx.Cast("int16", value))
+        word = tirx.bitwise_or(word, tirx.Cast("uint32", value) << tirx.const(bits * j, "uint32"))
+    return T.reinterpret("int32", word)
+
+
+def clear(acc: Any, tile: Tile, dot: Dot) -> None:
+    """Zero the accumulators of a tile."""
+    zero = tirx.Broadcast(tirx.const(0, dot.accumulator), dot.lanes)
+    for i in range(tile.rows * tile.vectors):
+        T.buffer_store(acc, zero, [span(i * dot.lanes, dot.lanes)])
+
+
+def multiply(
+    acc: Any,
+    tile: Tile,
+    dot: Dot,
+    steps: Any,
+    left: Callable[[int, Any], Sequence[Any]],
+    right: Callable[[Any, int], Any],
+) -> None:
+    """Add left(row, step) (scalars) times right(step, vector), for step in range(steps), to `acc`."""
+    with T.serial(0, steps) as k:
+        step(acc, tile, dot, lambda row: left(row, k), lambda v: right(k, v))
+
+
+def step(acc: Any, tile: Tile, dot: Dot, left: Callable[[int], Sequence[Any]], right: Callable[[int], Any]) -> None:
+    """One step of the inner loop, unrolled."""
+    loaded = [T.bind(right(v)) for v in range(tile.vectors)]
+    for row in range(tile.rows):
+        scalars = [T.bind(s) for s in left(row)]
+        for v in range(tile.vectors):
+            at = span((row * tile.vectors + v) * dot.lanes, dot.lanes)
+            T.buffer_store(acc, dot.multiply(acc[at], scalars, loaded[v]), [at])
+
+
+def store_tile(
+    acc: Any,
+    spill: Any,
+    tile: Tile,
+    dot: Dot,
+    row: Any,
+    column: Any,
+    width: int,
+    finish: Finish,
+    read: Sequence[Any],
+    out: Any,
+) -> None:
+    """Finish and store the tile's rows from `row`, its first `width` columns from `column`."""
+    lanes, columns = dot.lanes, tile.vectors * dot.lanes
+    if width == columns and not finish.heavy:
+        for r in range(tile.rows):
+            for j in range(0, columns, lanes):
+                finish.store(acc[span(r * columns + j, lanes)], row + r, column + j, lanes, read, out)
+        return
+    for i in range(0, tile.rows * columns, lanes):
+        T.buffer_store(spill, acc[span(i, lanes)], [span(i, lanes)])
+    whole = width // lanes
+    with T.serial(0, tile.rows) as r:
+        if whole:
+            with T.serial(0, whole) as v:
+                value = T.bind(spill[span(r * columns + v * lanes, lanes)])
+                finish.store(value, row + r, column + v * lanes, lanes, read, out)
+        if width > whole * lanes:
+            with T.serial(0, width - whole * lanes) as j:
+                value = T.bind(spill[r * columns + whole * lanes + j])
+                finish.store(value, row + r, column + whole * lanes + j, 1, read, out)
+
+
+def needs_spill(width: int, columns: int, finish: Finish) -> bool:
+    """Whether tiles pass through scratch on their way to the result."""
+    return finish.heavy or width % columns != 0
