@@ -132,14 +132,14 @@ def measure(name: str, step: int) -> Worst:
 def main() -> int:
     """Measure the functions named; the JSON file keeps what it has of others."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("functions", nargs="*", choices=[*FUNCTIONS, []], default=list(FUNCTIONS))
+    parser.add_argument("functions", nargs="*", help=f"of {', '.join(FUNCTIONS)}; all by default")
     parser.add_argument("--step", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept: dict[str, Any] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     failed = 0
-    for name in options.functions:
+    for name in options.functions or FUNCTIONS:
         started = time.perf_counter()
         found = measure(name, options.step)
         failed += found.wrong

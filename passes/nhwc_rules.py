@@ -27,12 +27,14 @@ class Images:
     """Which values of the graph have a twin in NHWC."""
 
     graph: fx.GraphModule
+    known: frozenset[fx.Node]  # the nodes that were there before any twin
     nhwc: dict[fx.Node, fx.Node] = field(default_factory=dict)  # NCHW value -> its twin
-    computed: dict[fx.Node, None] = field(default_factory=dict)  # those whose twin replaces them
-    free: set[fx.Node] = field(default_factory=set)  # those that are permuted from their twin
+    computed: dict[fx.Node, None] = field(default_factory=dict)  # those whose twin is computed from other twins
+    free: set[fx.Node] = field(default_factory=set)  # those that the model permutes from their twin
+    equal: dict[fx.Node, fx.Node] = field(default_factory=dict)  # what is no image -> the same from an image in NHWC
 
     def has(self, node: object) -> bool:
-        """Whether the value is there in NHWC without a permute."""
+        """Whether the value can be there in NHWC without a permute."""
         return node in self.computed or node in self.free
 
     def twin(self, node: fx.Node, before: fx.Node) -> fx.Node:
@@ -42,6 +44,12 @@ class Images:
             arguments = (node, shape, _TO_NHWC, [shape[d] for d in _TO_NHWC])
             self.nhwc[node] = rewrite.call(self.graph, dialect.permute, arguments, before=before)
         return self.nhwc[node]
+
+    def forth(self, node: fx.Node) -> fx.Node:
+        """A node that stays in NCHW permuted to NHWC, right behind it."""
+        shape = list(rewrite.shape_of(node))
+        arguments = (node, shape, _TO_NHWC, [shape[d] for d in _TO_NHWC])
+        return rewrite.call(self.graph, dialect.permute, arguments, before=node.next, source=node)
 
     def back(self, node: fx.Node) -> fx.Node:
         """A computed twin permuted to NCHW, at the place of `node`."""
@@ -55,13 +63,6 @@ class Images:
         shape = rewrite.shape_of(node)
         value = rewrite.packed(node.meta["val"], [shape[d] for d in _TO_NHWC])
         return rewrite.call(self.graph, target, args, kwargs, before=node, value=value)
-
-    def follow(self, *operands: fx.Node) -> bool:
-        """Whether the images among the operands that are in NHWC outweigh those that are not."""
-        images = [n for n in operands if is_image(n) and n.op != "get_attr"]
-        there = sum(_count(n) for n in images if self.has(n))
-        missing = sum(_count(n) for n in images if not self.has(n) and n not in self.nhwc)
-        return there > 0 and there >= missing
 
 
 Rule = Callable[[fx.Node, Images], "fx.Node | None"]
@@ -79,7 +80,7 @@ def pointwise(node: fx.Node, images: Images) -> fx.Node | None:
     if not isinstance(target, Operator) or not (torch.Tag.pointwise in target.tags or target in _POINTWISE):
         return None
     operands = node.all_input_nodes
-    if not is_image(node) or not rewrite.is_pure(node) or not images.follow(*operands):
+    if not is_image(node) or not rewrite.is_pure(node) or not any(_is_computed(n) for n in operands):
         return None
     if any(isinstance(a, (list, tuple)) for a in node.args) or any(rewrite.value_of(n) is None for n in operands):
         return None
@@ -117,7 +118,7 @@ def _conv2d(node: fx.Node, images: Images) -> fx.Node | None:
 
 def _max_pool2d(node: fx.Node, images: Images) -> fx.Node | None:
     a = rewrite.arguments(node)
-    if not images.has(a["self"]):
+    if not is_image(a["self"]):
         return None
     kernel, dilation = (rewrite.repeated(a[k], 2) for k in ("kernel_size", "dilation"))
     stride, padding = rewrite.repeated(a["stride"] or kernel, 2), _around(a["padding"])
@@ -127,7 +128,7 @@ def _max_pool2d(node: fx.Node, images: Images) -> fx.Node | None:
 
 def _avg_pool2d(node: fx.Node, images: Images) -> fx.Node | None:
     a = rewrite.arguments(node)
-    if not images.has(a["self"]):
+    if not is_image(a["self"]):
         return None
     kernel = rewrite.repeated(a["kernel_size"], 2)
     stride, padding = rewrite.repeated(a["stride"] or kernel, 2), _around(a["padding"])
@@ -138,7 +139,7 @@ def _avg_pool2d(node: fx.Node, images: Images) -> fx.Node | None:
 
 def _adaptive_avg_pool2d(node: fx.Node, images: Images) -> fx.Node | None:
     source = node.args[0]
-    if not images.has(source) or not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node) or not is_image(source):
         return None
     before, after = rewrite.shape_of(source)[2:], rewrite.shape_of(node)[2:]
     x = images.twin(source, node)
@@ -153,7 +154,7 @@ def _adaptive_avg_pool2d(node: fx.Node, images: Images) -> fx.Node | None:
 def _cat(node: fx.Node, images: Images) -> fx.Node | None:
     a = rewrite.arguments(node)
     operands = a["tensors"]
-    if not all(is_image(n) for n in operands) or not images.follow(*operands):
+    if not all(is_image(n) for n in operands):
         return None
     return images.call(node, aten.cat.default, [images.twin(n, node) for n in operands], _PLACE[a["dim"]])
 
@@ -161,7 +162,7 @@ def _cat(node: fx.Node, images: Images) -> fx.Node | None:
 def _along_dim(node: fx.Node, images: Images) -> fx.Node | None:
     """Operators with one `dim` that keep the rank."""
     source = node.args[0]
-    if not images.has(source) or not isinstance(source, fx.Node) or not is_image(node):
+    if not isinstance(source, fx.Node) or not is_image(source) or not is_image(node):
         return None
     a = rewrite.arguments(node)
     a["dim"] = _PLACE[a["dim"]]
@@ -172,7 +173,7 @@ def _along_dim(node: fx.Node, images: Images) -> fx.Node | None:
 
 def _reduction(node: fx.Node, images: Images) -> fx.Node | None:
     source = node.args[0]
-    if not images.has(source) or not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node) or not is_image(source):
         return None
     a = rewrite.arguments(node)
     dims = [d % 4 for d in a["dim"] or range(4)] if not isinstance(a["dim"], int) else [a["dim"] % 4]
@@ -184,15 +185,13 @@ def _reduction(node: fx.Node, images: Images) -> fx.Node | None:
     kwargs = {"dtype": a["dtype"]} if a.get("dtype") is not None else {}
     if a["keepdim"]:
         return images.call(node, node.target, *args, **kwargs)
-    new = rewrite.call(images.graph, node.target, args, kwargs, before=node, value=node.meta["val"])
-    node.replace_all_uses_with(new)  # it is no image, and equal in both layouts
-    images.graph.graph.erase_node(node)
+    images.equal[node] = rewrite.call(images.graph, node.target, args, kwargs, before=node, value=node.meta["val"])
     return None
 
 
 def _split(node: fx.Node, images: Images) -> fx.Node | None:
     source = node.args[0]
-    if not images.has(source) or not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node) or not is_image(source):
         return None
     if not all(user.target is operator.getitem for user in node.users):
         return None
@@ -205,7 +204,7 @@ def _split(node: fx.Node, images: Images) -> fx.Node | None:
 
 def _getitem(node: fx.Node, images: Images) -> fx.Node | None:
     source, index = node.args
-    if not images.has(source) or not isinstance(source, fx.Node):
+    if source not in images.computed or not isinstance(source, fx.Node):
         return None
     with images.graph.graph.inserting_before(node):
         new = images.graph.graph.call_function(operator.getitem, (images.nhwc[source], index))
@@ -215,7 +214,7 @@ def _getitem(node: fx.Node, images: Images) -> fx.Node | None:
 
 def _constant_pad(node: fx.Node, images: Images) -> fx.Node | None:
     a = rewrite.arguments(node)
-    if not images.has(a["self"]):
+    if not is_image(a["self"]):
         return None
     pad = [*a["pad"], *[0] * (8 - len(a["pad"]))]
     width, height, channels, batch = (pad[i : i + 2] for i in (0, 2, 4, 6))
@@ -226,7 +225,7 @@ def _constant_pad(node: fx.Node, images: Images) -> fx.Node | None:
 def _upsample_nearest2d(node: fx.Node, images: Images) -> fx.Node | None:
     """Whole factors only: every pixel is repeated."""
     source = node.args[0]
-    if not images.has(source) or not isinstance(source, fx.Node):
+    if not isinstance(source, fx.Node) or not is_image(source):
         return None
     batch, channels, *before = rewrite.shape_of(source)
     after = rewrite.shape_of(node)[2:]
@@ -255,13 +254,29 @@ def _permute(node: fx.Node, images: Images) -> fx.Node | None:
     return None
 
 
+def wants_nhwc(node: fx.Node) -> bool:
+    """Whether a node that stays as it is reads its image in NHWC at no cost: the model permutes it itself."""
+    if rewrite.calls(node, aten.permute.default):
+        return list(node.args[1]) == _TO_NHWC  # type: ignore[arg-type]
+    source = node.args[0] if node.args else None
+    if not rewrite.calls(node, *_RESHAPES) or not isinstance(source, fx.Node) or not is_image(source):
+        return False
+    batch, channels, *pixels = rewrite.shape_of(source)
+    if rewrite.shape_of(node) != (batch, channels, math.prod(pixels)):
+        return False
+    return all(rewrite.calls(u, aten.permute.default) and list(u.args[1]) == [0, 2, 1] for u in node.users)  # type: ignore[arg-type]
+
+
+_RESHAPES = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+
+
+def _is_computed(node: fx.Node) -> bool:
+    return is_image(node) and node.op != "get_attr"
+
+
 def _around(padding: int | Sequence[int]) -> list[int]:
     vertical, horizontal = rewrite.repeated(padding, 2)
     return [vertical, vertical, horizontal, horizontal]
-
-
-def _count(node: fx.Node) -> int:
-    return math.prod(rewrite.shape_of(node))
 
 
 RULES: dict[Any, Rule] = {

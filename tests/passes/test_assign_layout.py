@@ -137,6 +137,17 @@ def test_the_lighter_side_is_moved():
     assert tuple(product.meta["val"].shape) == (2, 4, 6, 8)
 
 
+def test_what_the_model_computes_between_its_own_permutes_stays():
+    """Rank 4, but no image in NCHW: the tokens of a block that permutes to channels last and back by itself."""
+
+    def model(x, w):
+        tokens = F.layer_norm(conv(x).permute(0, 2, 3, 1), [4]).reshape(96, 4) @ w
+        return conv(conv(x) + (tokens.reshape(2, 6, 8, 4) * 2.0).permute(0, 3, 1, 2))
+
+    _, permutes = laid_out(model, [X, torch.randn(4, 4)])
+    assert permutes == 2
+
+
 def test_an_image_is_permuted_once():
     def model(x):
         return conv(x) + conv(x, OTHER), x.flip(3)
