@@ -9,6 +9,7 @@ from torch import fx
 from ..hwdb import Hardware
 from .assign_layout import assign_layout
 from .canonicalise import canonicalise
+from .flatten_conv3d import flatten_conv3d
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .fuse_attention import fuse_attention
@@ -29,6 +30,7 @@ PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
     fold_constants,  # before fold_batch_norm: weights may be computed from parameters
     fold_batch_norm,
     split_batch_norm,  # after fold_batch_norm: what is left has no product to go into
+    flatten_conv3d,  # after fold_batch_norm, which looks for the convolution itself
     recognise_activations,  # before the fusions, which take up single operators
     fuse_attention,  # before fuse_reshape_transpose, which would merge the repeats of grouped heads
     fuse_conv_activation,  # after fold_batch_norm: a batch norm in between stops it
