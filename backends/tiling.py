@@ -5,18 +5,27 @@ analytical model of BLIS (Low et al., 2016): multiply-adds issue at `fma_per_cyc
 once a step, so a step is never shorter than the multiply-add latency; V vector loads and MR broadcasts share the
 load ports. To that come padded columns, the shorter row tiles, the share of the busiest core, and rows whose
 addresses fall on the same L1 sets. A handful of tiles fits the registers, so all are costed and the best kept.
+
+A product with constant weights is shared out by panels or by rows. By rows, a core reads what it wrote a layer before
+and writes whole lines, in chunks whose rows stay in L2 while all panels pass; by panels, each weight is read by one
+core only. `_moved_cycles` weighs the two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import gcd
 
 from ..hwdb import Hardware
+from ..hwdb.cost import launch_seconds
+from .kernels.epilogue import is_heavy
 
 ALIAS_BYTES = 4096  # an L1 way of 64 sets of 64-byte lines: rows that far apart share a set
 TILE_CYCLES = 24.0  # entering and leaving a tile, beside its stores
+LONGEST_SUM = 384  # additions in one chain: the error grows with their number
+L3_BYTES_PER_CYCLE = 16.0  # of one core, as in Hardware.bandwidth_gbs
+HEAVY_CYCLES = 24.0  # of a vector through an activation that is a polynomial
 DEFAULT_CLOCK_MHZ = 2000.0  # only decides whether a product is worth a second thread
 
 
@@ -34,6 +43,7 @@ class Tiling:
     row_tiles: int  # of two sizes: total_rows // row_tiles, and one more
     row_chunks: int  # groups of row tiles; panels * row_chunks units of work
     depth_blocks: int  # parts of k, between which partial sums rest in scratch
+    sum_blocks: int  # parts of such a part, each summed from zero
     tasks: int  # 1 = not worth a parallel region
     cycles: float  # predicted for the busiest core
     efficiency: float  # predicted share of the peak of the cores in use
@@ -70,11 +80,13 @@ def choose_tiling(
     repeats: int = 1,
     fixed_rows: int | None = None,
     fixed_columns: int | None = None,
+    packed: bool = False,
+    residual: bool = False,
 ) -> Tiling:
     """Return the cheapest tiling of `repeats` float32 products that share the cores.
 
-    `row_stride_bytes` separates rows of the left operand; `fixed_rows` and `fixed_columns` keep a
-    register tile's extent already chosen.
+    `row_stride_bytes` separates rows of the left operand; `fixed_rows` and `fixed_columns` keep a register tile's
+    extent already chosen. `packed`: the right operand is a constant in panels; `residual`: a third operand is added.
     """
     lanes = hw.lanes("float32")
     stride = 4 * depth if row_stride_bytes is None else row_stride_bytes
@@ -94,11 +106,71 @@ def choose_tiling(
     for cycles, tile_rows, vectors in work:
         if best is not None and cycles * repeats / hw.cores >= best.cycles:
             break
-        found = _share_out(hw, rows, columns, depth, repeats, tile_rows, vectors, cycles * repeats)
-        if best is None or found.cycles < best.cycles:
-            best = found
+        row_tiles = max(1, -(-rows // tile_rows))
+        panels = max(1, -(-columns // (vectors * lanes)))
+        splits = [_row_chunks(hw, rows, depth, panels * repeats, row_tiles)]
+        if packed and repeats == 1:
+            splits += _row_splits(hw, rows, columns, depth, residual, row_tiles)
+        for chunks in splits:
+            found = _share_out(hw, rows, columns, depth, repeats, tile_rows, vectors, cycles * repeats, chunks)
+            if packed and repeats == 1:
+                found = _with_traffic(hw, found, residual)
+            if best is None or found.cycles < best.cycles:
+                best = found
     assert best is not None
     return best
+
+
+def predicted_seconds(hw: Hardware, tiling: Tiling, activation: str = "none") -> float | None:
+    """Seconds the product and its activation take on `hw`, or None where the clock is unknown."""
+    if hw.clock_mhz is None:
+        return None
+    vectors = tiling.total_rows * -(-tiling.total_columns // tiling.lanes) if is_heavy(activation) else 0
+    cycles = tiling.cycles + HEAVY_CYCLES * vectors / tiling.tasks
+    return cycles / (hw.clock_mhz * 1e6) + (launch_seconds(hw) if tiling.tasks > 1 else 0.0)
+
+
+def _row_splits(hw: Hardware, rows: int, columns: int, depth: int, residual: bool, tiles: int) -> list[int]:
+    """Row chunks worth a look where each core takes rows: as few as possible, and so many that a chunk fits L2."""
+    row_bytes = 4 * (depth + columns * (2 if residual else 1))
+    fitting = -(-rows * row_bytes // (hw.cores * (_l2_bytes(hw) // 4)))
+    return [hw.cores * n for n in sorted({1, fitting}) if hw.cores > 1 and hw.cores * n <= tiles]
+
+
+def _with_traffic(hw: Hardware, t: Tiling, residual: bool) -> Tiling:
+    """The tiling with the cycles for moving its operands added."""
+    cycles = t.cycles + _moved_cycles(hw, t, residual)
+    weights = 4.0 * t.depth * t.panels * t.columns
+    if hw.dram_gbs is not None and _is_cold(hw, weights):
+        stream = weights / (hw.dram_gbs * 1e3) * _cycles_per_us(hw)
+        cycles = max(cycles, stream) + 0.4 * min(cycles, stream)
+    return replace(t, cycles=cycles, efficiency=min(1.0, t.efficiency * t.cycles / max(cycles, 1.0)))
+
+
+def _moved_cycles(hw: Hardware, t: Tiling, residual: bool) -> float:
+    """Cycles a core loses to operands that do not come from its own caches in order.
+
+    Fitted on the pointwise layers of MobileNetV2 and ResNet-50 and the products of BERT, on two cores of Zen 4:
+    rows another core has written, and results completed in several passes while they leave L2, pass at half of L3's
+    rate (8 bytes a cycle); weights stream, and mostly hide behind the arithmetic.
+    """
+    by_rows = t.row_chunks % t.tasks == 0
+    half_l2 = _l2_bytes(hw) / 2
+    weights = 4.0 * t.depth * t.panels * t.columns
+    results = 4.0 * t.total_rows * t.total_columns * (2 if residual else 1)
+    inputs = 4.0 * t.total_rows * t.depth
+    foreign = 0.0 if by_rows else inputs * (1 - 1 / t.tasks)
+    passes = t.panels if by_rows else t.panels / t.tasks
+    torn = results / t.tasks if passes > 1 and (inputs + results) / t.row_chunks > half_l2 else 0.0
+    first = weights if by_rows else weights / t.tasks
+    again = first * (t.row_chunks / t.tasks - 1 if by_rows else t.row_chunks - 1) if weights > half_l2 else 0.0
+    return (2 * (foreign + torn) + first / (2 if _is_cold(hw, weights) else 6) + again / 6) / L3_BYTES_PER_CYCLE
+
+
+def _is_cold(hw: Hardware, weights: float) -> bool:
+    """Whether weights of so many bytes are taken to come from memory: a model of such layers does not stay in L3."""
+    l3 = hw.cache(3)
+    return weights > (l3.size_bytes if l3 else _l2_bytes(hw)) / 16
 
 
 def _work_cycles(hw: Hardware, rows: int, columns: int, depth: int, stride: int, tile_rows: int, vectors: int) -> float:
@@ -122,7 +194,15 @@ def _work_cycles(hw: Hardware, rows: int, columns: int, depth: int, stride: int,
 
 
 def _share_out(
-    hw: Hardware, rows: int, columns: int, depth: int, repeats: int, tile_rows: int, vectors: int, whole: float
+    hw: Hardware,
+    rows: int,
+    columns: int,
+    depth: int,
+    repeats: int,
+    tile_rows: int,
+    vectors: int,
+    whole: float,
+    chunks: int,
 ) -> Tiling:
     """Split `whole` cycles of work over the cores."""
     lanes = hw.lanes("float32")
@@ -131,7 +211,6 @@ def _share_out(
     tiles = max(1, -(-rows // tile_rows))
     height = -(-rows // tiles)
     blocks = _depth_blocks(hw, tiles, width, depth)
-    chunks = _row_chunks(hw, rows, depth, panels * repeats, tiles)
     tasks = min(hw.cores, panels * chunks * repeats)
     if whole / _cycles_per_us(hw) < 2.0 * hw.launch_us:
         tasks = 1
@@ -155,6 +234,7 @@ def _share_out(
         row_tiles=tiles,
         row_chunks=chunks,
         depth_blocks=blocks,
+        sum_blocks=max(1, -(-depth // (blocks * LONGEST_SUM))),
         tasks=tasks,
         cycles=cycles,
         efficiency=min(1.0, ideal / max(cycles, 1.0)),

@@ -92,7 +92,7 @@ def batch_matmul(
         )
         units = count * t.row_chunks * t.panels
         with T.parallel(0, t.tasks) if t.tasks > 1 else T.serial(0, 1) as task:
-            scratch = allocate(t)
+            scratch = allocate(t, task)
             needs_panel = not in_place or N % t.columns
             packed: Any = T.alloc_buffer((K, t.columns), "float32", scope="global") if needs_panel and K else None
             with between(*share(units, t.tasks, task)) as unit:

@@ -11,8 +11,11 @@
                +---------+---------+
     registers: MR * V + V + 1 <= vector registers
 
-    tasks      units = row chunks x panels, an equal share for each core; within a unit the panel stays in L2 and
-               the row tiles (two sizes that differ by one, so none is nearly empty) walk down the chunk
+    tasks      units = row chunks x panels, an equal share for each core: of the panels where there is one chunk, of the
+               rows where there are many. Within a unit the panel stays in L2 and the row tiles (two sizes that
+               differ by one, so none is nearly empty) walk down the chunk
+    sums       k in blocks of equal depth, at most LONGEST_SUM: no chain of roundings is longer, and the blocks' sums
+               are added up in a tile that stays in L1
 
 A few rows (M < MR) are the same nest with a wider tile: w streams once, contiguously, each core its own panels.
 """
@@ -31,6 +34,8 @@ from ...hwdb import Hardware
 from ..tiling import Tiling, choose_tiling
 from .epilogue import apply_activation, is_heavy
 from .loops import Shape, between, constant, kernel_function, share, span, spread, view
+
+HIDDEN = 256  # floats: TVM leaves smaller scratch to LLVM, which would hold it in registers the tile needs
 
 
 def pack_weight(weight: torch.Tensor, columns: int) -> torch.Tensor:
@@ -78,6 +83,8 @@ class Scratch:
     accumulators: Any  # one block that all tile variants share
     edge: Any  # a tile on its way past the last column
     partial: Any  # where sums over a part of k rest, for the rows of one chunk
+    sums: Any  # where the sums of one tile over blocks of k are added up
+    blocks: Any  # the number of those blocks, which LLVM does not know
 
 
 def each_vector(rows: int, tiling: Tiling, emit: Callable[[Any, Any, Any], None]) -> None:
@@ -103,6 +110,43 @@ def multiply_tile(
             tiling,
             lambda at, a, j: T.buffer_store(acc, acc[at] + spread(left(a, k), lanes) * right(k, j), [at]),
         )
+
+
+def sum_tile(
+    scratch: Scratch,
+    rows: int,
+    tiling: Tiling,
+    begin: Any,
+    end: Any,
+    left: Callable[[int, Any], Any],
+    right: Callable[[Any, int], Any],
+) -> None:
+    """Let the accumulators be the sum of left(row, k) times right(k, column) for k in range(begin, end)."""
+    acc, sums = scratch.accumulators, scratch.sums
+
+    def add(start: Any, stop: Any) -> None:
+        clear(acc, rows, tiling)
+        multiply_tile(
+            acc,
+            rows,
+            tiling,
+            stop - start,
+            lambda a, k: left(a, start + k),
+            lambda k, column: right(start + k, column),
+        )
+
+    if not tiling.depth:
+        clear(acc, rows, tiling)
+        return
+    if sums is None:
+        add(begin, end)
+        return
+    clear(sums, rows, tiling)
+    with T.serial(0, scratch.blocks) as block:
+        start, stop = share(end - begin, tiling.sum_blocks, block)
+        add(begin + start, begin + stop)
+        each_vector(rows, tiling, lambda at, a, j: T.buffer_store(sums, sums[at] + acc[at], [at]))
+    each_vector(rows, tiling, lambda at, a, j: T.buffer_store(acc, sums[at], [at]))
 
 
 def clear(acc: Any, rows: int, tiling: Tiling) -> None:
@@ -193,7 +237,7 @@ def chunk_rows(tiling: Tiling) -> int:
     return -(-tiling.row_tiles // tiling.row_chunks) * tiling.rows
 
 
-def allocate(tiling: Tiling) -> Scratch:
+def allocate(tiling: Tiling, task: Any) -> Scratch:
     """Declare a task's accumulators (LLVM keeps them in registers) and, where needed, edge and partial sums."""
     size = tiling.rows * tiling.columns
     acc = T.alloc_buffer((size,), "float32", scope="local")
@@ -201,7 +245,11 @@ def allocate(tiling: Tiling) -> Scratch:
     partial = None
     if tiling.depth_blocks > 1:
         partial = T.alloc_buffer((chunk_rows(tiling), tiling.columns), "float32", scope="global")
-    return Scratch(acc, edge, partial)
+    sums = T.alloc_buffer((max(size, HIDDEN),), "float32", scope="global") if tiling.sum_blocks > 1 else None
+    # A known number of up to six blocks would be unrolled, and then some of the copies spill accumulators. No task has
+    # a number so large that this bit is set.
+    blocks = tiling.sum_blocks + tirx.bitwise_and(task, tirx.const(1 << 20, "int32"))
+    return Scratch(acc, edge, partial, sums, blocks)
 
 
 def multiply_chunk(
@@ -223,34 +271,17 @@ def multiply_chunk(
 
     def tile(rows: int, row: Any, block: Any) -> None:
         begin, end = share(t.depth, t.depth_blocks, block)
-
-        def add() -> None:
-            multiply_tile(
-                acc,
-                rows,
-                t,
-                end - begin,
-                lambda a, k: left(row + a, begin + k),
-                lambda k, column: right(begin + k, column),
-            )
-
+        sum_tile(scratch, rows, t, begin, end, lambda a, k: left(row + a, k), right)
         if t.depth_blocks == 1:
-            clear(acc, rows, t)
-            if t.depth:
-                add()
             store_tile(scratch, rows, t, out, row_offset + row, panel, epilogue)
             return
         offset = row - first_row(t, chunk)
-        with T.If(block == 0):
-            with T.Then():
-                clear(acc, rows, t)
-            with T.Else():
-                each_vector(
-                    rows,
-                    t,
-                    lambda at, a, j: T.buffer_store(acc, partial[offset + a, span(j, t.lanes)], [at]),
-                )
-        add()
+
+        def vector(at: Any, a: Any, j: Any) -> None:
+            T.buffer_store(acc, acc[at] + partial[offset + a, span(j, t.lanes)], [at])
+
+        with T.If(block > 0), T.Then():
+            each_vector(rows, t, vector)
         with T.If(block == t.depth_blocks - 1):
             with T.Then():
                 store_tile(scratch, rows, t, out, row_offset + row, panel, epilogue)
@@ -287,7 +318,7 @@ def matmul(
 
     input_shape, bias_shape and output_shape are the buffers' own shapes, of M * K, N and M * N elements.
     """
-    t = tiling or choose_tiling(hw, M, N, K)
+    t = tiling or choose_tiling(hw, M, N, K, packed=True, residual=residual)
     x_shape, out_shape = input_shape or (M, K), output_shape or (M, N)
     operands: list[Shape] = [x_shape, (t.panels, K, t.columns)]
     operands += [bias_shape or (N,)] * bias + [out_shape] * residual
@@ -301,7 +332,7 @@ def matmul(
             tuple(args),
         )
         with T.parallel(0, t.tasks) if t.tasks > 1 else T.serial(0, 1) as task:
-            scratch = allocate(t)
+            scratch = allocate(t, task)
             with between(*share(t.panels * t.row_chunks, t.tasks, task)) as unit:
                 panel = unit if t.row_chunks == 1 else tirx.floormod(unit, t.panels)
                 chunk = 0 if t.row_chunks == 1 else tirx.floordiv(unit, t.panels)

@@ -120,7 +120,9 @@ class _Extractor:
             choice = "no schedule applies: one thread" if name in self.unscheduled else "fused loops"
             return KernelInfo(name, name.removeprefix("fused_"), "generic", choice, None)
         call, target = self.fused.calls[name]
-        seconds = predict_seconds(self.hw, call.work)
+        seconds = call.predicted_seconds
+        if seconds is None:
+            seconds = predict_seconds(self.hw, call.work)
         return KernelInfo(name, target, call.algorithm, call.choice, None if seconds is None else seconds * 1e6)
 
     def _outputs(self, results: tuple[str, ...]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from ..kernels.window import Axis
 from ..kernels.winograd import winograd
 from ..kernels.winograd_plan import WinogradPlan, choose_winograd
 from ..kernels.winograd_plan import pack_weight as pack_winograd
-from ..tiling import choose_tiling
+from ..tiling import choose_tiling, predicted_seconds
 from .kernels_matmul import bind, refuse_dtypes
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
@@ -107,7 +107,7 @@ def _conv_work(problem: Conv, read: tuple[fx.Node, ...], tasks: int, efficiency:
 def _pointwise(problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node, ...], hw: Hardware) -> KernelCall:
     """A 1x1 convolution of stride 1 is the matrix product of all pixels with the filters."""
     M, K, N = prod(problem.output_shape[:3]), problem.channels, problem.filters
-    tiling = choose_tiling(hw, M, N, K)
+    tiling = choose_tiling(hw, M, N, K, packed=True, residual=problem.residual)
     func = matmul(
         M,
         K,
@@ -130,7 +130,8 @@ def _pointwise(problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node,
         tasks=tiling.panels * tiling.row_chunks,
         efficiency=max(0.01, tiling.efficiency),
     )
-    return KernelCall(func, (x, packed, *extra), "pointwise conv", tiling.reason, work)
+    seconds = predicted_seconds(hw, tiling, problem.activation)
+    return KernelCall(func, (x, packed, *extra), "pointwise conv", tiling.reason, work, seconds)
 
 
 def _pack_pointwise(weight: torch.Tensor, columns: int) -> torch.Tensor:

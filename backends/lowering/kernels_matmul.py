@@ -22,7 +22,7 @@ from ...passes.rewrite import shape_of
 from ..kernels.attention import Placement, Problem, attention, plan_attention, problem
 from ..kernels.batch_matmul import batch_matmul, broadcast_batch, choose_batch_tiling
 from ..kernels.matmul import matmul, pack_weight
-from ..tiling import Tiling, choose_tiling
+from ..tiling import Tiling, choose_tiling, predicted_seconds
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
 aten = torch.ops.aten
@@ -106,7 +106,7 @@ def _packed(node: fx.Node, hw: Hardware, x: fx.Node, weight: fx.Node, extra: _Ex
     out = shape_of(node)
     N, K = shape_of(weight)[-2:] if transposed else reversed(shape_of(weight)[-2:])
     M = prod(out[:-1])
-    tiling = choose_tiling(hw, M, N, K)
+    tiling = choose_tiling(hw, M, N, K, packed=True, residual=extra.residual is not None)
     func = matmul(
         M,
         K,
@@ -124,7 +124,8 @@ def _packed(node: fx.Node, hw: Hardware, x: fx.Node, weight: fx.Node, extra: _Ex
     layout = f"matmul_{'nk' if transposed else 'kn'}_panels_{tiling.columns}"
     packed = Packed(weight, layout, partial(_pack, columns=tiling.columns, transposed=transposed))
     work = _work(M, N, K, 1, tiling, M * K + N * K, extra)
-    return KernelCall(func, (x, packed, *extra.operands), "packed matmul", tiling.reason, work)
+    seconds = predicted_seconds(hw, tiling, extra.activation)
+    return KernelCall(func, (x, packed, *extra.operands), "packed matmul", tiling.reason, work, seconds)
 
 
 def _batched(

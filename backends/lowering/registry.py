@@ -64,6 +64,7 @@ class KernelCall:
     algorithm: str  # "packed matmul", "direct conv", ...
     choice: str  # the tile and why, in a few words: "6x16, 192 panels"
     work: Work
+    predicted_seconds: float | None = None  # by the kernel's own model, which knows more than the roofline over `work`
 
 
 @dataclass(frozen=True)

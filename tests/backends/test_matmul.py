@@ -95,6 +95,38 @@ def test_depth_blocks_and_row_chunks_are_exercised() -> None:
     check(_run_tiled(small, hw, x, w), x, w.t())
 
 
+@pytest.mark.parametrize(("chunks", "tasks", "sums"), [(4, 2, 1), (2, 2, 3), (1, 2, 5), (3, 2, 2), (5, 1, 4)])
+def test_rows_shared_out_and_sums_in_blocks(chunks: int, tasks: int, sums: int) -> None:
+    hw = detect()
+    found = choose_tiling(hw, 45, 40, 50)
+    tiling = dataclasses.replace(found, row_chunks=min(chunks, found.row_tiles), tasks=tasks, sum_blocks=sums)
+    x, w = random(45, 50), random(40, 50, seed=1)
+    check(_run_tiled(tiling, hw, x, w), x, w.t())
+
+
+def test_many_rows_are_shared_out_by_rows_and_many_weights_by_panels() -> None:
+    hw = lookup("x86-64-v3")
+    cores = hw.cores
+    assert cores > 1
+    pixels = choose_tiling(hw, 3136, 64, 256, packed=True)
+    assert pixels.row_chunks % cores == 0
+    token = choose_tiling(hw, 1, 4096, 4096, packed=True)
+    assert token.row_chunks == 1
+    assert token.tasks == cores
+
+
+def test_long_sums_err_less_than_one_chain() -> None:
+    """Sums of positive numbers: the error of a chain grows with its length, that of blocks with theirs."""
+    hw = detect()
+    x, w = random(8, 12288).abs(), random(16, 12288, seed=1).abs()
+    exact = x.double() @ w.double().t()
+    tiling = choose_tiling(hw, 8, 16, 12288, packed=True)
+    chain = dataclasses.replace(tiling, sum_blocks=1, depth_blocks=1)
+    errors = [((_run_tiled(t, hw, x, w) - exact).abs() / exact).max().item() for t in (tiling, chain)]
+    assert tiling.sum_blocks * tiling.depth_blocks > 10
+    assert errors[0] < 0.5 * errors[1]
+
+
 def _run_tiled(tiling: Any, hw: Hardware, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     import tvm
     from kernel_harness import compile_kernel
