@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.export import ExportedProgram
 
 from ..errors import GraphwrightError, InputError
 from ..hwdb import Hardware, lookup
+from . import tune as tuning
 from .assemble import assemble
 from .capture import Model, arguments, example_of, export, parameters_of
 from .compiled import Compiled
@@ -31,6 +33,8 @@ class Options:
     verify: bool
     cache: bool
     threads: int
+    tune: float | None = None  # seconds
+    preferred: Mapping[str, str] = field(default_factory=dict)  # what measurements decided: tune.py
 
 
 def compile(
@@ -44,6 +48,7 @@ def compile(
     verify: bool = True,
     cache: bool = True,
     threads: int | None = None,
+    tune: str | float | None = None,
 ) -> Compiled | Specialised:
     """Compile a PyTorch model to machine code.
 
@@ -58,12 +63,14 @@ def compile(
     verify: run the example inputs through the machine code and compare with PyTorch in float64.
     cache: reuse and store results under the user's cache directory (GRAPHWRIGHT_CACHE).
     threads: threads one call uses; None takes torch.get_num_threads(), at most the machine's cores.
+    tune: a time such as "30s": measure the cost model's best candidates so long, and keep what wins for this and later
+        compilations on this machine. Without it nothing is measured, and what was kept is used.
 
     Raises CaptureError, UnknownTarget, InputError, UnsupportedOp (targets where PyTorch cannot take over) and
     NumericMismatch, which names the pass or the operator to blame.
     """
     started = time.perf_counter()
-    options = _options(target, precision, tolerance, verify, cache, threads)
+    options = _options(target, precision, tolerance, verify, cache, threads, tune)
     if isinstance(model, (ExportedProgram, str, os.PathLike)):
         program = export(model)
         return assemble(program, (), example_of(program, example_inputs), options, started)
@@ -85,7 +92,13 @@ def _compile(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], option
 
 
 def _options(
-    target: str, precision: str, tolerance: float | None, verify: bool, cache: bool, threads: int | None
+    target: str,
+    precision: str,
+    tolerance: float | None,
+    verify: bool,
+    cache: bool,
+    threads: int | None,
+    tune: str | float | None,
 ) -> Options:
     if not isinstance(target, str):
         raise InputError(f"target is a name, got {target!r}; `graphwright hw list` shows them")
@@ -97,4 +110,5 @@ def _options(
     if threads is not None and not (isinstance(threads, int) and threads >= 1):
         raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
     count = threads or max(1, min(torch.get_num_threads(), hw.cores))
-    return Options(hw, precision, tolerance, verify, cache, count)
+    seconds = tuning.budget(tune)
+    return Options(hw, precision, tolerance, verify, cache, count, seconds, tuning.stored(hw))

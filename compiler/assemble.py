@@ -16,8 +16,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from ..backends.choices import Choices
+from ..errors import InputError
 from ..hwdb import obstacle
-from . import artifact, compare, fingerprint, loading, pipeline, verify
+from . import artifact, compare, fingerprint, loading, pipeline, tune, verify
 from .build import Built, build, default_passes
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
@@ -43,6 +45,8 @@ def assemble(
     the report counts export too. Raises NumericMismatch, CaptureError, UnsupportedOp.
     """
     graph = _Graph(exported, parameters, options)
+    if options.tune is not None:
+        options = replace(options, preferred=_tuned(graph, example, options, options.tune))
     if not options.cache:
         directory = Path(tempfile.mkdtemp(prefix="graphwright-"))
         try:
@@ -65,7 +69,20 @@ def assemble(
 def _decisive(options: Options, example: Any) -> dict[str, Any]:
     """The options that decide the result; what was not verified, or only loosely, is no substitute for what was."""
     verified = options.verify and example is not None
-    return {"precision": options.precision, "verified": verified, "tolerance": options.tolerance if verified else None}
+    return {
+        "precision": options.precision,
+        "verified": verified,
+        "tolerance": options.tolerance if verified else None,
+        "measured": sorted(options.preferred.items()),
+    }
+
+
+def _tuned(graph: _Graph, example: Any, options: Options, seconds: float) -> dict[str, str]:
+    if example is None or obstacle(options.hw) is not None:
+        reason = "there are no example inputs" if example is None else obstacle(options.hw)
+        raise InputError(f"tune= measures the model on this machine, and {reason}")
+    inputs = example_tensors(example, graph.captured.signature)
+    return tune.tune(graph.captured.graph, options.hw, inputs, seconds, options.threads)
 
 
 class _Graph:
@@ -102,7 +119,7 @@ def _write(
     exported_at = time.perf_counter()
     captured = graph.captured
     captured_at = time.perf_counter()
-    built = build(captured.graph, options.hw, directory)
+    built = build(captured.graph, options.hw, directory, choices=Choices(options.preferred))
     built_at = time.perf_counter()
     errors: tuple[ErrorRow, ...] = ()
     if (

@@ -94,7 +94,7 @@ def bench_models(
 
     check_peers(against)
     threads = threads or torch.get_num_threads()
-    rows = []
+    rows: list[Row] = []
     for subject in subjects:
         bar = (bars or {}).get((subject.name, subject.batch, subject.precision))
         row = measure(subject, against, rounds, threads, bar)

@@ -178,7 +178,7 @@ def _runner(task: Task, model: Any, inputs: Sequence[Any]) -> tuple[Callable[[],
     threads = task.threads
     if task.runner == "graphwright":
         compiled = compile(model, tuple(inputs), precision=task.subject.precision, threads=threads, cache=False)
-        report = compiled.report()  # type: ignore[union-attr]
+        report = compiled.report()
         facts = {"arena_bytes": report.arena_bytes, "arena_lower_bound_bytes": report.arena_lower_bound_bytes}
         return lambda: compiled(*inputs), facts
     onnx = task.directory / "model.onnx"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save_file
 from torch import fx
 
+from ..backends.choices import Choices, choosing
 from ..backends.lowering.registry import KernelInfo
 from ..errors import GraphwrightError, UnsupportedOp
 from ..hwdb import Hardware, obstacle
@@ -50,9 +51,16 @@ def default_passes() -> tuple[pipeline.Pass, ...]:
     return tuple(PASSES)
 
 
-def build(graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence[pipeline.Pass] | None = None) -> Built:
+def build(
+    graph: fx.GraphModule,
+    hw: Hardware,
+    directory: Path,
+    passes: Sequence[pipeline.Pass] | None = None,
+    choices: Choices | None = None,
+) -> Built:
     """Compile `graph` for `hw` and write the code, weights and constants to `directory`.
 
+    `choices` decide between ranked candidates of the cost model; by default the first wins.
     Raises UnsupportedOp, with every operator and the user's source lines, where PyTorch cannot take over on the target.
     """
     from ..backends.aot import library, weights
@@ -61,7 +69,8 @@ def build(graph: fx.GraphModule, hw: Hardware, directory: Path, passes: Sequence
     rewritten, runs = pipeline.run(graph, hw, default_passes() if passes is None else passes)
     clock.stage("passes")
     try:
-        parts, lowered = _lower(rewritten, hw)
+        with choosing(choices or Choices()):
+            parts, lowered = _lower(rewritten, hw)
         clock.stage("lowering")
         info = library.build([r.program for r in lowered], hw, directory) if lowered else None
         clock.stage("code")

@@ -94,6 +94,7 @@ def compile(
     verify: Annotated[bool, typer.Option(help="Compare the machine code with PyTorch in float64.")] = True,
     cache: Annotated[bool, typer.Option(help="Reuse and store results in the user's cache.")] = True,
     threads: Threads = None,
+    tune: Annotated[str | None, typer.Option(help="A time such as 30s: measure candidates, keep what wins.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile MODEL to an artifact of machine code and weights."""
@@ -113,6 +114,7 @@ def compile(
             verify=verify,
             cache=cache,
             threads=threads,
+            tune=tune,
         )
         saved = compiled.save(output)
     report = compiled.report()

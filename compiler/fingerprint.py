@@ -31,6 +31,11 @@ def fingerprint(exported: ExportedProgram, hw: Hardware, options: dict[str, Any]
     return digest.hexdigest()
 
 
+def setting(hw: Hardware) -> str:
+    """Digest of the machine and of the versions of the compilers, this one included."""
+    return hashlib.sha256(f"{_compiler()}\0{_machine(hw)}".encode()).hexdigest()
+
+
 def _machine(hw: Hardware) -> str:
     """Every fact, the features in order: a set prints in another order in every process."""
     return f"{replace(hw, features=frozenset())!r} {sorted(hw.features)}"

@@ -57,7 +57,13 @@ def describe(directory: Path) -> Description:
 
 def runner(directory: Path, plan: Plan, threads: int) -> Run:
     """The machine code in `directory` as a function from tensor inputs to tensor results."""
-    return executor(plan, _library(directory, threads), _constants(directory))
+    return opened(directory, plan, threads)[1]
+
+
+def opened(directory: Path, plan: Plan, threads: int) -> tuple[aot.Library | None, Run]:
+    """The machine code in `directory`, None where there is none, and the function that runs the plan with it."""
+    code = _library(directory, threads)
+    return code, executor(plan, code, _constants(directory))
 
 
 def assembled(

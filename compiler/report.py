@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..backends.choices import Decision
 from ..backends.lowering.registry import KernelInfo
 from .pipeline import PassRun
 
@@ -59,7 +60,7 @@ class Report:
         """The report that `to_dict` wrote."""
         rows = {
             "passes": tuple(PassRun(**r) for r in data["passes"]),
-            "kernels": tuple(KernelInfo(**r) for r in data["kernels"]),
+            "kernels": tuple(_kernel(r) for r in data["kernels"]),
             "eager": tuple(EagerRow(**r) for r in data["eager"]),
             "errors": tuple(ErrorRow(**r) for r in data["errors"]),
         }
@@ -105,6 +106,14 @@ class Report:
             predicted = "" if row.predicted_us is None else f"  predicted {row.predicted_us:.1f} us"
             lines.append(f"{count:3d} x {row.algorithm}: {row.operators} ({row.choice}){predicted}")
         return lines
+
+
+def _kernel(data: dict[str, Any]) -> KernelInfo:
+    decisions = tuple(
+        Decision(**{**d, "candidates": tuple((reason, cycles) for reason, cycles in d["candidates"])})
+        for d in data.get("decisions", ())
+    )
+    return KernelInfo(**{**data, "decisions": decisions})
 
 
 def _bytes(count: int) -> str:

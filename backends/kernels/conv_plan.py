@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from ...hwdb import Hardware
+from ..choices import SHORTLIST
 from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles
 from .window import Axis, runs
 
@@ -138,11 +140,17 @@ def merge_groups(conv: Conv, lanes: int) -> tuple[Conv, int]:
 
 
 def choose_plan(conv: Conv, hw: Hardware) -> Plan:
-    """Choose the register tile by its predicted cycles, then the blocks that balance the cores."""
+    """The plan whose register tile is predicted to be the cheapest."""
+    return rank_plans(conv, hw)[0]
+
+
+@lru_cache(maxsize=256)
+def rank_plans(conv: Conv, hw: Hardware) -> tuple[Plan, ...]:
+    """Plans of the few cheapest register tiles by predicted cycles, each with the blocks that balance the cores."""
     lanes = hw.lanes("float32")
     conv, merged = merge_groups(conv, lanes)
     needed = -(-conv.group_filters // lanes)
-    best: tuple[float, int, int, int, int] | None = None
+    tiles: list[tuple[float, int, int, int, int]] = []
     for vectors in range(1, min(needed, widest(hw)) + 1):
         pixels, cycles = _best_pixels(conv, hw, vectors)
         cycles *= needed // vectors
@@ -150,10 +158,15 @@ def choose_plan(conv: Conv, hw: Hardware) -> Plan:
         if tail:
             tail_pixels, tail_cycles = _best_pixels(conv, hw, tail)
             cycles = (cycles + tail_cycles) * (1 + TAIL_GAIN)
-        if best is None or cycles < best[0]:
-            best = (cycles, vectors, pixels, tail, tail_pixels)
-    assert best is not None
-    cycles, vectors, pixels, tail, tail_pixels = best
+        tiles.append((cycles, vectors, pixels, tail, tail_pixels))
+    return tuple(_plan_of(conv, hw, merged, *tile) for tile in sorted(tiles)[:SHORTLIST])
+
+
+def _plan_of(
+    conv: Conv, hw: Hardware, merged: int, cycles: float, vectors: int, pixels: int, tail: int, tail_pixels: int
+) -> Plan:
+    lanes = hw.lanes("float32")
+    needed = -(-conv.group_filters // lanes)
     ideal = conv.flops / 2 / lanes / hw.fma_per_cycle
     efficiency = min(1.0, ideal / (cycles * conv.batch * conv.rows.out * conv.groups))
     panels = needed // vectors

@@ -123,7 +123,8 @@ class _Extractor:
         seconds = call.predicted_seconds
         if seconds is None:
             seconds = predict_seconds(self.hw, call.work)
-        return KernelInfo(name, target, call.algorithm, call.choice, None if seconds is None else seconds * 1e6)
+        predicted = None if seconds is None else seconds * 1e6
+        return KernelInfo(name, target, call.algorithm, call.choice, predicted, decisions=call.decisions)
 
     def _outputs(self, results: tuple[str, ...]) -> tuple[str, ...]:
         """Let results be written where the caller wants them; an input, a weight or a repeated result is copied."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from tvm import ir, relax, te
 
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
+from ..choices import noting
 from .extract import Fused, Lowered, extract
 from .operators import KERNELS, LOWERINGS
 from .registry import KernelCall, Out, Packed
@@ -117,9 +118,11 @@ def why_not(node: fx.Node, hw: Hardware) -> str | None:
     target = node.target
     refused = "no lowering"
     if target in KERNELS:
-        call = KERNELS[target](node, hw)
+        with noting() as decisions:
+            call = KERNELS[target](node, hw)
         if isinstance(call, KernelCall):
-            node.meta["kernel_call"] = call
+            weighed = tuple(decision for decision in decisions if decision.reason in call.choice)
+            node.meta["kernel_call"] = replace(call, decisions=weighed)
             return None
         refused = call.reason
     if target in LOWERINGS:

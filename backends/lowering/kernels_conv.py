@@ -6,6 +6,7 @@ images whose elements a 32-bit index cannot count. The TE definition serves thos
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
@@ -17,8 +18,9 @@ from ...hwdb import Hardware
 from ...hwdb.cost import Work
 from ...passes import dialect
 from ...passes.rewrite import shape_of
+from ..choices import pick
 from ..kernels.conv2d import conv2d
-from ..kernels.conv_plan import Conv, Plan, choose_plan, pack_weight
+from ..kernels.conv_plan import Conv, Plan, pack_weight, rank_plans
 from ..kernels.depthwise import depthwise
 from ..kernels.depthwise import pack_weight as pack_depthwise
 from ..kernels.matmul import matmul
@@ -27,9 +29,9 @@ from ..kernels.pool2d import avg_pool2d, max_pool2d
 from ..kernels.sweep import SweepPlan, Windows, choose_sweep
 from ..kernels.window import Axis
 from ..kernels.winograd import winograd
-from ..kernels.winograd_plan import WinogradPlan, choose_winograd
+from ..kernels.winograd_plan import WinogradPlan, rank_winograd
 from ..kernels.winograd_plan import pack_weight as pack_winograd
-from ..tiling import choose_tiling, predicted_seconds
+from ..tiling import predicted_seconds, rank_tilings
 from .kernels_matmul import bind, refuse_dtypes
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
@@ -84,13 +86,23 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return KernelCall(func, (x, Packed(weight, plan.layout, pack), *extra), algorithm, plan.reason, work)
 
 
-@lru_cache(maxsize=256)
 def _spatial(problem: Conv, hw: Hardware) -> tuple[Any, Plan | WinogradPlan]:
-    """The kernel of a convolution whose taps overlap, and its plan: layers of a network repeat."""
-    plan, fast = choose_plan(problem, hw), choose_winograd(problem, hw)
-    if fast is not None and fast.cycles < WINOGRAD_GAIN * plan.cycles:
-        return winograd(problem, fast), fast
-    return conv2d(problem, plan), plan
+    """The kernel of a convolution whose taps overlap, and its plan."""
+    direct, fast = rank_plans(problem, hw), rank_winograd(problem, hw)
+    ranked: tuple[Plan | WinogradPlan, ...]
+    if fast and fast[0].cycles < WINOGRAD_GAIN * direct[0].cycles:
+        ranked = (*fast[:2], direct[0])
+    else:
+        ranked = (*direct[:2], *fast[:1])
+    shape = replace(problem, bias=False, residual=False, activation="none", args=())
+    plan = pick(f"convolution {shape}", ranked)
+    return _nest(problem, plan), plan
+
+
+@lru_cache(maxsize=256)
+def _nest(problem: Conv, plan: Plan | WinogradPlan) -> Any:
+    """The function of a convolution: layers of a network repeat."""
+    return winograd(problem, plan) if isinstance(plan, WinogradPlan) else conv2d(problem, plan)
 
 
 def _conv_work(problem: Conv, read: tuple[fx.Node, ...], tasks: int, efficiency: float) -> Work:
@@ -107,7 +119,7 @@ def _conv_work(problem: Conv, read: tuple[fx.Node, ...], tasks: int, efficiency:
 def _pointwise(problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node, ...], hw: Hardware) -> KernelCall:
     """A 1x1 convolution of stride 1 is the matrix product of all pixels with the filters."""
     M, K, N = prod(problem.output_shape[:3]), problem.channels, problem.filters
-    tiling = choose_tiling(hw, M, N, K, packed=True, residual=problem.residual)
+    tiling = pick(f"product {M}x{N}x{K}", rank_tilings(hw, M, N, K, packed=True, residual=problem.residual))
     func = matmul(
         M,
         K,

@@ -19,10 +19,11 @@ from ...hwdb import Hardware
 from ...hwdb.cost import Work
 from ...passes import dialect
 from ...passes.rewrite import shape_of
+from ..choices import pick
 from ..kernels.attention import Placement, Problem, attention, plan_attention, problem
 from ..kernels.batch_matmul import batch_matmul, broadcast_batch, choose_batch_tiling
 from ..kernels.matmul import matmul, pack_weight
-from ..tiling import Tiling, choose_tiling, predicted_seconds
+from ..tiling import Tiling, predicted_seconds, rank_tilings
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
 aten = torch.ops.aten
@@ -106,7 +107,7 @@ def _packed(node: fx.Node, hw: Hardware, x: fx.Node, weight: fx.Node, extra: _Ex
     out = shape_of(node)
     N, K = shape_of(weight)[-2:] if transposed else reversed(shape_of(weight)[-2:])
     M = prod(out[:-1])
-    tiling = choose_tiling(hw, M, N, K, packed=True, residual=extra.residual is not None)
+    tiling = pick(f"product {M}x{N}x{K}", rank_tilings(hw, M, N, K, packed=True, residual=extra.residual is not None))
     func = matmul(
         M,
         K,

@@ -16,6 +16,7 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
+from ..choices import Decision
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class KernelCall:
     choice: str  # the tile and why, in a few words: "6x16, 192 panels"
     work: Work
     predicted_seconds: float | None = None  # by the kernel's own model, which knows more than the roofline over `work`
+    decisions: tuple[Decision, ...] = ()  # what was weighed against what, filled in by the lowering
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class KernelInfo:
     choice: str
     predicted_us: float | None
     step: int = 0  # which of its region's steps; in a built model, which mark of gw_trace begins it
+    decisions: tuple[Decision, ...] = ()  # what was weighed against what
 
 
 @dataclass(frozen=True)
