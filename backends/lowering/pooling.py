@@ -305,18 +305,44 @@ class Bins:
         ]
 
 
+def _window_sums(out: Out, bins: Bins, dtype: str) -> te.Tensor:
+    """The sums over all bins of all axes at once, which are of one size."""
+
+    def total(*i: Expr) -> Expr:
+        axes = bins.reduce_axes()
+        full, _ = bins.place(i, axes)
+        return te.sum(ex.cast(bins.source(*full), dtype), axis=axes)
+
+    return define(Out(out.shape, dtype), total, "pool_sum")
+
+
+def _bin_sums(source: te.Tensor, out: Out, axis: int, dtype: str) -> te.Tensor:
+    """The sums over the bins of one axis."""
+    shape = [*sizes(source)]
+    shape[axis] = out.shape[axis]
+    bins = Bins(source, Out(tuple(shape), dtype), [axis])
+
+    def total(*i: Expr) -> Expr:
+        axes = bins.reduce_axes()
+        full, conditions = bins.place(i, axes)
+        value = guarded(conditions, source(*full), ex.constant(0, str(source.dtype)))
+        return te.sum(ex.cast(value, dtype), axis=axes)
+
+    return define(Out(tuple(shape), dtype), total, "pool_sum")
+
+
 def _adaptive_avg_pool(count: int) -> Callable[..., te.Tensor]:
     def average(out: Out, source: te.Tensor, output_size: Any) -> te.Tensor:
-        bins = Bins(source, out, _axes(out, count))
+        axes = _axes(out, count)
+        bins = Bins(source, out, axes)
         dtype = ex.compute_dtype(out.dtype)
-
-        def total(*i: Expr) -> Expr:
-            axes = bins.reduce_axes()
-            full, conditions = bins.place(i, axes)
-            value = guarded(conditions, source(*full), ex.constant(0, str(source.dtype)))
-            return te.sum(ex.cast(value, dtype), axis=axes)
-
-        sums = define(Out(out.shape, dtype), total, "pool_sum")
+        if any(n % o for n, o in zip(bins.extents, bins.counts, strict=True)):
+            # One axis after the other: all but the last add whole rows, and a bin's condition is asked once a row.
+            sums = source
+            for axis in axes:
+                sums = _bin_sums(sums, out, axis, dtype)
+        else:
+            sums = _window_sums(out, bins, dtype)
 
         def mean(*i: Expr) -> Expr:
             lengths = bins.count(i)

@@ -101,8 +101,6 @@ def _linear_taps(
     i: Expr, size_in: int, size_out: int, scale: float | None, align_corners: bool, dtype: str
 ) -> list[Tap]:
     one = ex.constant(1, dtype)
-    if size_in == size_out:
-        return [(i, one)]
     position = _source_position(i, size_in, size_out, scale, align_corners, False, dtype)
     low, rest = _split(position, size_in, dtype)
     return [(low, one - rest), (tirx.min(low + 1, size_in - 1), rest)]
@@ -136,30 +134,43 @@ def _only_floats(node: fx.Node) -> str | None:
     return None if dtype.is_floating_point else f"interpolation of {dtype}, which torch rounds its own way"
 
 
+def _resampled(source: te.Tensor, axis: int, size_out: int, taps: Callable[[Expr], list[Tap]], dtype: str) -> te.Tensor:
+    """`source` with `size_out` elements along `axis`; their places and weights are tables, computed once."""
+    count = len(taps(tirx.const(0, "int32")))
+
+    def table(k: int, part: int, name: str) -> te.Tensor:
+        return te.compute((size_out,), lambda i: taps(i)[k][part], name=name)
+
+    tables = [(table(k, 0, "place"), table(k, 1, "weight")) for k in range(count)]
+    shape = [*sizes(source)[:axis], size_out, *sizes(source)[axis + 1 :]]
+
+    def value(*i: Expr) -> Expr:
+        at = i[axis]
+        terms = [ex.cast(source(*i[:axis], place(at), *i[axis + 1 :]), dtype) * weight(at) for place, weight in tables]
+        return sum(terms[1:], terms[0])
+
+    return te.compute(tuple(shape), value, name="resampled")
+
+
 def _weighted(count: int, taps: Callable[..., list[Tap]], vector: bool) -> Callable[..., te.Tensor]:
     def weighted(
         out: Out, source: te.Tensor, output_size: Any, align_corners: bool, *scales: Any, **named: Any
     ) -> te.Tensor:
         given = _given(count, vector, (*scales, *named.values()))
         first, dtype = len(out.shape) - count, _real(out.dtype)
-        inputs = sizes(source)[first:]
-
-        def value(*i: Expr) -> Expr:
-            along = [
-                taps(i[first + d], inputs[d], out.shape[first + d], given[d], align_corners, dtype)
-                for d in range(count)
-            ]
-
-            def mix(places: tuple[Expr, ...]) -> Expr:
-                d = len(places)
-                if d == count:
-                    return ex.cast(source(*i[:first], *places), dtype)
-                terms = [mix((*places, place)) * weight for place, weight in along[d]]
-                return sum(terms[1:], terms[0])
-
-            return mix(())
-
-        return define(out, value, "upsample")
+        inputs, outputs = sizes(source)[first:], out.shape[first:]
+        # The innermost dim first: its elements are gathered, which for a larger result is less often in fewer rows.
+        value = source
+        for d in reversed(range(count)):
+            if inputs[d] != outputs[d]:
+                value = _resampled(
+                    value,
+                    first + d,
+                    outputs[d],
+                    lambda i, d=d: taps(i, inputs[d], outputs[d], given[d], align_corners, dtype),  # type: ignore[misc]
+                    dtype,
+                )
+        return define(out, lambda *i: value(*i), "upsample")
 
     return weighted
 
