@@ -19,6 +19,7 @@ from math import gcd
 
 from ..hwdb import Hardware
 from ..hwdb.cost import launch_seconds
+from .choices import SHORTLIST
 from .kernels.epilogue import is_heavy
 
 ALIAS_BYTES = 4096  # an L1 way of 64 sets of 64-byte lines: rows that far apart share a set
@@ -83,7 +84,35 @@ def choose_tiling(
     packed: bool = False,
     residual: bool = False,
 ) -> Tiling:
-    """Return the cheapest tiling of `repeats` float32 products that share the cores.
+    """Return the cheapest tiling of `repeats` float32 products that share the cores, as `rank_tilings` finds it."""
+    return rank_tilings(
+        hw,
+        rows,
+        columns,
+        depth,
+        row_stride_bytes=row_stride_bytes,
+        repeats=repeats,
+        fixed_rows=fixed_rows,
+        fixed_columns=fixed_columns,
+        packed=packed,
+        residual=residual,
+    )[0]
+
+
+def rank_tilings(
+    hw: Hardware,
+    rows: int,
+    columns: int,
+    depth: int,
+    *,
+    row_stride_bytes: int | None = None,
+    repeats: int = 1,
+    fixed_rows: int | None = None,
+    fixed_columns: int | None = None,
+    packed: bool = False,
+    residual: bool = False,
+) -> list[Tiling]:
+    """Return tilings of `repeats` float32 products that share the cores, the cheapest first.
 
     `row_stride_bytes` separates rows of the left operand; `fixed_rows` and `fixed_columns` keep a register tile's
     extent already chosen. `packed`: the right operand is a constant in panels; `residual`: a third operand is added.
@@ -102,9 +131,9 @@ def choose_tiling(
         tiles = [(1, fixed_columns // lanes)]
     # Cheapest first when shared out evenly, so that the search stops where even that would not do.
     work = sorted((_work_cycles(hw, rows, columns, depth, stride, *tile), *tile) for tile in tiles)
-    best: Tiling | None = None
+    ranked: list[Tiling] = []
     for cycles, tile_rows, vectors in work:
-        if best is not None and cycles * repeats / hw.cores >= best.cycles:
+        if len(ranked) >= SHORTLIST and cycles * repeats / hw.cores >= min(found.cycles for found in ranked):
             break
         row_tiles = max(1, -(-rows // tile_rows))
         panels = max(1, -(-columns // (vectors * lanes)))
@@ -113,12 +142,8 @@ def choose_tiling(
             splits += _row_splits(hw, rows, columns, depth, residual, row_tiles)
         for chunks in splits:
             found = _share_out(hw, rows, columns, depth, repeats, tile_rows, vectors, cycles * repeats, chunks)
-            if packed and repeats == 1:
-                found = _with_traffic(hw, found, residual)
-            if best is None or found.cycles < best.cycles:
-                best = found
-    assert best is not None
-    return best
+            ranked.append(_with_traffic(hw, found, residual) if packed and repeats == 1 else found)
+    return sorted(ranked, key=lambda found: found.cycles)
 
 
 def predicted_seconds(hw: Hardware, tiling: Tiling, activation: str = "none") -> float | None:
