@@ -104,8 +104,7 @@ def _conv_transpose2d(
     layout: str,
 ) -> Tensor:
     x = input.permute(0, 3, 1, 2) if layout == "NHWC" else input
-    lists = [list(v) for v in (stride, padding, output_padding)]
-    y = F.conv_transpose2d(x, weight, bias, *lists, groups, list(dilation))
+    y = F.conv_transpose2d(x, weight, bias, list(stride), list(padding), list(output_padding), groups, list(dilation))
     y = y.permute(0, 2, 3, 1) if layout == "NHWC" else y
     return _epilogue(y, residual, activation, activation_args).contiguous()
 

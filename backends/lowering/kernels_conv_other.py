@@ -39,9 +39,13 @@ def conv_transpose(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         return Refusal(f"a stride of {list(stride)} has {prod(stride)} phases, a loop nest each")
     if residual is not None and shape_of(residual) != shape_of(node):
         return Refusal(f"the residual has shape {shape_of(residual)}, the result {shape_of(node)}")
+    batch, height, width, channels = shape_of(x)
     _, each, *kernel = shape_of(weight)
     problem = Transposed(
-        *shape_of(x),
+        batch,
+        height,
+        width,
+        channels,
         each * groups,
         (kernel[0], kernel[1]),
         tuple(stride),
