@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from ..errors import GraphwrightError, InputError
+from ..errors import InputError
 from ..hwdb import Hardware, lookup
 from . import tune as tuning
 from .assemble import assemble
 from .capture import Model, arguments, example_of, export, parameters_of
 from .compiled import Compiled
+from .precision import check_precision
 from .specialised import Specialised
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,10 @@ def compile(
         arguments that are not tensors become part of the compiled model, as do the weights at this moment. Without
         it the model is compiled at its first call, and again for every further set of shapes.
     target: "native", or a machine of the database (`graphwright hw list`).
-    precision: "fp32"; other precisions are refused until they are built.
-    tolerance: the relative L2 error against float64 that verification allows; None allows a few times eager's own.
+    precision: "fp32", or "bf16": products with constant weights in bfloat16 (sums, bias and activation in float32)
+        where the machine gains by it; the report says which and why. Inputs and outputs keep their dtypes.
+    tolerance: the relative L2 error against float64 that verification allows; None allows a few times eager's own, or
+        under "bf16" what that explains (compare.REDUCED). Operators go back to float32 until it is kept.
     dynamic_shapes: as in torch.export; a shape within them is compiled when it is first met.
     verify: run the example inputs through the machine code and compare with PyTorch in float64.
     cache: reuse and store results under the user's cache directory (GRAPHWRIGHT_CACHE).
@@ -103,8 +106,7 @@ def _options(
     if not isinstance(target, str):
         raise InputError(f"target is a name, got {target!r}; `graphwright hw list` shows them")
     hw = lookup(target)
-    if precision != "fp32":
-        raise GraphwrightError(f"precision {precision!r} is not built yet; only 'fp32' is")
+    check_precision(precision)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise InputError(f"tolerance is a relative error and must be a positive number, got {tolerance!r}")
     if threads is not None and not (isinstance(threads, int) and threads >= 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -24,9 +25,11 @@ from .build import Built, build, default_passes
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
 from .compiled import Compiled
+from .precision import Precision, too_sensitive
 from .report import ErrorRow, Report
 
 if TYPE_CHECKING:
+    from ..passes.assign_precision import Choice
     from .api import Options
 
 log = logging.getLogger(__name__)
@@ -104,8 +107,13 @@ class _Graph:
         assert call is not None
         return replace(saved, in_spec=call.in_spec, out_spec=call.out_spec, parameters=self.parameters)
 
-    def rewritten(self) -> fx.GraphModule:
-        return pipeline.run(self.captured.graph, self.options.hw, default_passes())[0]
+    def rewritten(self, precisions: Sequence[Choice]) -> fx.GraphModule:
+        """The graph after all passes, every operator in the precision decided for it."""
+        from ..passes.assign_precision import assign_precision
+
+        graph = pipeline.run(self.captured.graph, self.options.hw, default_passes())[0]
+        assign_precision(graph, precisions)
+        return graph
 
 
 def _write(
@@ -119,7 +127,7 @@ def _write(
     exported_at = time.perf_counter()
     captured = graph.captured
     captured_at = time.perf_counter()
-    built = build(captured.graph, options.hw, directory, choices=Choices(options.preferred))
+    built = _build(directory, captured, options, Precision(options.precision))
     built_at = time.perf_counter()
     errors: tuple[ErrorRow, ...] = ()
     if (
@@ -128,7 +136,7 @@ def _write(
         and obstacle(options.hw) is None
         and not compare.is_random(captured.graph)
     ):
-        errors = _verify(directory, captured, built, example_tensors(example, captured.signature), options)
+        built, errors = _verify(directory, captured, built, example_tensors(example, captured.signature), options)
     report = Report(
         options.hw.id,
         options.precision,
@@ -137,6 +145,7 @@ def _write(
         built.kernels,
         built.eager,
         errors,
+        built.precisions,
         time.perf_counter() - started,
         stages={
             "export": exported_at - started,
@@ -150,24 +159,51 @@ def _write(
     artifact.seal(directory, options.hw, loading.to_data(described))
 
 
+def _build(directory: Path, captured: Captured, options: Options, precision: Precision) -> Built:
+    return build(captured.graph, options.hw, directory, choices=Choices(options.preferred), precision=precision)
+
+
 def _verify(
     directory: Path, captured: Captured, built: Built, inputs: Sequence[torch.Tensor], options: Options
-) -> tuple[ErrorRow, ...]:
-    """Run the machine code on the example inputs; raises NumericMismatch with the pass or the operator to blame."""
-    expected = compare.reference(captured.graph, inputs)
-    results = loading.runner(directory, built.plan, options.threads)(inputs)
-    difference = compare.compare(results, expected, options.tolerance)
-    if difference is None:
-        names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
-        return compare.errors(names, results, expected)
+) -> tuple[Built, tuple[ErrorRow, ...]]:
+    """Run the machine code on the example inputs; raises NumericMismatch with the pass or the operator to blame.
 
-    log.warning(
-        "output %d differs from float64 by %.1e (allowed %.1e); looking for the cause",
-        difference.output,
-        difference.error,
-        difference.allowed,
-    )
-    raise verify.blame(captured.graph, options.hw, inputs, options.tolerance, options.threads)
+    Where operators of reduced precision cost too much, some go back to float32, and the model is built again.
+    """
+    expected = compare.reference(captured.graph, inputs)
+    precision = Precision(options.precision)
+    allowed = precision.allowed(options.tolerance)
+    while True:
+        results = loading.runner(directory, built.plan, options.threads)(inputs)
+        difference = compare.compare(results, expected, allowed)
+        if difference is None:
+            names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
+            return built, compare.errors(names, results, expected)
+        log.warning(
+            "output %d differs from float64 by %.1e (allowed %.1e); looking for the cause",
+            difference.output,
+            difference.error,
+            difference.allowed,
+        )
+        plain = pipeline.run(captured.graph, options.hw, default_passes())[0]
+        keep = too_sensitive(plain, options.hw, precision, inputs, expected, difference.allowed)
+        if not keep:
+            raise verify.blame(captured.graph, options.hw, inputs, options.tolerance, options.threads)
+        precision = precision.keeping(keep)
+        log.warning("%d operators go back to float32: %s", len(keep), ", ".join(keep))
+        built = _build_again(directory, captured, options, precision)
+
+
+def _build_again(directory: Path, captured: Captured, options: Options, precision: Precision) -> Built:
+    """Build beside `directory` and move the files there: what lies there may be mapped."""
+    with tempfile.TemporaryDirectory(dir=directory.parent) as other:
+        built = _build(Path(other), captured, options, precision)
+        for old in directory.iterdir():
+            if old.is_file():
+                old.unlink()
+        for path in Path(other).iterdir():
+            os.rename(path, directory / path.name)
+    return built
 
 
 def _load(path: Path, graph: _Graph, options: Options, cached: bool = False) -> Compiled:
@@ -176,5 +212,8 @@ def _load(path: Path, graph: _Graph, options: Options, cached: bool = False) -> 
     report = replace(described.report, cached=cached, threads=options.threads)
     signature = graph.signature(described.signature)
     return loading.assembled(
-        path, loading.Description(described.plan, signature, report), options.threads, graph.rewritten
+        path,
+        loading.Description(described.plan, signature, report),
+        options.threads,
+        lambda: graph.rewritten(report.precisions),
     )

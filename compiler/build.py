@@ -20,10 +20,12 @@ from ..hwdb import Hardware, obstacle
 from . import pipeline
 from .partition import Partition, partition
 from .plan import Plan, make_plan
+from .precision import FP32, Precision, reduce
 from .report import EagerRow
 
 if TYPE_CHECKING:
     from ..backends.lowering.extract import Lowered
+    from ..passes.assign_precision import Choice
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,7 @@ class Built:
     plan: Plan
     graph: fx.GraphModule
     passes: tuple[pipeline.PassRun, ...]
+    precisions: tuple[Choice, ...] = ()
     kernels: tuple[KernelInfo, ...] = ()
     eager: tuple[EagerRow, ...] = ()
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +60,7 @@ def build(
     directory: Path,
     passes: Sequence[pipeline.Pass] | None = None,
     choices: Choices | None = None,
+    precision: Precision = FP32,
 ) -> Built:
     """Compile `graph` for `hw` and write the code, weights and constants to `directory`.
 
@@ -67,6 +71,7 @@ def build(
 
     clock = _Clock()
     rewritten, runs = pipeline.run(graph, hw, default_passes() if passes is None else passes)
+    precisions, reduced = reduce(rewritten, hw, precision)
     clock.stage("passes")
     try:
         with choosing(choices or Choices()):
@@ -79,7 +84,7 @@ def build(
     except Exception as error:
         parts, lowered, info = _all_to_pytorch(rewritten, hw, error), [], None
     plan, constants = make_plan(rewritten, parts.parts)
-    built = Built(plan, rewritten, runs, eager=_eager_rows(parts))
+    built = Built(plan, rewritten, (*runs, *reduced), precisions, eager=_eager_rows(parts))
     built.kernels = _kernels(lowered)
     if constants:
         save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)

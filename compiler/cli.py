@@ -87,7 +87,7 @@ def compile(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the artifact goes: a directory, or NAME.gw.")],
     target: Target = "native",
-    precision: Annotated[str, typer.Option(help="fp32; others are refused until they are built.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 where the machine gains by it.")] = "fp32",
     tolerance: Annotated[float | None, typer.Option(help="Relative L2 error allowed against float64.")] = None,
     input: Inputs = None,
     calibration: Annotated[Path | None, typer.Option(help="Inputs (.npz) to calibrate reduced precision with.")] = None,

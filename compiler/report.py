@@ -8,6 +8,7 @@ from typing import Any
 
 from ..backends.choices import Decision
 from ..backends.lowering.registry import KernelInfo
+from ..passes.assign_precision import Choice
 from .pipeline import PassRun
 
 
@@ -42,6 +43,7 @@ class Report:
     kernels: tuple[KernelInfo, ...] = ()
     eager: tuple[EagerRow, ...] = ()
     errors: tuple[ErrorRow, ...] = ()
+    precisions: tuple[Choice, ...] = ()  # of the products, where the precision is not fp32
     compile_seconds: float = 0.0
     cached: bool = False
     weights_bytes: int = 0
@@ -63,6 +65,7 @@ class Report:
             "kernels": tuple(_kernel(r) for r in data["kernels"]),
             "eager": tuple(EagerRow(**r) for r in data["eager"]),
             "errors": tuple(ErrorRow(**r) for r in data["errors"]),
+            "precisions": tuple(Choice(**r) for r in data.get("precisions", ())),
         }
         return Report(**{**data, **rows})
 
@@ -83,6 +86,8 @@ class Report:
             lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.stages.items()))
         lines.append("passes:")
         lines += [f"  {p.name:28s} {p.rewrites:5d} rewrites  {p.seconds * 1e3:8.1f} ms" for p in self.passes]
+        if self.precision != "fp32":
+            lines += ["precisions:", *(f"  {row}" for row in self._precision_lines())]
         lines.append(f"kernels: {len(self.kernels)} calls")
         lines += [f"  {row}" for row in self._kernel_lines()]
         if self.eager:
@@ -94,6 +99,18 @@ class Report:
                 f"(PyTorch eager: {row.eager_relative_l2:.1e}, {row.eager_max_absolute:.1e})"
             )
         return "\n".join(lines)
+
+    def _precision_lines(self) -> list[str]:
+        """Equal decisions on one line, with the first operator they are about."""
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.precisions:
+            groups.setdefault((row.dtype, row.operator, row.reason), []).append(row.node)
+        if not groups:
+            return ["no product with constant weights: everything stays float32"]
+        return [
+            f"{len(nodes):3d} x {dtype} {operator}: {reason} ({nodes[0]}{', ...' if len(nodes) > 1 else ''})"
+            for (dtype, operator, reason), nodes in groups.items()
+        ]
 
     def _kernel_lines(self) -> list[str]:
         """Equal kernels on one line, with how often they are called."""

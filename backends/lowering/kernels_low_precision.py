@@ -1,0 +1,159 @@
+"""Kernels of the mixed-precision operators (passes/mixed.py): bfloat16 products by dot products or widened weights.
+
+They refuse nothing that `assign_precision` makes; there is no TE definition to fall back to.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+
+import torch
+from torch import fx
+
+from ...hwdb import Hardware
+from ...hwdb.cost import Work
+from ...passes import mixed
+from ...passes.rewrite import shape_of
+from ..kernels.bf16_matmul import FloatFinish, bf16_matmul
+from ..kernels.conv_plan import Conv
+from ..kernels.dot_conv import choose_dot_conv, dot_conv, pack_conv
+from ..kernels.dot_matmul import pack_for
+from ..kernels.dot_product import Dot, bf16_dot, bf16_weights, choose_dot_tiling, narrow_text
+from .kernels_matmul import bind
+from .registry import KernelCall, Packed, Refusal, kernel_for
+
+# How kernels see a tensor: bfloat16 as its bits, since TVM rewrites arithmetic and calls on its own bfloat16.
+_MEMORY = {torch.float32: "float32", torch.bfloat16: "uint16"}
+
+
+def memory_dtype(node: fx.Node) -> str:
+    """The dtype that a kernel's buffer of this tensor has."""
+    return _MEMORY[node.meta["val"].dtype]
+
+
+def _dot(hw: Hardware, round_input: bool) -> Dot | None:
+    return bf16_dot(hw) if round_input else bf16_weights(hw)
+
+
+@kernel_for(mixed.linear_bf16)
+def linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(x . w^T + bias + residual), w[N, K] in bfloat16."""
+    x, weight, bias, residual, activation, args, round_input, _ = bind(node)
+    dot = _dot(hw, round_input)
+    if dot is None:
+        return Refusal(f"{hw.id} has no dot product of bfloat16")
+    N, K = shape_of(weight)
+    finish = _finish(node, N, bias, residual, activation, args)
+    return _matmul(node, hw, dot, finish, (x, weight, bias, residual), (prod(shape_of(node)[:-1]), K, N))
+
+
+@kernel_for(mixed.conv2d_bf16)
+def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(conv(x, w) + bias + residual), w in bfloat16, NHWC."""
+    x, weight, bias, residual, stride, padding, dilation, groups, activation, args, layout, round_input, _ = bind(node)
+    dot = _dot(hw, round_input)
+    if dot is None or not dot.by_word:
+        return Refusal(f"{hw.id} has no dot product of bfloat16")
+    if groups != 1 or layout != "NHWC":
+        return Refusal(f"{groups} groups, layout {layout}")
+    batch, height, width, channels = shape_of(x)
+    filters, _, *kernel = shape_of(weight)
+    problem = Conv(
+        batch,
+        height,
+        width,
+        channels,
+        filters,
+        (kernel[0], kernel[1]),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+    )
+    finish = _finish(node, filters, bias, residual, activation, args)
+    operands = (x, weight, bias, residual)
+    if problem.pointwise:
+        return _matmul(node, hw, dot, finish, operands, (prod(problem.output_shape[:3]), channels, filters))
+    plan = choose_dot_conv(problem, dot, hw)
+    func = dot_conv("bf16_conv", problem, memory_dtype(x), dot, plan, finish, narrow_text(hw))
+    layout_name = f"bf16_conv_{dot.group}_{plan.vectors * dot.lanes}"
+    packed = Packed(weight, layout_name, partial(_pack_conv, dot=dot, plan=plan))
+    work = _work(hw, node, operands, float(problem.flops), plan.tasks, plan.efficiency, dot)
+    choice = f"{dot.name}, {plan.pixels}x{plan.vectors * dot.lanes}, {plan.panels} panels, {plan.tasks} tasks"
+    return KernelCall(func, _read(x, packed, bias, residual), "bf16 conv", choice, work)
+
+
+def _pack_conv(weight: torch.Tensor, dot: Dot, plan: object) -> torch.Tensor:
+    return pack_conv(weight, dot, plan)  # type: ignore[arg-type]
+
+
+def _matmul(
+    node: fx.Node,
+    hw: Hardware,
+    dot: Dot,
+    finish: FloatFinish,
+    operands: tuple[fx.Node | None, ...],
+    extents: tuple[int, int, int],
+) -> KernelCall:
+    x, weight, bias, residual = operands
+    assert x is not None
+    assert weight is not None
+    M, K, N = extents
+    tiling = choose_dot_tiling(hw, dot, M, N, K)
+    func = bf16_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling, source=memory_dtype(x), input_shape=shape_of(x))
+    packed = Packed(
+        weight, f"bf16_panels_{dot.group}_{tiling.columns}", partial(_pack, dot=dot, columns=tiling.columns)
+    )
+    tasks = tiling.panels * tiling.row_chunks
+    work = _work(hw, node, operands, 2.0 * M * N * K, tasks, tiling.efficiency, dot)
+    name = "bf16 matmul" if dot.by_word else "bf16-weight matmul"
+    return KernelCall(func, _read(x, packed, bias, residual), name, f"{dot.name}, {tiling.reason}", work)
+
+
+def _pack(weight: torch.Tensor, dot: Dot, columns: int) -> torch.Tensor:
+    return pack_for(weight.flatten(1), dot, columns)
+
+
+def _read(x: fx.Node, packed: Packed, *extra: fx.Node | None) -> tuple[fx.Node | Packed, ...]:
+    return (x, packed, *[e for e in extra if e is not None])
+
+
+def _finish(
+    node: fx.Node, columns: int, bias: fx.Node | None, residual: fx.Node | None, activation: str, args: object
+) -> FloatFinish:
+    out = shape_of(node)
+    return FloatFinish(
+        prod(out[:-1]),
+        columns,
+        bias is not None,
+        memory_dtype(residual) if residual is not None else None,
+        activation,
+        tuple(args),  # type: ignore[arg-type]
+        memory_dtype(node),
+        shape_of(bias) if bias is not None else None,
+        out,
+    )
+
+
+def _work(
+    hw: Hardware,
+    node: fx.Node,
+    operands: tuple[fx.Node | None, ...],
+    flops: float,
+    tasks: int,
+    efficiency: float,
+    dot: Dot,
+) -> Work:
+    def nbytes(tensor: fx.Node) -> int:
+        return prod(shape_of(tensor)) * int(tensor.meta["val"].element_size())
+
+    # One vector dot product does twice the multiply-adds of float32, whatever tiles the machine has besides.
+    rate = 2.0 if dot.by_word else 1.0
+    return Work(
+        flops={"float32": flops / rate},
+        bytes_read=float(sum(nbytes(t) for t in operands if t is not None)),
+        bytes_written=float(nbytes(node)),
+        launches=int(tasks > 1),
+        tasks=tasks,
+        efficiency=max(0.01, efficiency),
+    )

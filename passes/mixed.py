@@ -1,0 +1,119 @@
+"""Operators whose operands differ in precision: bfloat16 weights, float32 sums.
+
+Each is the dialect's operator of the same name on widened operands. `round_input` rounds the input to bfloat16 first
+(it may also come as bfloat16); `narrow` rounds the result. Bias and activation are float32, or float64 where one is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dialect
+
+
+def _widened(tensors: Sequence[Tensor | None]) -> list[Any]:
+    """All as float64 where one is, else as float32."""
+    wide = torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    return [None if t is None else t.to(wide) for t in tensors]
+
+
+def _linear_bf16(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+    round_input: bool,
+    narrow: bool,
+) -> Tensor:
+    x, w, b, r = _widened((input, weight, bias, residual))
+    x = x.to(torch.bfloat16).to(x.dtype) if round_input else x
+    result: Tensor = dialect.linear(x, w, b, r, activation, list(activation_args))
+    return result.to(torch.bfloat16) if narrow else result
+
+
+def _linear_bf16_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+    round_input: bool,
+    narrow: bool,
+) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=torch.bfloat16 if narrow else torch.float32)
+
+
+def _conv2d_bf16(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    activation_args: Sequence[float],
+    layout: str,
+    round_input: bool,
+    narrow: bool,
+) -> Tensor:
+    x, w, b, r = _widened((input, weight, bias, residual))
+    x = x.to(torch.bfloat16).to(x.dtype) if round_input else x
+    sizes = (list(stride), list(padding), list(dilation), groups)
+    result: Tensor = dialect.conv2d(x, w, b, r, *sizes, activation, list(activation_args), layout)
+    return result.to(torch.bfloat16) if narrow else result
+
+
+def _conv2d_bf16_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: str,
+    activation_args: Sequence[float],
+    layout: str,
+    round_input: bool,
+    narrow: bool,
+) -> Tensor:
+    sizes = (list(stride), list(padding), list(dilation), groups)
+    shape = dialect.conv2d(input, weight.to(input.dtype), None, None, *sizes, "none", [], layout).shape
+    return input.new_empty(shape, dtype=torch.bfloat16 if narrow else torch.float32)
+
+
+_EPILOGUE = "str activation, float[] activation_args"
+_PRECISION = "bool round_input, bool narrow"
+_OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "linear_bf16": (
+        f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}, {_PRECISION}) -> Tensor",
+        _linear_bf16,
+        _linear_bf16_fake,
+    ),
+    "conv2d_bf16": (
+        "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+        f"int[] dilation, int groups, {_EPILOGUE}, str layout, {_PRECISION}) -> Tensor",
+        _conv2d_bf16,
+        _conv2d_bf16_fake,
+    ),
+}
+
+for _name, (_schema, _body, _fake) in _OPERATORS.items():
+    # A second copy of this module (a reload, a notebook's autoreload) finds the operators already there.
+    if not hasattr(torch.ops.graphwright, _name):
+        torch.library.define(f"graphwright::{_name}", _schema)
+        torch.library.impl(f"graphwright::{_name}", "default", _body)
+        torch.library.register_fake(f"graphwright::{_name}", _fake)
+
+linear_bf16 = torch.ops.graphwright.linear_bf16.default
+conv2d_bf16 = torch.ops.graphwright.conv2d_bf16.default

@@ -1,0 +1,177 @@
+"""Which operators become bfloat16 on which machine, why others do not, and what the rewritten graph computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import fx, nn
+
+from graphwright.compiler import pipeline
+from graphwright.compiler.build import default_passes
+from graphwright.compiler.capture import capture, export
+from graphwright.compiler.reference import relative_l2, run_eager, run_float64
+from graphwright.hwdb import Hardware, lookup
+from graphwright.passes import dialect, mixed
+from graphwright.passes.assign_precision import Choice, assign_precision, choose_precisions
+
+DOTS, PLAIN = "znver4", "x86-64-v3"
+
+
+def captured(model: nn.Module, *inputs: torch.Tensor, hw: Hardware) -> fx.GraphModule:
+    return pipeline.run(capture(export(model.eval(), inputs, {})).graph, hw, default_passes())[0]
+
+
+def decide(model: nn.Module, *inputs: torch.Tensor, machine: str = DOTS) -> tuple[fx.GraphModule, tuple[Choice, ...]]:
+    hw = lookup(machine)
+    graph = captured(model, *inputs, hw=hw)
+    return graph, choose_precisions(graph, hw, "bf16")
+
+
+class Net(nn.Module):
+    """Convolutions with a residual, then linears: results between them are read by products only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.inner = nn.Conv2d(16, 16, 1)
+        self.last = nn.Conv2d(16, 8, 5, padding=2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        x = (self.inner(x) + x).relu()
+        return torch.softmax(self.head(self.last(x).mean((2, 3))), -1)
+
+
+def test_products_become_bfloat16_where_dot_products_are() -> None:
+    graph, choices = decide(Net(), torch.randn(1, 3, 8, 8))
+    assert [c.dtype for c in choices] == ["bfloat16"] * 4
+    assert all("dot products" in c.reason and c.round_input for c in choices)
+    before = {n.target for n in graph.graph.nodes}
+    assert assign_precision(graph, choices) == 4
+    graph.graph.lint()
+    after = {n.target for n in graph.graph.nodes}
+    assert {dialect.conv2d, dialect.linear} <= before
+    assert not {dialect.conv2d, dialect.linear} & after
+    kinds = {
+        n.name: n.meta["val"].dtype for n in graph.graph.nodes if n.target in (mixed.conv2d_bf16, mixed.linear_bf16)
+    }
+    # The mean reads the last convolution, the softmax the linear; only convolutions read the other two.
+    assert list(kinds.values()) == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    assert next(n for n in graph.graph.nodes if n.op == "output").args[0][0].meta["val"].dtype == torch.float32
+
+
+def test_the_rewritten_graph_runs_in_pytorch_near_the_original() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    graph, choices = decide(Net(), x)
+    exact = run_float64(graph, [x])
+    assign_precision(graph, choices)
+    # Four products, each with both operands and some results rounded at 2^-8.
+    assert 0.0 < relative_l2(run_eager(graph, [x])[0], exact[0]) < 1e-2
+    assert assign_precision(graph, choices) == 0
+
+
+def test_shared_weights_are_rounded_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.layer(x).sin())
+
+    graph, choices = decide(Twice(), torch.randn(3, 8))
+    assert assign_precision(graph, choices) == 2
+    assert sum(n.op == "get_attr" and n.meta["val"].dtype == torch.bfloat16 for n in graph.graph.nodes) == 1
+
+
+def reason(model: nn.Module, *inputs: torch.Tensor, machine: str = DOTS) -> str:
+    graph, choices = decide(model, *inputs, machine=machine)
+    (choice,) = choices
+    assert choice.dtype == "float32"
+    assert assign_precision(graph, choices) == 0
+    return choice.reason
+
+
+class Product(nn.Module):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a @ b
+
+
+def test_refusals_say_why() -> None:
+    image, row = torch.randn(1, 64, 12, 12), torch.randn(1, 64)
+    assert "groups" in reason(nn.Conv2d(64, 64, 3, groups=64), image)
+    assert "Winograd" in reason(nn.Conv2d(64, 64, 3, padding=1), image)
+    assert "not float32" in reason(nn.Linear(64, 8).double(), row.double())
+    assert "computed" in reason(Product(), torch.randn(4, 5), torch.randn(5, 6))
+    assert "stay in its cache" in reason(nn.Linear(64, 8), row, machine="zen3")
+    assert "uses each weight for many pixels" in reason(nn.Conv2d(64, 64, 1), image, machine="zen3")
+
+
+def test_weights_alone_where_a_few_rows_wait_for_them() -> None:
+    small = dataclasses.replace(lookup("zen3"), caches=lookup("zen3").caches[:1])  # the weights are beyond its cache
+    for rows, expected in ((1, "bfloat16"), (4096, "float32")):
+        graph = captured(nn.Linear(512, 512), torch.randn(rows, 512), hw=small)
+        (choice,) = choose_precisions(graph, small, "bf16")
+        assert choice.dtype == expected, choice.reason
+        assert f"{rows} rows" in choice.reason
+        assert not choice.round_input
+    unknown = dataclasses.replace(small, dram_gbs=None)
+    assert "bandwidth is not known" in choose_precisions(graph, unknown, "bf16")[0].reason
+
+
+def test_what_the_caller_keeps_stays() -> None:
+    hw = lookup(DOTS)
+    graph = captured(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8), hw=hw)
+    first, second = choose_precisions(graph, hw, "bf16")
+    kept, other = choose_precisions(graph, hw, "bf16", {first.node})
+    assert (kept.dtype, other) == ("float32", second)
+    assert "tolerance" in kept.reason
+    assert choose_precisions(graph, hw, "fp32") == ()
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([3, 8, 16]), min_size=2, max_size=5), st.booleans(), st.sampled_from([DOTS, PLAIN]))
+def test_chains_of_linears_stay_close(widths: list[int], residual: bool, machine: str) -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                y = layer(x)
+                x = (y + x if residual and y.shape == x.shape else y).tanh()
+            return x
+
+    torch.manual_seed(len(widths))
+    x = torch.randn(3, widths[0])
+    graph, choices = decide(Chain(), x, machine=machine)
+    exact = run_float64(graph, [x])
+    chosen = sum(c.dtype == "bfloat16" for c in choices)
+    assert assign_precision(graph, choices) == chosen
+    graph.graph.lint()
+    assert relative_l2(run_eager(graph, [x])[0], exact[0]) <= 1e-2 * chosen**0.5 + 1e-6
+
+
+def test_the_operators_keep_torchs_contract() -> None:
+    w = torch.randn(5, 8).bfloat16()
+    torch.library.opcheck(mixed.linear_bf16, (torch.randn(3, 8), w, torch.randn(5), None, "relu", [], True, True))
+    kernel = torch.randn(4, 8, 3, 3).bfloat16()
+    sizes = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
+    torch.library.opcheck(
+        mixed.conv2d_bf16, (torch.randn(1, 6, 6, 8), kernel, None, None, *sizes, "none", [], "NHWC", True, False)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_are_as_wide_as_the_operands(dtype: torch.dtype) -> None:
+    w = torch.ones(1, 1, dtype=torch.bfloat16)
+    x = torch.tensor([[1 + 2.0**-20]], dtype=dtype)
+    assert mixed.linear_bf16(x, w, None, None, "none", [], False, False).item() == x.item()
+    assert mixed.linear_bf16(x, w, None, None, "none", [], True, False).item() == 1.0
