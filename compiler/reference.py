@@ -72,9 +72,10 @@ def relative_l2(value: torch.Tensor, reference: torch.Tensor) -> float:
     """|value - reference| / |reference| where the reference is finite; inf where the two are not finite alike."""
     value, reference = _comparable(value), _comparable(reference)
     finite = reference.isfinite()
-    if not torch.equal(value[~finite].nan_to_num(7.0), reference[~finite].nan_to_num(7.0)):
-        return math.inf
-    value, reference = value[finite], reference[finite]
+    if not finite.all():
+        if not torch.equal(value[~finite].nan_to_num(7.0), reference[~finite].nan_to_num(7.0)):
+            return math.inf
+        value, reference = value[finite], reference[finite]
     if not value.isfinite().all():
         return math.inf
     scale = float(torch.linalg.vector_norm(reference))
@@ -88,7 +89,9 @@ def max_absolute(value: torch.Tensor, reference: torch.Tensor) -> float:
     """The largest |value - reference| over the elements where both are finite; 0 for no elements."""
     value, reference = _comparable(value), _comparable(reference)
     both = value.isfinite() & reference.isfinite()
-    return float((value[both] - reference[both]).abs().max()) if both.any() else 0.0
+    if not both.all():
+        value, reference = value[both], reference[both]
+    return float((value - reference).abs().max()) if value.numel() else 0.0
 
 
 def _comparable(tensor: torch.Tensor) -> torch.Tensor:
