@@ -22,6 +22,7 @@ from tvm.tirx.buffer import is_buffer_var
 
 from .announce_loops import announce_loops
 from .cut_nested import cut_nested
+from .stack_locals import stack_locals
 
 # Weak pointers that TVM's code calls through and our runtime does not fill: such a call would jump to address 0.
 _FOREIGN = (b"__TVMBackendParallelBarrier", b"__TVMFFIFunctionCall", b"__TVMFFIEnvModLookupFromImports")
@@ -96,6 +97,7 @@ def _passes() -> list[Any]:
         tirx.transform.FP8StorageLegalize(),
         tirx.transform.BF16StorageLegalize(),
         cut_nested(),
+        stack_locals(),  # after cut_nested, whose scratch is local
         tirx.transform.LowerTVMBuiltin(),
         tirx.transform.LowerIntrin(),
     ]
