@@ -275,7 +275,8 @@ def _tasks(axes: Sequence[Axis], cycles: float, hw: Hardware) -> int:
     microseconds = points * cycles / (hw.clock_mhz or _DEFAULT_MHZ)
     if hw.cores < 2 or microseconds < 2 * hw.launch_us:
         return 1
-    return max(hw.cores, min(4 * hw.cores, int(microseconds / (4 * hw.launch_us))))
+    each = max(1, min(4, int(microseconds / (4 * hw.launch_us * hw.cores))))
+    return each * hw.cores
 
 
 def _parallel(axes: Sequence[Axis], tasks: int, like: Var, body: Any, allocations: Sequence[Stmt]) -> Stmt:

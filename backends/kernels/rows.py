@@ -17,8 +17,10 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
+from ...hwdb.cost import launch_seconds, memory_bandwidth_gbs
 from .loops import between, share, span
 
+_ROW_CYCLES = 120.0  # folding the partial results of a row and what is computed from them, measured
 _DEFAULT_MHZ = 2000.0  # only decides whether the work is worth a second thread
 
 
@@ -47,8 +49,28 @@ def choose_rows(count: int, length: int, cycles: float, hw: Hardware) -> Rows:
     microseconds = count * length / lanes * cycles / (hw.clock_mhz or _DEFAULT_MHZ)
     tasks = 1
     if hw.cores > 1 and microseconds > 2 * hw.launch_us:
-        tasks = min(count, max(hw.cores, min(4 * hw.cores, int(microseconds / (4 * hw.launch_us)))))
+        tasks = even_tasks(microseconds, count, hw)
     return Rows(count, length, lanes, group, tasks)
+
+
+def even_tasks(microseconds: float, count: int, hw: Hardware) -> int:
+    """Into how many tasks `count` pieces of work are worth cutting: as many for every core, up to four."""
+    each = max(1, min(4, int(microseconds / (4 * hw.launch_us * hw.cores))))
+    return min(count, each * hw.cores)
+
+
+def predicted_seconds(rows: Rows, cycles: float, hw: Hardware) -> float | None:
+    """Seconds of a kernel over `rows`: the busiest core's vectors, or all bytes through the cache that holds them."""
+    if hw.clock_mhz is None:
+        return None
+    rounds = -(-rows.tasks // hw.cores)
+    share = -(-rows.count // rows.tasks) * rounds
+    vectors = -(-rows.length // rows.lanes)
+    arithmetic = share * (vectors * cycles + _ROW_CYCLES) / (hw.clock_mhz * 1e6)
+    moved = 8.0 * rows.count * rows.length
+    rate = memory_bandwidth_gbs(hw, moved)
+    memory = 0.0 if rate is None else moved / (rate * 1e9) * (1 if rows.tasks > 1 else hw.cores)
+    return max(arithmetic, memory) + (launch_seconds(hw) if rows.tasks > 1 else 0.0)
 
 
 @contextmanager

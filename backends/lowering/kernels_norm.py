@@ -15,8 +15,9 @@ from torch import fx
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
 from ...passes.rewrite import shape_of
-from ..kernels.layer_norm import group_norm, group_rows, layer_norm, norm_rows
-from ..kernels.rows import Rows
+from ..kernels.layer_norm import CYCLES, group_norm, group_rows, layer_norm, norm_rows
+from ..kernels.rows import Rows, predicted_seconds
+from ..kernels.softmax import CYCLES as SOFTMAX_CYCLES
 from ..kernels.softmax import softmax, softmax_rows
 from .kernels_matmul import bind, refuse_dtypes
 from .registry import KernelCall, Refusal, kernel_for
@@ -54,7 +55,12 @@ def _softmax(node: fx.Node, hw: Hardware, log: bool) -> KernelCall | Refusal:
     rows = softmax_rows(cut, hw)
     func = softmax(shape, hw, log, rows)
     return KernelCall(
-        func, (x,), "log_softmax rows" if log else "softmax rows", rows.reason, _work(rows, _SOFTMAX_FLOPS)
+        func,
+        (x,),
+        "log_softmax rows" if log else "softmax rows",
+        rows.reason,
+        _work(rows, _SOFTMAX_FLOPS),
+        predicted_seconds=predicted_seconds(rows, SOFTMAX_CYCLES, hw),
     )
 
 
@@ -108,7 +114,14 @@ def _layer_norm(
     rows = norm_rows(shape, dims, hw)
     operands = tuple(o for o in (x, weight, bias) if o is not None)
     name = "layer_norm rows" if centred else "rms_norm rows"
-    return KernelCall(func, operands, name, rows.reason, _work(rows, _NORM_FLOPS))
+    return KernelCall(
+        func,
+        operands,
+        name,
+        rows.reason,
+        _work(rows, _NORM_FLOPS),
+        predicted_seconds=predicted_seconds(rows, CYCLES, hw),
+    )
 
 
 @kernel_for(aten.layer_norm.default)
@@ -147,7 +160,14 @@ def _group_norm(
     func = group_norm(shape, groups, hw, eps, weight is not None, bias is not None, statistics)
     rows = group_rows(shape, groups, hw)
     operands = tuple(o for o in (x, weight, bias) if o is not None)
-    return KernelCall(func, operands, "group_norm rows", rows.reason, _work(rows, _NORM_FLOPS))
+    return KernelCall(
+        func,
+        operands,
+        "group_norm rows",
+        rows.reason,
+        _work(rows, _NORM_FLOPS),
+        predicted_seconds=predicted_seconds(rows, CYCLES, hw),
+    )
 
 
 @kernel_for(aten.group_norm.default)
