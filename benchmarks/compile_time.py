@@ -15,7 +15,7 @@ from torch import nn
 
 import graphwright
 
-DEPTHS = (10, 100, 1000)
+DEPTHS = {"equal": (10, 100, 1000), "distinct": (10, 100, 300)}
 
 
 def equal(depth: int) -> tuple[nn.Module, torch.Tensor]:
@@ -40,11 +40,11 @@ def measure(model: nn.Module, example: torch.Tensor) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    depths = [int(text) for text in sys.argv[1:]] or DEPTHS
+    given = [int(text) for text in sys.argv[1:]]
     torch.set_grad_enabled(False)
     measure(*equal(2))  # what is done once a process
-    print(
-        json.dumps(
-            {kind.__name__: {depth: measure(*kind(depth)) for depth in depths} for kind in (equal, distinct)}, indent=1
-        )
-    )
+    found = {
+        kind.__name__: {depth: measure(*kind(depth)) for depth in given or DEPTHS[kind.__name__]}
+        for kind in (equal, distinct)
+    }
+    print(json.dumps(found, indent=1))
