@@ -85,7 +85,8 @@ def _tuned(graph: _Graph, example: Any, options: Options, seconds: float) -> dic
         reason = "there are no example inputs" if example is None else obstacle(options.hw)
         raise InputError(f"tune= measures the model on this machine, and {reason}")
     inputs = example_tensors(example, graph.captured.signature)
-    return tune.tune(graph.captured.graph, options.hw, inputs, seconds, options.threads)
+    precision = Precision(options.precision)
+    return tune.tune(graph.captured.graph, options.hw, inputs, seconds, options.threads, precision)
 
 
 class _Graph:

@@ -31,6 +31,7 @@ from ..errors import InputError
 from ..hwdb import Hardware
 from . import fingerprint, loading, pipeline
 from .build import Built, build, default_passes
+from .precision import FP32, Precision
 from .profile import profile
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,12 @@ def stored(hw: Hardware) -> dict[str, str]:
 
 
 def tune(
-    graph: fx.GraphModule, hw: Hardware, inputs: Sequence[torch.Tensor], seconds: float, threads: int
+    graph: fx.GraphModule,
+    hw: Hardware,
+    inputs: Sequence[torch.Tensor],
+    seconds: float,
+    threads: int,
+    precision: Precision = FP32,
 ) -> dict[str, str]:
     """Measure candidates for about `seconds`, store what won, and return all that is stored."""
     started = time.perf_counter()
@@ -85,7 +91,8 @@ def tune(
                 break
             place = Path(directory, str(rank))
             place.mkdir()
-            builds.append((place, build(rewritten, hw, place, passes=(), choices=Choices(rank=rank))))
+            built = build(rewritten, hw, place, passes=(), choices=Choices(rank=rank), precision=precision)
+            builds.append((place, built))
             last = time.perf_counter() - begun
         times = _measure(builds, inputs, threads, started + seconds)
     preferred = {**stored(hw), **winners([built.kernels for _, built in builds], times)}
