@@ -14,6 +14,7 @@ from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
 from .fuse_attention import fuse_attention
 from .fuse_conv_activation import fuse_conv_activation
+from .fuse_conv_depthwise import fuse_conv_depthwise
 from .fuse_conv_transpose import fuse_conv_transpose
 from .fuse_head_moves import fuse_head_moves
 from .fuse_matmul_bias import fuse_matmul_bias
@@ -37,6 +38,7 @@ PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
     fuse_conv_transpose,  # likewise
     fuse_matmul_bias,  # before fuse_reshape_transpose: it takes up transposes and lifts reshapes
     assign_layout,  # after fuse_conv_activation: what is fused needs no permutes of its own
+    fuse_conv_depthwise,  # after assign_layout, and before its permutes are merged: it takes up the one at the input
     fuse_reshape_transpose,  # after assign_layout and the fusions, whose moves meet the model's own
     fuse_matmul_bias,  # again: operands that became plain transposes, values whose reshapes are gone
     fuse_head_moves,  # after fuse_reshape_transpose: one permute an operand; what is left over, merge_duplicates merges

@@ -29,7 +29,7 @@ from .conv_plan import Conv, Plan
 from .epilogue import apply_activation, is_heavy
 from .loops import between, flat, kernel_function, share, span
 from .register_tile import clear, multiply_add
-from .window import Run, runs
+from .window import Run, pieces, runs
 
 
 def conv2d(conv: Conv, plan: Plan) -> Any:
@@ -229,9 +229,9 @@ class _Nest:
         heavy = is_heavy(self.conv.activation)
         apart = self.place.step[1] * self.conv.filters
         base = T.bind(out_pixel * self.conv.filters + panel.channel)
-        pieces = _pieces(panel.channels, lanes)
+        parts = pieces(panel.channels, lanes)
         for p in range(pixels):
-            for offset, width in pieces:
+            for offset, width in parts:
                 at = span(base + p * apart + offset, width)
                 value = acc[span(p * vectors * lanes + offset, width)]
                 if self.bias is not None:
@@ -241,22 +241,9 @@ class _Nest:
                 T.buffer_store(self.out, value if heavy else self._activate(value), [at])
         if heavy:
             with T.serial(0, pixels) as p:
-                for offset, width in pieces:
+                for offset, width in parts:
                     at = span(base + p * apart + offset, width)
                     T.buffer_store(self.out, self._activate(self.out[at]), [at])
 
     def _activate(self, value: Any) -> Any:
         return apply_activation(T.bind(value), self.conv.activation, self.conv.args)
-
-
-def _pieces(channels: int, lanes: int) -> list[tuple[int, int]]:
-    """`channels` neighbours as (offset, width) stores: whole vectors, then halves down to one."""
-    pieces = [(offset, lanes) for offset in range(0, channels - lanes + 1, lanes)]
-    offset, width = len(pieces) * lanes, lanes // 2
-    while offset < channels:
-        if channels - offset >= width:
-            pieces.append((offset, width))
-            offset += width
-        else:
-            width //= 2
-    return pieces

@@ -10,6 +10,7 @@ import torch
 from ...hwdb import Hardware
 from ..choices import SHORTLIST
 from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles
+from .epilogue import is_heavy
 from .window import Axis, runs
 
 DEFAULT_CLOCK_MHZ = 2000.0
@@ -66,6 +67,11 @@ class Conv:
         """Whether it is the matrix product of all pixels with the filters."""
         one = self.kernel == self.stride == (1, 1)
         return one and self.groups == 1 and not any(self.padding)
+
+    @property
+    def activation_is_heavy(self) -> bool:
+        """Whether the activation costs as much as some dozen multiply-adds."""
+        return is_heavy(self.activation)
 
     @property
     def group_channels(self) -> int:

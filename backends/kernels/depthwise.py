@@ -13,6 +13,7 @@ registers: MR + KW + 1 <= vector registers (a longer row of taps takes w from L1
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,56 @@ from tvm.tirx.script import builder as T
 from .epilogue import apply_activation, is_heavy
 from .loops import constant, flat, kernel_function, span
 from .sweep import SweepPlan, Tile, Windows, each_tap, sweep
+from .window import pieces
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """Rearrange weight[C, 1, KH, KW] into [KH * KW, C]."""
     return weight.reshape(weight.shape[0], -1).t().contiguous()
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What is summed for one vector of channels, and what follows."""
+
+    weight: Any  # flat
+    first: Any  # index of tap (0, 0)
+    tap: int  # distance between taps
+    columns: int  # taps in a row
+    bias: Any | None  # by the tile's channel
+    residual: Any | None  # flat, lies like the output
+    activation: str
+    args: tuple[float, ...]
+
+
+def emit_tile(acc: Any, tile: Tile, x: Any, sum_: Sum, out: Any, width: int | None = None) -> None:
+    """Sum and store one register tile; of each vector the first `width` lanes exist."""
+    pixels, lanes = tile.run.pixels, tile.lanes
+    at = [span(p * lanes, lanes) for p in range(pixels)]
+    for p in range(pixels):
+        T.buffer_store(acc, constant(0.0, lanes), [at[p]])
+
+    def tap(p: int, read: Any, kh: Any, kw: Any) -> None:
+        w = sum_.weight[span(sum_.first + (kh * sum_.columns + kw) * sum_.tap, lanes)]
+        T.buffer_store(acc, acc[at[p]] + x[span(read, lanes)] * w, [at[p]])
+
+    each_tap(tile, tap)
+    heavy = is_heavy(sum_.activation)
+    for offset, part in pieces(lanes if width is None else width, lanes):
+        for p in range(pixels):
+            written = span(tile.out + p * tile.out_pixel + offset, part)
+            value = acc[span(p * lanes + offset, part)]
+            if sum_.bias is not None:
+                value = value + sum_.bias[span(tile.channel + offset, part)]
+            if sum_.residual is not None:
+                value = value + sum_.residual[written]
+            if not heavy:
+                value = apply_activation(T.bind(value), sum_.activation, sum_.args)
+            T.buffer_store(out, value, [written])
+        if heavy:
+            with T.serial(0, pixels) as p:
+                written = span(tile.out + p * tile.out_pixel + offset, part)
+                T.buffer_store(out, apply_activation(T.bind(out[written]), sum_.activation, sum_.args), [written])
 
 
 def depthwise(
@@ -44,34 +90,12 @@ def depthwise(
 
     def body(x: Any, weight: Any, *rest: Any) -> None:
         x, weight, out = flat(x), flat(weight), flat(rest[-1])
+        given = rest[0] if bias else None
         added = flat(rest[-2]) if residual else None
-        heavy = is_heavy(activation)
 
         def emit(acc: Any, tile: Tile) -> None:
-            pixels, lanes = tile.run.pixels, tile.lanes
-            at = [span(p * lanes, lanes) for p in range(pixels)]
-            for p in range(pixels):
-                T.buffer_store(acc, constant(0.0, lanes), [at[p]])
-
-            def tap(p: int, read: Any, kh: Any, kw: Any) -> None:
-                w = weight[span((kh * windows.columns.kernel + kw) * channels + tile.channel, lanes)]
-                T.buffer_store(acc, acc[at[p]] + x[span(read, lanes)] * w, [at[p]])
-
-            each_tap(tile, tap)
-            for p in range(pixels):
-                written = span(tile.out + p * channels, lanes)
-                value = acc[at[p]]
-                if bias:
-                    value = value + rest[0][span(tile.channel, lanes)]
-                if added is not None:
-                    value = value + added[written]
-                if not heavy:
-                    value = apply_activation(T.bind(value), activation, args)
-                T.buffer_store(out, value, [written])
-            if heavy:
-                with T.serial(0, pixels) as p:
-                    written = span(tile.out + p * channels, lanes)
-                    T.buffer_store(out, apply_activation(T.bind(out[written]), activation, args), [written])
+            sum_ = Sum(weight, tile.channel, channels, windows.columns.kernel, given, added, activation, args)
+            emit_tile(acc, tile, x, sum_, out)
 
         sweep(windows, plan, emit)
 

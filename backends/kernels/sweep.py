@@ -22,6 +22,7 @@ from ...hwdb import Hardware
 from .loops import between, share
 from .window import Axis, Run, runs
 
+WRITTEN_TAPS = 16  # of one row; of a whole window four times as many
 DEFAULT_CLOCK_MHZ = 2000.0  # only decides whether the work is worth a second thread
 
 
@@ -176,16 +177,17 @@ def sweep(windows: Windows, plan: SweepPlan, emit: Callable[[Any, Tile], None]) 
 
 
 def each_tap(tile: Tile, emit: Callable[[int, Any, Any, Any], None]) -> None:
-    """Emit the loops over the tile's taps; emit(pixel, flat input index, kh, kw) once for each tap a pixel reads.
+    """Emit the tile's taps; emit(pixel, flat input index, kh, kw) once for each tap a pixel reads.
 
-    Few columns of taps are unrolled, in the order of the input columns, so that one load serves all the windows that
-    share it; many are a loop.
+    Few taps are written out, in the order of the input columns, so that one load serves all the windows that share it;
+    many are loops.
     """
-    with T.serial(0, tile.row_taps) as i:
-        kh = tile.first_tap + i
+    spans = tile.run.spans
+    in_row = sum(s.taps for s in spans)
+
+    def row(kh: Any) -> None:
         line = T.bind(tile.corner + kh * tile.tap_row)
-        spans = tile.run.spans
-        if sum(s.taps for s in spans) <= 16:
+        if in_row <= WRITTEN_TAPS:
             reads = [(p, kw) for s in spans for kw in range(s.tap, s.tap + s.taps) for p in range(s.low, s.high)]
             for p, kw in sorted(reads, key=lambda r: (r[0] * tile.pixel + r[1] * tile.tap_column, r[1])):
                 emit(p, line + (p * tile.pixel + kw * tile.tap_column), kh, kw)
@@ -195,3 +197,10 @@ def each_tap(tile: Tile, emit: Callable[[int, Any, Any, Any], None]) -> None:
                 at = T.bind(line + kw * tile.tap_column)
                 for p in range(s.low, s.high):
                     emit(p, at + p * tile.pixel, kh, kw)
+
+    if isinstance(tile.row_taps, int) and tile.row_taps * in_row <= 4 * WRITTEN_TAPS:
+        for kh in range(tile.row_taps):
+            row(tile.first_tap + kh)
+    else:
+        with T.serial(0, tile.row_taps) as i:
+            row(tile.first_tap + i)

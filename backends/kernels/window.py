@@ -130,3 +130,16 @@ def runs(axis: Axis, pixels: int) -> list[Run]:
             found.append(Run(start, size, 1, tuple(valid)))
         start += size
     return found
+
+
+def pieces(channels: int, lanes: int) -> list[tuple[int, int]]:
+    """`channels` neighbours as (offset, width) stores: whole vectors, then halves down to one."""
+    pieces = [(offset, lanes) for offset in range(0, channels - lanes + 1, lanes)]
+    offset, width = len(pieces) * lanes, lanes // 2
+    while offset < channels:
+        if channels - offset >= width:
+            pieces.append((offset, width))
+            offset += width
+        else:
+            width //= 2
+    return pieces

@@ -9,7 +9,14 @@ from . import families
 from .registry import KERNELS, LOWERINGS
 
 families.load()
-for name in ("kernels_conv", "kernels_conv_other", "kernels_low_precision", "kernels_matmul", "kernels_norm"):
+for name in (
+    "kernels_conv",
+    "kernels_conv_other",
+    "kernels_low_precision",
+    "kernels_matmul",
+    "kernels_norm",
+    "kernels_pairs",
+):
     if importlib.util.find_spec(f"{__package__}.{name}") is not None:
         importlib.import_module(f".{name}", __package__)
 
