@@ -15,6 +15,7 @@ from ...hwdb import Hardware
 from ...hwdb.cost import predict_seconds
 from ..aot.program import Buffer, Program, Step
 from ..cpu.expand_math import expand_math
+from ..cpu.predict import predicted_seconds
 from ..cpu.schedule import schedule
 from .registry import KernelCall, KernelInfo
 
@@ -118,7 +119,10 @@ class _Extractor:
     def _info(self, name: str) -> KernelInfo:
         if name not in self.fused.calls:
             choice = "no schedule applies: one thread" if name in self.unscheduled else "fused loops"
-            return KernelInfo(name, name.removeprefix("fused_"), "generic", choice, None)
+            unread = name in self.unscheduled
+            known = None if unread else predicted_seconds(self.fused.module[name], self.hw)
+            predicted = None if known is None else known * 1e6
+            return KernelInfo(name, name.removeprefix("fused_"), "generic", choice, predicted)
         call, target = self.fused.calls[name]
         seconds = call.predicted_seconds
         if seconds is None:

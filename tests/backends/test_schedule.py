@@ -19,6 +19,7 @@ from tvm import te, tirx, topi
 
 from graphwright.backends.cpu import schedule as module
 from graphwright.backends.cpu.expand_math import expand_math
+from graphwright.backends.cpu.predict import predicted_seconds
 from graphwright.backends.cpu.schedule import schedule
 from graphwright.hwdb import Hardware, detect
 
@@ -268,3 +269,20 @@ def test_vector_width_comes_from_the_machine(bits: int) -> None:
     turned = function(lambda a: topi.transpose(a, (1, 0)), placeholder((64, 64)))
     x = normal(64, 64)
     np.testing.assert_array_equal(run(schedule(turned, hw), [x], [((64, 64), "float32")])[0], x.T)
+
+
+def test_fused_loops_are_predicted_by_bytes_and_by_arithmetic():
+    def function(size, formula):
+        x = te.placeholder((size,), "float32", "x")
+        return te.create_prim_func([x, te.compute((size,), lambda i: formula(x[i]), "y")])
+
+    copy, double, heavy = (
+        predicted_seconds(function(size, formula), detect())
+        for size, formula in (
+            (1 << 20, lambda v: v),
+            (1 << 21, lambda v: v),
+            (1 << 20, lambda v: tirx.exp(tirx.exp(v))),
+        )
+    )
+    assert copy < double < 3 * copy
+    assert copy < heavy
