@@ -37,11 +37,12 @@ class FloatFinish:
     result: str = "float32"
     bias_shape: Shape | None = None
     output_shape: Shape | None = None
+    scale: bool = False  # the sum is multiplied by a float32 of its column first: int8 weights
 
     @property
     def operands(self) -> Sequence[tuple[Shape, str]]:
-        """Bias, residual."""
-        shapes: list[tuple[Shape, str]] = []
+        """Scale, bias, residual."""
+        shapes: list[tuple[Shape, str]] = [((self.N,), "float32")] * self.scale
         if self.bias:
             shapes.append((self.bias_shape or (self.N,), "float32"))
         if self.residual is not None:
@@ -55,8 +56,10 @@ class FloatFinish:
 
     def store(self, value: Any, row: Any, column: Any, lanes: int, read: Sequence[Any], out: Any) -> None:
         """Finish and store."""
+        if self.scale:
+            value = value * read[0][span(column, lanes)]
         if self.bias:
-            value = value + view(read[0], (self.N,))[span(column, lanes)]
+            value = value + view(read[int(self.scale)], (self.N,))[span(column, lanes)]
         if self.residual is not None:
             residual = view(read[-1], (self.M, self.N))[row, span(column, lanes)]
             value = value + (residual if self.residual == "float32" else widen(residual, lanes))

@@ -17,7 +17,6 @@ A single row is the same nest: the weights stream once, each core its own panels
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +148,12 @@ class _Nest:
             whole, odd = divmod(p.K, dot.group)
             if whole:
                 multiply(
-                    acc, tile, dot, whole, lambda r, k: [words[row + r, k * 2 + j] for j in range(dot.group)], right
+                    acc,
+                    tile,
+                    dot,
+                    whole,
+                    lambda r, k: [words[row + r, k * dot.group + j] for j in range(dot.group)],
+                    right,
                 )
             if odd:
                 step(acc, tile, dot, lambda r: [words[row + r, p.K - 1]], lambda v: right(whole, v))
@@ -172,8 +176,3 @@ class _Nest:
                     store(panel * t.columns, t.columns)
                 with T.Else():
                     store(full * t.columns, tail)
-
-
-def elements(shape: Shape) -> int:
-    """How many elements a buffer of `shape` has."""
-    return math.prod(shape)

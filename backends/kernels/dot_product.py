@@ -5,6 +5,7 @@
                group 2, int32 sums       vpmaddwd on bytes widened to 16 bits: two exact products and their sum
                                          (vpmaddubsw would take four bytes, but saturates at 16 bits: 255*127*2 > 32767)
     weights    group 2, float32 sums     float32 left, bfloat16 weights widened by a shift: half the bytes to stream
+               group 1, float32 sums     float32 left, int8 weights converted: a quarter of the bytes
 
 The left word is broadcast; the weights of a step are one word for each lane, so one layout serves every instruction:
 
@@ -97,6 +98,17 @@ def bf16_weights(hw: Hardware) -> Dot:
         return acc + spread(left[1], lanes) * T.reinterpret(f"float32x{lanes}", tirx.bitwise_and(weight, mask))
 
     return Dot("bf16 weights widened", lanes, 2, "float32", "float32", "int32", 1, 3, "", multiply)
+
+
+def int8_weights(hw: Hardware) -> Dot:
+    """float32 times int8 weights, sign-extended and converted; their scale is applied to the finished sum."""
+    lanes = hw.lanes("float32")
+
+    def multiply(acc: PrimExpr, left: Sequence[PrimExpr], weight: PrimExpr) -> PrimExpr:
+        wide = tirx.Cast(f"float32x{lanes}", tirx.Cast(f"int32x{lanes}", weight))
+        return acc + spread(left[0], lanes) * wide
+
+    return Dot("int8 weights widened", lanes, 1, "float32", "float32", "int8", 1, 1, "", multiply)
 
 
 def int8_dot(hw: Hardware, *, emulated: bool = False) -> Dot:

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from narrow_harness import loops_with, one_core, run, run_emulated
 
+from graphwright.backends.kernels.bf16_matmul import FloatFinish, bf16_matmul
 from graphwright.backends.kernels.conv_plan import Conv
 from graphwright.backends.kernels.dot_conv import choose_dot_conv
-from graphwright.backends.kernels.dot_product import Dot, choose_dot_tiling, int8_dot
+from graphwright.backends.kernels.dot_product import Dot, choose_dot_tiling, int8_dot, int8_weights
 from graphwright.backends.kernels.int8_product import (
     RANGES,
     Requantize,
@@ -113,6 +114,25 @@ def test_matmul_bit_for_bit(
     run(func, detect(), a, pack_matmul(w, dot, tiling.columns), constant, scale, *extra, out)
     sums = (a.int() - zero) @ w.int().t() + whole
     assert torch.equal(out, requantized(sums, scale, bias, added, how))
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(1, 9), EXTENT, EXTENT, st.booleans())
+def test_weights_alone_in_int8(M: int, K: int, N: int, has_bias: bool) -> None:
+    hw = detect()
+    dot = int8_weights(hw)
+    x = torch.randn(M, K, generator=torch.Generator().manual_seed(0))
+    w, scale, bias = integers("int8", N, K, seed=1), torch.linspace(1e-3, 1e-2, N), torch.linspace(-1, 1, N)
+    tiling = choose_dot_tiling(hw, dot, M, N, K)
+    out = torch.full((M, N), float("nan"))
+    func = bf16_matmul(M, K, N, hw, FloatFinish(M, N, has_bias, scale=True), dot=dot, tiling=tiling)
+    run(func, hw, x, pack_matmul(w, dot, tiling.columns), scale, *[bias] * has_bias, out)
+    exact = x.double() @ w.double().t() * scale.double()
+    magnitude = x.double().abs() @ w.double().abs().t() * scale.double()
+    if has_bias:
+        exact, magnitude = exact + bias.double(), magnitude + bias.double().abs()
+    # Any order of float32 sums (Higham, section 4.2), the product with the scale and the bias.
+    assert torch.all((out.double() - exact).abs() <= (K + 3) * 2.0**-24 * magnitude + 1e-30)
 
 
 @st.composite
