@@ -24,6 +24,7 @@ from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
 from ..tiling import Tiling, choose_tiling
+from .gemv import across
 from .loops import Shape, between, constant, share, span, spread, typed_kernel, view
 from .matmul import clear, each_row_tile, each_vector, first_row, multiply_tile
 from .packing import pack_panel, pack_panel_transposed
@@ -307,7 +308,7 @@ class _Block:
         with T.serial(0, groups) as group:
             for j, at in enumerate(lane):
                 T.buffer_store(self.lane, tirx.max(self.lane[at], self.scores[r, score(group, j)]), [at])
-        highest = T.bind(_across([self.lane[at] for at in lane], tirx.max, lanes))
+        highest = T.bind(across([self.lane[at] for at in lane], tirx.max, lanes))
         # A row of -inf only: e^(-inf - 0) = 0 everywhere, instead of -inf - -inf.
         shift = T.bind(tirx.Select(highest == constant(float("-inf")), constant(0.0), highest))
         for at in lane:
@@ -318,7 +319,7 @@ class _Block:
                 value = T.bind(exp_nonpositive(self.scores[r, place] - spread(shift, lanes)))
                 T.buffer_store(self.scores, value, [r, place])
                 T.buffer_store(self.lane, self.lane[at] + value, [at])
-        total = T.bind(_across([self.lane[at] for at in lane], lambda x, y: x + y, lanes))
+        total = T.bind(across([self.lane[at] for at in lane], lambda x, y: x + y, lanes))
         inverse = tirx.Select(total == constant(0.0), constant(0.0), constant(1.0) / total)
         T.buffer_store(self.inverse, inverse, [r])
 
@@ -363,20 +364,6 @@ class _Block:
                     store()
                 with T.Else():
                     store_part(tail)
-
-
-def _across(vectors: list[Any], combine: Callable[[Any, Any], Any], lanes: int) -> Any:
-    """All lanes of all `vectors` combined into one scalar."""
-    value = vectors[0]
-    for vector in vectors[1:]:
-        value = combine(value, vector)
-    width = lanes
-    value = T.bind(value)
-    while width > 1:
-        width //= 2
-        halves = [tirx.const((lane + width) % lanes, "int32") for lane in range(lanes)]
-        value = T.bind(combine(value, tirx.Shuffle([value], halves)))
-    return tirx.Shuffle([value], [tirx.const(0, "int32")])
 
 
 def problem(q: Shape, k: Shape, v: Shape) -> Problem:

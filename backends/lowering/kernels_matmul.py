@@ -22,6 +22,7 @@ from ...passes.rewrite import shape_of
 from ..choices import pick
 from ..kernels.attention import Placement, Problem, attention, plan_attention, problem
 from ..kernels.batch_matmul import batch_matmul, broadcast_batch, choose_batch_tiling
+from ..kernels.gemv import dot_rows, is_narrow, split
 from ..kernels.matmul import matmul, pack_weight
 from ..tiling import Tiling, predicted_seconds, rank_tilings
 from .registry import KernelCall, Packed, Refusal, kernel_for
@@ -94,6 +95,8 @@ def _product(
     if len(b_shape) < 2 or not shape_of(a):
         return Refusal(f"operands of shapes {shape_of(a)} and {b_shape}: a vector is not a matrix")
     if prod(b_shape[:-2]) == 1 and not transpose_a and shape_of(node)[:-1] == shape_of(a)[:-1]:
+        if b.op == "get_attr" and is_narrow(hw, shape_of(node)[-1], shape_of(a)[-1]):
+            return _narrow(node, hw, a, b, extra, transpose_b)
         if b.op == "get_attr":
             return _packed(node, hw, a, b, extra, transpose_b)
         K = shape_of(a)[-1]
@@ -101,6 +104,42 @@ def _product(
     if len(shape_of(a)) < 2:
         return Refusal(f"operands of shapes {shape_of(a)} and {b_shape}: a vector is not a matrix")
     return _batched(node, hw, a, b, shape_of(a), b_shape, extra, transpose_a, transpose_b)
+
+
+def _narrow(node: fx.Node, hw: Hardware, x: fx.Node, weight: fx.Node, extra: _Extra, transposed: bool) -> KernelCall:
+    """The product with a constant of fewer columns than half a vector has lanes."""
+    out = shape_of(node)
+    N, K = shape_of(weight)[-2:] if transposed else reversed(shape_of(weight)[-2:])
+    M = prod(out[:-1])
+    func = dot_rows(
+        M,
+        K,
+        N,
+        hw,
+        bias=extra.bias is not None,
+        residual=extra.residual is not None,
+        activation=extra.activation,
+        args=extra.args,
+        input_shape=shape_of(x),
+        bias_shape=shape_of(extra.bias) if extra.bias is not None else None,
+        output_shape=out,
+    )
+    tasks = split(hw, M, N, K)
+    packed = Packed(weight, f"rows_of_{'nk' if transposed else 'kn'}", partial(_rows, transposed=transposed))
+    work = Work(
+        flops={"float32": 2.0 * M * N * K},
+        bytes_read=4.0 * (M * K + N * K + sum(prod(shape_of(operand)) for operand in extra.operands)),
+        bytes_written=4.0 * M * N,
+        launches=int(tasks > 1),
+        tasks=tasks,
+        efficiency=0.3,  # two loads for each multiply-add
+    )
+    return KernelCall(func, (x, packed, *extra.operands), "dot products", f"{N} a row, {tasks} tasks", work)
+
+
+def _rows(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    matrix = weight.reshape(weight.shape[-2:])
+    return (matrix if transposed else matrix.t()).contiguous()
 
 
 def _packed(node: fx.Node, hw: Hardware, x: fx.Node, weight: fx.Node, extra: _Extra, transposed: bool) -> KernelCall:

@@ -85,6 +85,23 @@ def test_linear_of_large_extents(M: int, K: int, N: int) -> None:
     check(run_kernel(detect(), dialect.linear, x, Constant(w), bias, None, "none", []), x, w.t(), bias)
 
 
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 40), st.sampled_from([16, 31, 64, 65, 999]), st.integers(1, 3), st.sampled_from(ACTIVATIONS),
+    st.booleans(),
+)  # fmt: skip
+def test_few_columns_are_dot_products(M: int, K: int, N: int, activation: tuple[str, list[float]], extra: bool) -> None:
+    hw, (name, args) = lookup("x86-64-v3"), activation
+    x, w = random(M, K), random(N, K, seed=1)
+    bias, residual = (random(N, seed=2), random(M, N, seed=3)) if extra else (None, None)
+    operands = (x, Constant(w), bias if bias is None else Constant(bias), residual, name, args)
+    call = kernel_of(hw, dialect.linear, *operands)
+    assert isinstance(call, KernelCall)
+    assert call.algorithm == "dot products"
+    check(run_kernel(hw, dialect.linear, *operands), x, w.t(), bias, residual, name, args)
+    check(run_kernel(hw, aten.mm.default, x, Constant(w.t().contiguous())), x, w.t())
+
+
 def test_depth_blocks_and_row_chunks_are_exercised() -> None:
     hw = detect()
     blocked, chunked = choose_tiling(hw, 16, 40, 60000), choose_tiling(hw, 2048, 64, 4096)
