@@ -8,7 +8,8 @@ and the image never leaves its caches.
 
 Refused when the image in between has another reader or a residual; for other layouts and dtypes than NHWC in float32;
 when a weight is computed; when the first convolution is grouped, or is neither 1 x 1 nor one of few channels (kernels
-for such choose their own order); and where the predicted time does not fall. The permute is taken up only in front of
+for such choose their own order); where the image in between and the result stay in the cores' L2 anyway; and where the
+predicted time does not fall. The permute is taken up only in front of
 a window of few channels, which reads single values of its input, in any order.
 """
 
@@ -88,6 +89,8 @@ def _slower(second: fx.Node, a: dict[str, Any], b: dict[str, Any], hw: Hardware)
         return "the first is a window over many channels"
     out = prod(rewrite.shape_of(second))
     between = batch * prod(hidden) * channels
+    if 4 * (between + out) <= sum(c.size_bytes * -(-hw.cores // c.shared_by_cores) for c in hw.caches if c.level == 2):
+        return "the image in between stays in L2"
     product = 2.0 * between * prod(rewrite.shape_of(a["weight"])[1:])
     sums = 2.0 * out * prod(rewrite.shape_of(b["weight"])[1:])
     read = 4.0 * (prod(rewrite.shape_of(a["input"])) + prod(rewrite.shape_of(a["weight"])))

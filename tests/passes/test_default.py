@@ -57,7 +57,7 @@ def vit():
 
 MODELS = {
     "resnet, basic": (lambda: resnet("basic"), {"conv2d": 10, "permute": 1, "linear": 1}),
-    "efficientnet": (efficientnet, {"conv2d": 13, "avg_pool2d": 1, "linear": 1}),
+    "efficientnet": (efficientnet, {"conv2d": 21, "permute": 1, "avg_pool2d": 1, "linear": 1}),
     "bert, eager attention": (lambda: bert("eager"), {"linear": 13, "matmul": 4, "permute": 8}),
     "gpt2": (gpt2, {"linear": 9, "strided_attention": 2}),
     "vit": (vit, {"conv2d": 1, "linear": 13, "strided_attention": 2, "permute": 1}),

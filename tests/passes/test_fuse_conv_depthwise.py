@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -9,13 +11,18 @@ from hypothesis import given, settings
 from rewriting import HW, assert_kept, assert_rewrite, trace
 
 from graphwright.passes import dialect_pairs
-from graphwright.passes.fuse_conv_depthwise import fuse_conv_depthwise
+from graphwright.passes.fuse_conv_depthwise import fuse_conv_depthwise as fuse_where_it_pays
 
 conv2d, permute = torch.ops.graphwright.conv2d, torch.ops.graphwright.permute
 conv_depthwise = torch.ops.graphwright.conv_depthwise
 ONE, NONE = [1, 1], [0, 0, 0, 0]
 POINT = (ONE, NONE, ONE, 1, "relu6", [], "NHWC")
 X = torch.randn(2, 20, 21, 16)
+
+
+def fuse_conv_depthwise(graph, hw):
+    """The pass for a machine whose L2 holds none of these small images."""
+    return fuse_where_it_pays(graph, dataclasses.replace(hw, caches=()))
 
 
 class Weights(torch.nn.Module):
@@ -62,6 +69,10 @@ def test_a_stem_reads_nchw():
 
     shapes = (32, 3, 3, 3), (32, 1, 3, 3)
     assert_rewrite(Before(*shapes), After(*shapes), [torch.randn(1, 3, 30, 40)], fuse_conv_depthwise)
+
+
+def test_an_image_that_stays_in_l2_is_kept():
+    assert_kept(Pair(), [X], fuse_where_it_pays)
 
 
 class ReadTwice(Weights):
