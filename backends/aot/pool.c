@@ -8,11 +8,15 @@
  * that finds no task left calls back (READY -> EMPTY) the workers that have not entered, so it never waits for a thread
  * that the system has not scheduled, but for one that lost its core within a task. A worker spins for SPIN_NANOSECONDS,
  * then sleeps on its mailbox. One caller at a time has the workers; others run their loops by themselves.
+ *
+ * Workers keep off the caller's core: the system likes to wake a thread where its waker runs, and on a small machine leaves
+ * it there for tens of milliseconds, while the caller does all the work and another core is idle.
  */
 #include "internal.h"
 
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -23,6 +27,7 @@
 #define MAX_WORKERS 255
 #define SPIN_NANOSECONDS 40000
 #define LARGEST_PAGE 65536
+#define WORD_BITS (8 * (int)sizeof(unsigned long))
 #define TASKS_PER_THREAD 16 /* enough that one of a slow thread's is little to wait for; a task costs 10 to 30 ns */
 
 static void relax(void) {
@@ -65,6 +70,8 @@ enum { EMPTY, READY, TAKEN, SLEEPING, LEAVE };
 typedef struct {
     _Alignas(LINE) atomic_uint state;
     int row;
+    int avoids;       /* the core it keeps off, and one more: 0 is none */
+    atomic_int system; /* the system's number of the thread, once it runs */
     pthread_t thread;
     scratch memory;
 } worker;
@@ -109,6 +116,7 @@ static void *work(void *argument) {
     worker *me = argument;
     self.memory = &me->memory;
     self.nested = 1;
+    atomic_store(&me->system, (int)syscall(SYS_gettid));
     for (;;) {
         unsigned state = spin_while(&me->state, EMPTY);
         if (state == EMPTY && atomic_compare_exchange_strong(&me->state, &state, SLEEPING)) {
@@ -128,6 +136,25 @@ static void post(worker *to, unsigned state) {
     if (atomic_exchange(&to->state, state) == SLEEPING) wake_one(&to->state);
 }
 
+/* Let the workers run on the cores that the caller may use, but for the one it is on. */
+static void keep_apart(int workers) {
+    int core = sched_getcpu();
+    unsigned long mask[1024 / WORD_BITS];
+    long bytes = 0;
+    for (int i = 0; i < workers; i++) {
+        worker *each = &pool.all[i];
+        int thread = atomic_load_explicit(&each->system, memory_order_relaxed);
+        if (each->avoids == core + 1 || !thread || core < 0 || core >= 1024) continue;
+        each->avoids = core + 1;
+        if (!bytes) {
+            bytes = syscall(SYS_sched_getaffinity, 0, sizeof mask, mask);
+            if (bytes > 0) mask[core / WORD_BITS] &= ~(1ul << core % WORD_BITS);
+        }
+        /* Refused, and rightly, where no core is left. */
+        if (bytes > 0) syscall(SYS_sched_setaffinity, thread, bytes, mask);
+    }
+}
+
 static void grow(int workers) {
     if (pool.workers >= workers) return;
     sigset_t all, before; /* signals stay with the program's own threads */
@@ -136,6 +163,8 @@ static void grow(int workers) {
     while (pool.workers < workers) {
         worker *next = &pool.all[pool.workers];
         atomic_store(&next->state, EMPTY);
+        atomic_store(&next->system, 0);
+        next->avoids = 0;
         if (pthread_create(&next->thread, NULL, work, next)) break; /* callers then do more themselves */
         pool.workers++;
     }
@@ -163,6 +192,7 @@ int launch(task_function run, void *data, int tasks) {
     }
     grow(threads - 1);
     int posted = pool.workers < threads - 1 ? pool.workers : threads - 1;
+    keep_apart(posted);
     pool.env = (group){NULL, tasks};
     pool.run = run;
     pool.data = data;

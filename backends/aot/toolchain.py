@@ -29,7 +29,7 @@ _FLAGS = ("-O2", "-fPIC", "-ffunction-sections", "-std=c11", "-D_GNU_SOURCE", "-
 # What runtime.c, LLVM's lowering of plain C and TVM's intrinsics may ask of libc and libm.
 _C_LIBRARY = """
     __tls_get_addr clock_gettime free getpid madvise memcpy memmove memset nanosleep posix_memalign pthread_create
-    pthread_join pthread_sigmask sigfillset strlen syscall sysconf abs labs
+    pthread_join pthread_sigmask sched_getcpu sigfillset strlen syscall sysconf abs labs
 """
 _MATH = """
     acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs floor fma

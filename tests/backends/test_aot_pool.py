@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -103,3 +104,21 @@ def test_models_called_from_several_threads_share_one_count(tmp_path: Path) -> N
     assert _callers.value == 0
     for code in models:
         code.close()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="no core is left")
+def test_workers_keep_off_the_callers_core(tmp_path: Path) -> None:
+    """Woken beside its waker, a worker would wait there while the caller does all the work."""
+    before = {path.name for path in Path("/proc/self/task").iterdir()}
+    code = counter(64, tmp_path)
+    x, y = torch.ones(64), torch.zeros(64)
+    mine = os.sched_getaffinity(0)
+    for _ in range(100):  # the worker is known once it has run
+        run(code, 0, [x], [y])
+        (worker,) = {path.name for path in Path("/proc/self/task").iterdir()} - before
+        allowed = os.sched_getaffinity(int(worker))
+        if allowed != mine:
+            break
+    code.close()
+    assert allowed < mine
+    assert len(allowed) == len(mine) - 1
