@@ -114,6 +114,7 @@ def test_workers_keep_off_the_callers_core(tmp_path: Path) -> None:
     x, y = torch.ones(64), torch.zeros(64)
     mine = os.sched_getaffinity(0)
     for _ in range(100):  # the worker is known once it has run
+        time.sleep(0.001)
         run(code, 0, [x], [y])
         (worker,) = {path.name for path in Path("/proc/self/task").iterdir()} - before
         allowed = os.sched_getaffinity(int(worker))
