@@ -11,9 +11,11 @@ boundary as well. https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT = 64
+HUGE_PAGE = 2 << 20
 _PADDING = "__pad_"
 _FORMAT_NAMES = {
     "float64": "F64",
@@ -154,22 +157,32 @@ def _header(layout: Layout) -> bytes:
 
 
 class Weights:
-    """A weights file mapped read-only: pages come from the file on first use and are shared between processes.
+    """The data section of a weights file in memory of its own, in large pages where the system has them.
 
-    `address` is where the data section lies (a multiple of 64), `nbytes` its length. Close it after the last use.
+    A mapping of the file would be shared between processes, but in pages of 4 KiB, each of which costs a miss in the
+    translation buffer for every call, and which the system may take back while the model rests.
+    `address` is where the data lies (a multiple of 64), `nbytes` its length. Close it after the last use.
     """
 
     def __init__(self, path: Path) -> None:
-        """Map `path`. Raises ArtifactError where it is damaged."""
+        """Read `path`. Raises ArtifactError where it is damaged."""
         self.layout = read_layout(path)
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.nbytes = self.layout.nbytes
-        start = len(self._map) - self.nbytes
-        self.address: int = np.frombuffer(self._map, np.uint8).ctypes.data + start
+        page = HUGE_PAGE if self.nbytes >= 2 * HUGE_PAGE else ALIGNMENT
+        self._map = mmap.mmap(-1, self.nbytes + page)
+        if page == HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a system without large pages
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        memory = np.frombuffer(self._map, np.uint8)
+        first = -memory.ctypes.data % page
+        with open(path, "rb") as file:
+            file.seek(-self.nbytes, os.SEEK_END)
+            if file.readinto(memory[first : first + self.nbytes].data) != self.nbytes:
+                raise ArtifactError(f"{path} became shorter while it was read; compile the model again")
+        self.address: int = memory.ctypes.data + first
 
     def close(self) -> None:
-        """Unmap the file."""
+        """Give the memory back."""
         self._map.close()
 
     def __enter__(self) -> Weights:
