@@ -20,6 +20,7 @@ tasks      row blocks x panels (or groups): equal shares for the cores, a block'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from .conv_plan import Conv, Plan
 from .epilogue import apply_activation, is_heavy
 from .loops import between, flat, kernel_function, share, span
 from .register_tile import clear, multiply_add
-from .window import Run, pieces, runs
+from .window import Axis, Run, Span, pieces, runs
 
 
 def conv2d(conv: Conv, plan: Plan) -> Any:
@@ -51,12 +52,25 @@ def packed_elements(conv: Conv, plan: Plan) -> int:
 
 
 def emit_conv2d(
-    conv: Conv, plan: Plan, x: Any, weight: Any, bias: Any, residual: Any, out: Any, place: Placement | None = None
+    conv: Conv,
+    plan: Plan,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    residual: Any,
+    out: Any,
+    place: Placement | None = None,
+    inside: Axis | None = None,
 ) -> None:
-    """Emit the nest over buffers of a kernel; `place` puts the outputs into a larger image."""
+    """Emit the nest over buffers of a kernel; `place` puts the outputs into a larger image.
+
+    `inside`: x is a padded copy; taps that fall on the padding of this axis for all pixels of a tile are left out.
+    """
     place = place or Placement(conv.rows.out, conv.columns.out)
     conv = replace(conv, groups=conv.groups // plan.merged)
-    _Nest(conv, plan, flat(x), weight, bias, None if residual is None else flat(residual), flat(out), place).emit()
+    _Nest(
+        conv, plan, flat(x), weight, bias, None if residual is None else flat(residual), flat(out), place, inside
+    ).emit()
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,7 @@ class _Nest:
     residual: Any | None
     out: Any
     place: Placement
+    inside: Axis | None = None
 
     def emit(self) -> None:
         conv, plan = self.conv, self.plan
@@ -187,7 +202,7 @@ class _Nest:
             kh = taps[0] + i
             x_row = T.bind(corner + kh * (conv.dilation[0] * conv.width * conv.channels))
             w_row = T.bind(panel.weight + kh * (conv.kernel[1] * conv.group_channels * vectors * lanes))
-            for s in run.spans:
+            for s in self._spans(run, column):
                 x_tap, w_tap = conv.dilation[1] * conv.channels, conv.group_channels * vectors * lanes
                 if contiguous or s.taps == 1:
                     self._reduce(
@@ -209,6 +224,11 @@ class _Nest:
                         conv.group_channels,
                     )
         self._store(acc, panel, run.pixels, out_pixel)
+
+    def _spans(self, run: Run, column: Any) -> Sequence[Span]:
+        if self.inside is None:
+            return run.spans
+        return [Span(*self.inside.union_of_taps(column, run.pixels), 0, run.pixels)]
 
     def _reduce(self, acc: Any, vectors: int, pixels: tuple[int, int], x: Any, w: Any, steps: int) -> None:
         """Multiply-add `steps` neighbouring inputs of each pixel with as many rows of the panel."""

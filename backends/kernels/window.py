@@ -64,6 +64,14 @@ class Axis:
             high = tirx.min(self.kernel, tirx.floordiv(self.size - start + self.dilation - 1, self.dilation))
         return low, tirx.max(high - low, 0)
 
+    def union_of_taps(self, position: Any, outputs: int) -> tuple[Any, Any]:
+        """From the first tap to the last that one of `outputs` neighbours from `position` reads: first, how many."""
+        least, most = (min, max) if isinstance(position, int) else (tirx.min, tirx.max)
+        last, start = self.first(position + outputs - 1), self.first(position)
+        low = least(most((self.dilation - 1 - last) // self.dilation, 0), self.kernel)
+        high = least((self.size - start + self.dilation - 1) // self.dilation, self.kernel)
+        return low, most(high - low, 0)
+
 
 @dataclass(frozen=True)
 class Span:

@@ -21,6 +21,7 @@ from ...passes.rewrite import shape_of
 from ..choices import pick
 from ..kernels.conv2d import conv2d
 from ..kernels.conv_plan import Conv, Plan, pack_weight, rank_plans
+from ..kernels.conv_staged import conv2d_staged, staged, wants_staging
 from ..kernels.depthwise import depthwise
 from ..kernels.depthwise import pack_weight as pack_depthwise
 from ..kernels.matmul import matmul
@@ -81,6 +82,7 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         algorithm, pack = "winograd conv", partial(pack_winograd, plan=plan)
     else:
         algorithm = "stem conv" if channels < plan.lanes and groups == 1 else "direct conv"
+        algorithm = "staged conv" if wants_staging(problem) else algorithm
         pack = partial(pack_weight, conv=problem, plan=plan)
     work = _conv_work(problem, (x, weight, *extra), plan.tasks, plan.efficiency)
     return KernelCall(func, (x, Packed(weight, plan.layout, pack), *extra), algorithm, plan.reason, work)
@@ -88,7 +90,8 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
 
 def _spatial(problem: Conv, hw: Hardware) -> tuple[Any, Plan | WinogradPlan]:
     """The kernel of a convolution whose taps overlap, and its plan."""
-    direct, fast = rank_plans(problem, hw), rank_winograd(problem, hw)
+    direct = rank_plans(staged(problem) if wants_staging(problem) else problem, hw)
+    fast = rank_winograd(problem, hw)
     ranked: tuple[Plan | WinogradPlan, ...]
     if fast and fast[0].cycles < WINOGRAD_GAIN * direct[0].cycles:
         ranked = (*fast[:2], direct[0])
@@ -102,7 +105,9 @@ def _spatial(problem: Conv, hw: Hardware) -> tuple[Any, Plan | WinogradPlan]:
 @lru_cache(maxsize=256)
 def _nest(problem: Conv, plan: Plan | WinogradPlan) -> Any:
     """The function of a convolution: layers of a network repeat."""
-    return winograd(problem, plan) if isinstance(plan, WinogradPlan) else conv2d(problem, plan)
+    if isinstance(plan, WinogradPlan):
+        return winograd(problem, plan)
+    return conv2d_staged(problem, plan) if wants_staging(problem) else conv2d(problem, plan)
 
 
 def _conv_work(problem: Conv, read: tuple[fx.Node, ...], tasks: int, efficiency: float) -> Work:
