@@ -1,7 +1,10 @@
 """Predicted seconds of a fused function before it is scheduled: arithmetic and accesses by vectors, or bytes moved.
 
 cycles = sum over stages of points * (arithmetic / 2 + accesses) / lanes       two vector instructions a cycle
-bytes  = the buffers that come in and go out, each once
+         or points * transpose.CYCLES where tiles are transposed in registers
+bytes  = what comes in and goes out, each once; of a buffer no more than its loads reach (embedding, slices)
+
+Beyond the caches of a single core a written line counts twice: it is read before it is written.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from tvm.ir import TensorLoad
 
 from ...hwdb import Hardware
 from ...hwdb.cost import launch_seconds, memory_bandwidth_gbs
-from .access import element_bits, size_of, vectorisable_calls
-from .stages import collect, cost, inline_producers, read_stages
+from .access import Views, collapse, element_bits, flatten, size_of, split_by_divisors, vectorisable_calls
+from .stages import Buffer, Stage, collect, cost, inline_producers, read_stages
+from .transpose import CYCLES, find_tile
 
 
 def predicted_seconds(func: Any, hw: Hardware) -> float | None:
@@ -24,17 +28,45 @@ def predicted_seconds(func: Any, hw: Hardware) -> float | None:
     stages = inline_producers(stages, allocated)
     if any(stage.opaque is not None for stage in stages):
         return None
-    cycles = 0.0
-    for stage in stages:
-        bits = max((element_bits(str(b.dtype)) for b in (*stage.reads, *stage.writes)), default=32)
-        lanes = max(1, hw.vector_bits // bits) if vectorisable_calls(stage.body) else 1
-        accesses = len(collect(stage.body, TensorLoad)) + 1
-        cycles += stage.points * (cost(stage.body) / 2 + accesses) / lanes
-    inner = set(allocated)
-    outer = {b for stage in stages for b in (*stage.reads, *stage.writes) if b not in inner}
-    moved = sum(size_of(b) * element_bits(str(b.dtype)) / 8 for b in outer)
+    cycles = sum(_cycles(stage, hw) for stage in stages)
+    moved = _moved(stages, set(allocated), hw)
     rate = memory_bandwidth_gbs(hw, moved)
     one_core = max(cycles / (hw.clock_mhz * 1e6), 0.0 if rate is None else moved / (rate * 1e9) * hw.cores)
     if hw.cores < 2 or one_core < 2 * launch_seconds(hw):
         return one_core
     return one_core / hw.cores + launch_seconds(hw)
+
+
+def _cycles(stage: Stage, hw: Hardware) -> float:
+    bits = max((element_bits(str(b.dtype)) for b in (*stage.reads, *stage.writes)), default=32)
+    lanes = max(1, hw.vector_bits // bits) if vectorisable_calls(stage.body) else 1
+    accesses = len(collect(stage.body, TensorLoad)) + 1
+    straight = (cost(stage.body) / 2 + accesses) / lanes
+    return stage.points * max(straight, CYCLES if _transposes(stage, hw) else 0.0)
+
+
+def _transposes(stage: Stage, hw: Hardware) -> bool:
+    if not stage.simple or 0 in [axis.extent for axis in stage.spatial]:
+        return False
+    nest = flatten(stage, Views())
+    split_by_divisors(nest)
+    collapse(nest, 0)
+    return find_tile(nest, hw) is not None
+
+
+def _moved(stages: list[Stage], inner: set[Buffer], hw: Hardware) -> float:
+    """Bytes between the cores and memory."""
+    reached: dict[Buffer, float] = {}
+    for stage in stages:
+        for load in collect(stage.body, TensorLoad):
+            reached[load.source] = reached.get(load.source, 0.0) + stage.points
+    written = {b for stage in stages for b in stage.writes if b not in inner}
+    read = {b for stage in stages for b in stage.reads if b not in inner | written}
+    out = float(sum(_bytes(b) for b in written))
+    into = sum(min(_bytes(b), reached.get(b, 0.0) * element_bits(str(b.dtype)) / 8) for b in read)
+    own = max((c.size_bytes * (hw.cores // c.shared_by_cores) for c in hw.caches if c.shared_by_cores == 1), default=0)
+    return into + (out if into + out <= own else 2 * out)
+
+
+def _bytes(buffer: Buffer) -> float:
+    return size_of(buffer) * element_bits(str(buffer.dtype)) / 8

@@ -20,7 +20,6 @@ from ...hwdb import Hardware
 from ...hwdb.cost import launch_seconds, memory_bandwidth_gbs
 from .loops import between, share, span
 
-_ROW_CYCLES = 120.0  # folding the partial results of a row and what is computed from them, measured
 _DEFAULT_MHZ = 2000.0  # only decides whether the work is worth a second thread
 
 
@@ -59,14 +58,17 @@ def even_tasks(microseconds: float, count: int, hw: Hardware) -> int:
     return min(count, each * hw.cores)
 
 
-def predicted_seconds(rows: Rows, cycles: float, hw: Hardware) -> float | None:
-    """Seconds of a kernel over `rows`: the busiest core's vectors, or all bytes through the cache that holds them."""
+def predicted_seconds(rows: Rows, cycles: float, row_cycles: float, hw: Hardware) -> float | None:
+    """Seconds of a kernel over `rows`: the busiest core's vectors, or all bytes through the cache that holds them.
+
+    A row costs `row_cycles` beside its vectors: folding partial results, and what is computed from them.
+    """
     if hw.clock_mhz is None:
         return None
     rounds = -(-rows.tasks // hw.cores)
     share = -(-rows.count // rows.tasks) * rounds
     vectors = -(-rows.length // rows.lanes)
-    arithmetic = share * (vectors * cycles + _ROW_CYCLES) / (hw.clock_mhz * 1e6)
+    arithmetic = share * (vectors * cycles + row_cycles) / (hw.clock_mhz * 1e6)
     moved = 8.0 * rows.count * rows.length
     rate = memory_bandwidth_gbs(hw, moved)
     memory = 0.0 if rate is None else moved / (rate * 1e9) * (1 if rows.tasks > 1 else hw.cores)

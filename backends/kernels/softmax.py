@@ -17,6 +17,7 @@ from .loops import flat, kernel_function, span, spread
 from .rows import Rows, accumulators, choose_rows, each_row, each_task, each_vector, fill, fold, greater, masked, vector
 
 CYCLES = 16.0  # of one vector over the three passes, measured
+ROW_CYCLES = 120.0  # of a row beside its vectors: two folds and a division, measured at 128 columns
 
 
 def softmax_rows(shape: tuple[int, ...], hw: Hardware) -> Rows:

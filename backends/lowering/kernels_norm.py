@@ -15,9 +15,10 @@ from torch import fx
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
 from ...passes.rewrite import shape_of
-from ..kernels.layer_norm import CYCLES, group_norm, group_rows, layer_norm, norm_rows
+from ..kernels.layer_norm import CYCLES, ROW_CYCLES, group_norm, group_rows, layer_norm, norm_rows
 from ..kernels.rows import Rows, predicted_seconds
 from ..kernels.softmax import CYCLES as SOFTMAX_CYCLES
+from ..kernels.softmax import ROW_CYCLES as SOFTMAX_ROW_CYCLES
 from ..kernels.softmax import softmax, softmax_rows
 from .kernels_matmul import bind, refuse_dtypes
 from .registry import KernelCall, Refusal, kernel_for
@@ -60,7 +61,7 @@ def _softmax(node: fx.Node, hw: Hardware, log: bool) -> KernelCall | Refusal:
         "log_softmax rows" if log else "softmax rows",
         rows.reason,
         _work(rows, _SOFTMAX_FLOPS),
-        predicted_seconds=predicted_seconds(rows, SOFTMAX_CYCLES, hw),
+        predicted_seconds=predicted_seconds(rows, SOFTMAX_CYCLES, SOFTMAX_ROW_CYCLES, hw),
     )
 
 
@@ -120,7 +121,7 @@ def _layer_norm(
         name,
         rows.reason,
         _work(rows, _NORM_FLOPS),
-        predicted_seconds=predicted_seconds(rows, CYCLES, hw),
+        predicted_seconds=predicted_seconds(rows, CYCLES, ROW_CYCLES, hw),
     )
 
 
@@ -166,7 +167,7 @@ def _group_norm(
         "group_norm rows",
         rows.reason,
         _work(rows, _NORM_FLOPS),
-        predicted_seconds=predicted_seconds(rows, CYCLES, hw),
+        predicted_seconds=predicted_seconds(rows, CYCLES, ROW_CYCLES, hw),
     )
 
 

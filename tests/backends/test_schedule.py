@@ -286,3 +286,26 @@ def test_fused_loops_are_predicted_by_bytes_and_by_arithmetic():
     )
     assert copy < double < 3 * copy
     assert copy < heavy
+
+
+def test_a_prediction_counts_the_rows_that_are_looked_up_not_the_table() -> None:
+    def looked_up(rows: int) -> float:
+        table = te.placeholder((rows, 512), "float32", "table")
+        place = te.placeholder((64,), "int64", "place")
+        found = te.compute((64, 512), lambda i, j: table[place[i], j], "found")
+        seconds = predicted_seconds(te.create_prim_func([table, place, found]), detect())
+        assert seconds is not None
+        return seconds
+
+    assert looked_up(1 << 20) == looked_up(1 << 10)
+
+
+def test_a_transpose_is_predicted_dearer_than_a_copy() -> None:
+    def moved(turned: bool) -> float:
+        x = te.placeholder((512, 512), "float32", "x")
+        y = te.compute((512, 512), lambda i, j: x[j, i] if turned else x[i, j] + 1.0, "y")
+        seconds = predicted_seconds(te.create_prim_func([x, y]), detect())
+        assert seconds is not None
+        return seconds
+
+    assert moved(True) > 1.5 * moved(False)
