@@ -120,5 +120,24 @@ def transpose_vectors(rows: list[Any]) -> list[Any]:
     return rows
 
 
+def fold_lanes(rows: list[Any], combine: Callable[[Any, Any], Any]) -> Any:
+    """The vector whose lane i is all lanes of rows[i] combined; there are as many rows as lanes.
+
+    The stages of `transpose_vectors`, each followed by combining the pair: half the shuffles of a transpose.
+    """
+    n = len(rows)
+    rows = [T.bind(row) for row in rows]
+    distance = n // 2
+    while distance:
+        low = [lane if not lane & distance else n + lane - distance for lane in range(n)]
+        high = [lane + distance if not lane & distance else n + lane for lane in range(n)]
+        rows = [
+            T.bind(combine(_shuffle([rows[i], rows[i + distance]], low), _shuffle([rows[i], rows[i + distance]], high)))
+            for i in range(distance)
+        ]
+        distance //= 2
+    return rows[0]
+
+
 def _shuffle(vectors: list[Any], lanes: list[int]) -> Any:
     return tirx.Shuffle(vectors, [tirx.const(lane, "int32") for lane in lanes])

@@ -20,7 +20,9 @@ from ...hwdb.cost import Work
 from ...passes import dialect
 from ...passes.rewrite import shape_of
 from ..choices import pick
-from ..kernels.attention import Placement, Problem, attention, plan_attention, problem
+from ..kernels import attention_plan
+from ..kernels.attention import attention
+from ..kernels.attention_plan import Placement, Problem, plan_attention, problem
 from ..kernels.batch_matmul import batch_matmul, broadcast_batch, choose_batch_tiling
 from ..kernels.gemv import dot_rows, is_narrow, split
 from ..kernels.matmul import matmul, pack_weight
@@ -331,7 +333,7 @@ def _attention_call(
     scale: float,
     placements: tuple[Placement, Placement, Placement, Placement] | None,
 ) -> KernelCall:
-    plan = plan_attention(hw, p, causal, 4 * placements[0].position if placements else None)
+    plan = plan_attention(hw, p, causal, mask is not None)
     q, k, v = (shape_of(operand) for operand in operands)
     func = attention(
         p,
@@ -354,7 +356,8 @@ def _attention_call(
         tasks=pairs * plan.parts,
         efficiency=0.8 * max(0.01, plan.scores.efficiency),  # softmax takes a fifth
     )
-    return KernelCall(func, operands if mask is None else (*operands, mask), "attention", plan.reason, work)
+    seconds = attention_plan.predicted_seconds(hw, plan)
+    return KernelCall(func, operands if mask is None else (*operands, mask), "attention", plan.reason, work, seconds)
 
 
 def _mask_shape(mask: fx.Node, p: Problem, q: tuple[int, ...]) -> tuple[int, ...] | Refusal:

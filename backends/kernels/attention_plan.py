@@ -1,0 +1,183 @@
+"""How one attention is cut: which rows share a head's keys, tiles, blocks that stay in L1, tasks, and predicted cycles.
+
+rows       the queries of one head; those of all heads that share their keys where each has but few
+way        "panels": k and v are packed once a head, then register tiles as in `matmul`
+           "in place": rows so few that packing would cost more than multiplying. A score is a dot product along
+           D, a result a sum of rows of v
+block      rows whose scores stay in L1 beside one panel of v; of heads too large for L2, rows enough that every
+           panel fetched from L3 is read by several tiles
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+from ...hwdb import Hardware
+from ...hwdb.cost import launch_seconds
+from ..tiling import DEFAULT_CLOCK_MHZ, Tiling, choose_tiling, vectors_limit
+from .loops import Shape
+from .rows import even_tasks
+
+Layout = Literal["BHSD", "BSHD"]
+
+# Cycles of one vector, measured on Zen 4.
+PACK_CYCLES = 7.0  # of k through a transpose in registers, and of v
+SOFTMAX_CYCLES = 9.0  # maximum, exponential and sum
+MASK_CYCLES = 2.0
+ROW_CYCLES = 40.0  # of a row of scores, beside its vectors
+DOT_STEPS = 1.4  # of what the multiply-add pipes can do: 9 loads for 8 multiply-adds, and adding up the lanes
+BLOCK_CYCLES = 100.0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an operand's element [b, h, s, d] lies in its buffer, in floats: offset + b, h, s times strides, + d."""
+
+    offset: int
+    batch: int
+    head: int
+    position: int
+
+
+def dense(layout: Layout, heads: int, positions: int, depth: int) -> Placement:
+    """The placement of a buffer that holds just that operand."""
+    if layout == "BHSD":
+        return Placement(0, heads * positions * depth, positions * depth, depth)
+    return Placement(0, heads * positions * depth, depth, heads * depth)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The extents of one attention: queries S_q x D against keys S_k x D and values S_k x D_v."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    depth: int
+    value_depth: int
+
+
+def problem(q: Shape, k: Shape, v: Shape) -> Problem:
+    """The extents of operands of shapes [..., H, S, D]; a missing head or batch dimension counts one."""
+    q, k, v = ((1,) * (3 - len(shape)) + shape for shape in (q, k, v))
+    return Problem(prod(q[:-3]), q[-3], k[-3], q[-2], k[-2], q[-1], v[-1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of the two products (the same row tiles), the row blocks and the split over cores."""
+
+    scores: Tiling
+    values: Tiling
+    group: int  # heads whose rows are computed together
+    in_place: bool
+    blocks: int
+    parts: int  # units of work of one group of rows
+    tasks: int
+    cycles: float  # predicted for the busiest core
+    reason: str
+
+
+def plan_attention(hw: Hardware, p: Problem, causal: bool, masked: bool = False) -> Plan:
+    """Choose rows, way, tiles, blocks and split from the hardware's facts."""
+    group = p.heads // p.key_heads if p.queries < hw.vector_registers // 2 else 1
+    rows = p.queries * group
+    pairs = p.batch * p.heads // group
+    scores, values = min(
+        (_tiles(hw, p, rows, pairs, height) for height in range(1, min(rows, 16) + 1)),
+        key=lambda pair: pair[0].cycles * pair[0].tasks + pair[1].cycles * pair[1].tasks,
+    )
+    blocks = _blocks(hw, p, scores, values)
+    # The part of the scores that is computed, whole blocks on the diagonal.
+    share = (1 + 1 / blocks) / 2 if causal and group == 1 and p.queries == p.keys else 1.0
+    vectors = -(-p.keys // scores.lanes)
+    products = share * (scores.cycles * scores.tasks + values.cycles * values.tasks) / pairs
+    packing = PACK_CYCLES * vectors * (p.depth + p.value_depth)
+    in_place = _can_stay(hw, p)
+    dots = DOT_STEPS / hw.fma_per_cycle * rows * p.keys * (p.depth + p.value_depth) / scores.lanes
+    in_place = in_place and dots < packing + products
+    if in_place:
+        products, packing, blocks = dots, 0.0, 1
+        columns = dot_columns(hw)
+        scores = replace(scores, columns=columns, panels=-(-p.keys // columns))
+    softmax = rows * (ROW_CYCLES + share * vectors * (SOFTMAX_CYCLES + masked * MASK_CYCLES))
+    whole = pairs * (packing + products + softmax + blocks * BLOCK_CYCLES)
+    microseconds = whole / (hw.clock_mhz or DEFAULT_CLOCK_MHZ)
+    tasks, parts = 1, 1
+    if hw.cores > 1 and microseconds > 2 * hw.launch_us:
+        while parts < blocks and -(-pairs * parts // hw.cores) * hw.cores > 1.05 * pairs * parts:
+            parts += 1
+        tasks = _even_divisor(pairs * parts, even_tasks(microseconds, pairs * parts, hw), hw.cores)
+    units = pairs * parts
+    busiest = max(1 / hw.cores, -(-units // tasks) / units) if tasks > 1 else 1.0
+    reason = (
+        f"{pairs} heads x {blocks} blocks of {-(-rows // blocks)} queries, "
+        + ("in place" if in_place else f"tiles {scores.rows}x{scores.columns} and {values.rows}x{values.columns}")
+        + f", {tasks} {'task' if tasks == 1 else 'tasks'}"
+    )
+    return Plan(
+        replace(scores, row_chunks=blocks),
+        replace(values, row_chunks=blocks),
+        group,
+        in_place,
+        blocks,
+        parts,
+        tasks,
+        whole * busiest,
+        reason,
+    )
+
+
+def predicted_seconds(hw: Hardware, plan: Plan) -> float | None:
+    """Seconds the attention takes on `hw`, or None where the clock is unknown."""
+    if hw.clock_mhz is None:
+        return None
+    return plan.cycles / (hw.clock_mhz * 1e6) + (launch_seconds(hw) if plan.tasks > 1 else 0.0)
+
+
+def dot_columns(hw: Hardware) -> int:
+    """Keys whose dot products run side by side: whole vectors, and enough chains to hide the multiply-add's latency."""
+    lanes = hw.lanes("float32")
+    return lanes * max(1, -(-int(hw.fma_latency_cycles * hw.fma_per_cycle) // lanes))
+
+
+def value_columns(hw: Hardware, depth: int) -> int:
+    """Columns of one row of results that registers hold, an even part of all; 0 if there is no such part."""
+    lanes = hw.lanes("float32")
+    parts = -(-depth // (lanes * vectors_limit(hw, 1)))
+    return depth // parts if depth % (parts * lanes) == 0 else 0
+
+
+def _can_stay(hw: Hardware, p: Problem) -> bool:
+    """Whether the extents are whole vectors, so that k and v can be read where they are."""
+    return p.depth % hw.lanes("float32") == 0 and p.keys >= dot_columns(hw) and value_columns(hw, p.value_depth) > 0
+
+
+def _tiles(hw: Hardware, p: Problem, rows: int, pairs: int, height: int) -> tuple[Tiling, Tiling]:
+    """The tilings of q . k^T and of scores . v on row tiles of `height`."""
+    return (
+        choose_tiling(hw, rows, p.keys, p.depth, repeats=pairs, fixed_rows=height),
+        choose_tiling(
+            hw, rows, p.value_depth, p.keys, row_stride_bytes=4 * p.keys + 64, repeats=pairs, fixed_rows=height
+        ),
+    )
+
+
+def _even_divisor(units: int, most: int, cores: int) -> int:
+    """The largest number of equal tasks up to `most` that is a multiple of the cores, else `most`."""
+    return next((n for n in range(most, cores - 1, -1) if units % n == 0 and n % cores == 0), most)
+
+
+def _blocks(hw: Hardware, p: Problem, scores: Tiling, values: Tiling) -> int:
+    l1, l2 = hw.cache(1), hw.cache(2)
+    first = l1.size_bytes // l1.shared_by_cores if l1 else 32 * 1024
+    second = l2.size_bytes // l2.shared_by_cores if l2 else 256 * 1024
+    if 4 * p.keys * (p.depth + p.value_depth) > second // 2:
+        rows = min(64, second // 4 // (4 * p.keys))
+    else:
+        rows = (first - 4 * p.keys * values.columns) // (4 * (p.keys + p.depth))
+    return -(-scores.row_tiles // max(1, rows // scores.rows))
