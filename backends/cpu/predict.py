@@ -29,8 +29,10 @@ def predicted_seconds(func: Any, hw: Hardware) -> float | None:
     if any(stage.opaque is not None for stage in stages):
         return None
     cycles = sum(_cycles(stage, hw) for stage in stages)
-    moved = _moved(stages, set(allocated), hw)
-    rate = memory_bandwidth_gbs(hw, moved)
+    into, out = _moved(stages, set(allocated))
+    rate = memory_bandwidth_gbs(hw, into + out)
+    own = max((c.size_bytes * hw.cores for c in hw.caches if c.shared_by_cores == 1), default=0)
+    moved = into + (out if into + out <= own else 2 * out)
     one_core = max(cycles / (hw.clock_mhz * 1e6), 0.0 if rate is None else moved / (rate * 1e9) * hw.cores)
     if hw.cores < 2 or one_core < 2 * launch_seconds(hw):
         return one_core
@@ -54,18 +56,16 @@ def _transposes(stage: Stage, hw: Hardware) -> bool:
     return find_tile(nest, hw) is not None
 
 
-def _moved(stages: list[Stage], inner: set[Buffer], hw: Hardware) -> float:
-    """Bytes between the cores and memory."""
+def _moved(stages: list[Stage], inner: set[Buffer]) -> tuple[float, float]:
+    """Bytes that come in and that go out."""
     reached: dict[Buffer, float] = {}
     for stage in stages:
         for load in collect(stage.body, TensorLoad):
             reached[load.source] = reached.get(load.source, 0.0) + stage.points
     written = {b for stage in stages for b in stage.writes if b not in inner}
     read = {b for stage in stages for b in stage.reads if b not in inner | written}
-    out = float(sum(_bytes(b) for b in written))
     into = sum(min(_bytes(b), reached.get(b, 0.0) * element_bits(str(b.dtype)) / 8) for b in read)
-    own = max((c.size_bytes * (hw.cores // c.shared_by_cores) for c in hw.caches if c.shared_by_cores == 1), default=0)
-    return into + (out if into + out <= own else 2 * out)
+    return into, sum(_bytes(b) for b in written)
 
 
 def _bytes(buffer: Buffer) -> float:
