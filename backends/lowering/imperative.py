@@ -21,6 +21,7 @@ Expr: TypeAlias = Any
 
 # Below this many elements a second thread costs more than it brings (a wake-up is a few microseconds).
 PARALLEL_ELEMENTS = 1 << 15
+_FAR_LINES, _NEAR_LINES = 4, 8
 
 
 class Elements:
@@ -85,6 +86,31 @@ def grid(shape: Sequence[int], parallel: bool = False) -> Iterator[tuple[Expr, .
             spread = parallel and level == 0 and math.prod(shape) >= PARALLEL_ELEMENTS
             index.append(stack.enter_context((T.parallel if spread else T.serial)(0, extent)))
         yield tuple(index)
+
+
+@contextlib.contextmanager
+def lines(shape: Sequence[int], axes: Sequence[int]) -> Iterator[list[list[Expr]]]:
+    """Lines along `axes`, several at a time; the value is an index for each, whose places at `axes` are the caller's.
+
+    What is carried along a line waits for itself: independent lines fill the time. Neighbours in memory make a vector
+    and are taken eight at a time, rows that lie apart only four: a source and a result of each share the ways of L1.
+    The last few repeat lines of those before, so their statements must be idempotent.
+    """
+    kept = [1 if d in axes else extent for d, extent in enumerate(shape)]
+    count = math.prod(kept)
+    width = min(count, _FAR_LINES if kept[-1] == 1 else _NEAR_LINES)
+    batches = -(-count // width)
+    spread = math.prod(shape) >= PARALLEL_ELEMENTS
+    with (T.parallel if spread else T.serial)(0, batches) as batch:
+        first = batch * width if count % width == 0 else tirx.min(batch * width, count - width)
+        index: list[list[Expr]] = []
+        for u in range(width):
+            place, inner, line = first + u, count, []
+            for extent in kept:
+                inner //= extent
+                line.append(tirx.floormod(tirx.floordiv(place, inner), extent) if extent > 1 else 0)
+            index.append(line)
+        yield index
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from tvm import te, tirx
 
 from . import expressions as ex
 from .expressions import Scalar, pointwise
-from .imperative import Elements, grid, local, loop_nest
+from .imperative import Elements, grid, lines, local, loop_nest
 from .registry import Out, lowers
 
 aten = torch.ops.aten
@@ -198,28 +198,33 @@ def arg_extreme(larger: bool, value: Out, index: Out, x: te.Tensor, axes: Sequen
     A loop, since no reduction of pairs in TVM reads bfloat16.
     """
     dtype, shape = _extreme_dtype(value.dtype), shape_of(x)
-    kept = [1 if d in axes else extent for d, extent in enumerate(shape)]
+    counted = "int32" if count(x, axes) < 2**31 else "int64"
     keepdim = len(value.shape) == len(shape)
 
     def body(inputs: Sequence[Elements], outs: Sequence[Elements]) -> None:
         source, (values, indices) = inputs[0], outs
-        with grid(kept, parallel=True) as line:
-            best, where = local(dtype), local("int64")
-            best[0] = ex.cast(source[line], dtype)
-            where[0] = tirx.const(0, "int64")
+        with lines(shape, axes) as places:
+            best, where = local(dtype, len(places)), local(counted, len(places))
+            for u, line in enumerate(places):
+                best[u] = ex.cast(source[line], dtype)
+                where[u] = tirx.const(0, counted)
             with grid([shape[d] for d in axes]) as k:
-                at, linear = list(line), tirx.const(0, "int64")
+                linear: Any = tirx.const(0, counted)
                 for d, position in zip(axes, k, strict=True):
-                    at[d] = position
-                    linear = linear * shape[d] + ex.cast(position, "int64")
-                new = ex.cast(source[at], dtype)
-                beyond = new > best[0] if larger else new < best[0]
-                first_nan = tirx.all(ex.is_nan(new), ex.negate(ex.is_nan(best[0])))
-                where[0] = tirx.Select(tirx.any(beyond, first_nan), linear, where[0])
-                best[0] = tirx.Select(tirx.any(beyond, first_nan), new, best[0])
-            target = line if keepdim else [i for d, i in enumerate(line) if d not in axes]
-            values[target] = ex.cast(best[0], value.dtype)
-            indices[target] = where[0]
+                    linear = linear * shape[d] + ex.cast(position, counted)
+                for u, line in enumerate(places):
+                    at = list(line)
+                    for d, position in zip(axes, k, strict=True):
+                        at[d] = position
+                    new = ex.cast(source[at], dtype)
+                    beyond = new > best[u] if larger else new < best[u]
+                    first_nan = tirx.all(ex.is_nan(new), ex.negate(ex.is_nan(best[u])))
+                    where[u] = tirx.Select(tirx.any(beyond, first_nan), linear, where[u])
+                    best[u] = tirx.Select(tirx.any(beyond, first_nan), new, best[u])
+            for u, line in enumerate(places):
+                target = line if keepdim else [i for d, i in enumerate(line) if d not in axes]
+                values[target] = ex.cast(best[u], value.dtype)
+                indices[target] = ex.cast(where[u], "int64")
 
     return loop_nest([value, index], [x], body, "extreme")
 

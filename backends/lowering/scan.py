@@ -11,7 +11,7 @@ import torch
 from tvm import te, tirx
 
 from . import expressions as ex
-from .imperative import Elements, grid, local, loop_nest
+from .imperative import Elements, grid, lines, local, loop_nest
 from .registry import Out, lowers
 
 aten = torch.ops.aten
@@ -30,23 +30,23 @@ def _running(combine: Callable[[Any, Any], Any], out: Out, x: te.Tensor, dim: in
 
     def body(inputs: Sequence[Elements], outs: Sequence[Elements]) -> None:
         source, target = inputs[0], outs[0]
-        rest = [extent for d, extent in enumerate(out.shape) if d != axis]
-        with grid(rest or [1], parallel=True) as others:
-            at = _line(others, axis, bool(rest))
-            total = local(dtype)
-            total[0] = ex.cast(source[at(0)], dtype)
-            target[at(0)] = ex.cast(total[0], out.dtype)
+        with lines(out.shape, [axis]) as index:
+            total = local(dtype, len(index))
+            for u, line in enumerate(index):
+                total[u] = ex.cast(source[_at(line, axis, 0)], dtype)
+                target[_at(line, axis, 0)] = ex.cast(total[u], out.dtype)
             with grid([out.shape[axis] - 1]) as (k,):
-                total[0] = combine(total[0], ex.cast(source[at(k + 1)], dtype))
-                target[at(k + 1)] = ex.cast(total[0], out.dtype)
+                for u, line in enumerate(index):
+                    total[u] = combine(total[u], ex.cast(source[_at(line, axis, k + 1)], dtype))
+                for u, line in enumerate(index):
+                    target[_at(line, axis, k + 1)] = ex.cast(total[u], out.dtype)
 
     return loop_nest([out], [x], body, "scan")[0]
 
 
-def _line(others: Sequence[Any], axis: int, has_others: bool) -> Callable[[Any], list[Any]]:
-    """The index of the k-th element of the line through `others`."""
-    rest = list(others) if has_others else []
-    return lambda k: [*rest[:axis], k, *rest[axis:]]
+def _at(line: Sequence[Any], axis: int, k: Any) -> list[Any]:
+    """The index of the k-th element of a line."""
+    return [*line[:axis], k, *line[axis + 1 :]]
 
 
 def _log_add(a: Any, b: Any) -> Any:
@@ -73,20 +73,22 @@ def _running_extreme(larger: bool, out: tuple[Out, Out], x: te.Tensor, dim: int)
 
     def body(inputs: Sequence[Elements], outs: Sequence[Elements]) -> None:
         source, (target, places) = inputs[0], outs
-        rest = [extent for d, extent in enumerate(values.shape) if d != axis]
-        with grid(rest or [1], parallel=True) as others:
-            at = _line(others, axis, bool(rest))
-            best, where = local(dtype), local("int64")
-            best[0], where[0] = ex.cast(source[at(0)], dtype), tirx.const(0, "int64")
-            target[at(0)], places[at(0)] = ex.cast(best[0], values.dtype), where[0]
+        with lines(values.shape, [axis]) as index:
+            best, where = local(dtype, len(index)), local("int64", len(index))
+            for u, line in enumerate(index):
+                at = _at(line, axis, 0)
+                best[u], where[u] = ex.cast(source[at], dtype), tirx.const(0, "int64")
+                target[at], places[at] = ex.cast(best[u], values.dtype), where[u]
             with grid([values.shape[axis] - 1]) as (k,):
-                new = ex.cast(source[at(k + 1)], dtype)
-                reaches = new >= best[0] if larger else new <= best[0]
-                position = (k + 1).astype("int64")
-                where[0] = tirx.Select(tirx.any(ex.is_nan(new), reaches), position, where[0])
-                better = tirx.all(ex.negate(ex.is_nan(best[0])), reaches)
-                best[0] = tirx.Select(tirx.any(ex.is_nan(new), better), new, best[0])
-                target[at(k + 1)], places[at(k + 1)] = ex.cast(best[0], values.dtype), where[0]
+                for u, line in enumerate(index):
+                    at = _at(line, axis, k + 1)
+                    new = ex.cast(source[at], dtype)
+                    reaches = new >= best[u] if larger else new <= best[u]
+                    position = (k + 1).astype("int64")
+                    where[u] = tirx.Select(tirx.any(ex.is_nan(new), reaches), position, where[u])
+                    better = tirx.all(ex.negate(ex.is_nan(best[u])), reaches)
+                    best[u] = tirx.Select(tirx.any(ex.is_nan(new), better), new, best[u])
+                    target[at], places[at] = ex.cast(best[u], values.dtype), where[u]
 
     results = loop_nest([values, indices], [x], body, "scan")
     return results[0], results[1]

@@ -152,3 +152,16 @@ def test_constants() -> None:
     checks.add(aten.tril.default, cases()[0], 1)
     checks.add(aten.triu.default, cases()[3], -1)
     checks.run()
+
+
+def test_lines_that_share_a_loop_keep_apart_on_many_threads() -> None:
+    checks = Checks()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-9, 9, (5, 61, 131), generator=generator).float()
+    x[1, 2, 3], x[4, 60, 130], x[0, 0, 0] = math.nan, math.nan, math.inf
+    for dim in (0, 1, 2):
+        checks.add(aten.max.dim, x, dim)
+        checks.add(aten.argmin.default, x, dim)
+        checks.add(aten.cumsum.default, x, dim)
+        checks.add(aten.cummax.default, x, dim)
+    checks.run()
