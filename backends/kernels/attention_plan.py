@@ -17,6 +17,7 @@ from typing import Literal
 from ...hwdb import Hardware
 from ...hwdb.cost import launch_seconds
 from ..tiling import DEFAULT_CLOCK_MHZ, Tiling, choose_tiling, vectors_limit
+from .gemv import DOT_STEPS, side_by_side
 from .loops import Shape
 from .rows import even_tasks
 
@@ -27,7 +28,6 @@ PACK_CYCLES = 7.0  # of k through a transpose in registers, and of v
 SOFTMAX_CYCLES = 9.0  # maximum, exponential and sum
 MASK_CYCLES = 2.0
 ROW_CYCLES = 40.0  # of a row of scores, beside its vectors
-DOT_STEPS = 1.4  # of what the multiply-add pipes can do: 9 loads for 8 multiply-adds, and adding up the lanes
 BLOCK_CYCLES = 100.0
 
 
@@ -102,7 +102,7 @@ def plan_attention(hw: Hardware, p: Problem, causal: bool, masked: bool = False)
     in_place = in_place and dots < packing + products
     if in_place:
         products, packing, blocks = dots, 0.0, 1
-        columns = dot_columns(hw)
+        columns = side_by_side(hw)
         scores = replace(scores, columns=columns, panels=-(-p.keys // columns))
     softmax = rows * (ROW_CYCLES + share * vectors * (SOFTMAX_CYCLES + masked * MASK_CYCLES))
     whole = pairs * (packing + products + softmax + blocks * BLOCK_CYCLES)
@@ -139,12 +139,6 @@ def predicted_seconds(hw: Hardware, plan: Plan) -> float | None:
     return plan.cycles / (hw.clock_mhz * 1e6) + (launch_seconds(hw) if plan.tasks > 1 else 0.0)
 
 
-def dot_columns(hw: Hardware) -> int:
-    """Keys whose dot products run side by side: whole vectors, and enough chains to hide the multiply-add's latency."""
-    lanes = hw.lanes("float32")
-    return lanes * max(1, -(-int(hw.fma_latency_cycles * hw.fma_per_cycle) // lanes))
-
-
 def value_columns(hw: Hardware, depth: int) -> int:
     """Columns of one row of results that registers hold, an even part of all; 0 if there is no such part."""
     lanes = hw.lanes("float32")
@@ -154,7 +148,7 @@ def value_columns(hw: Hardware, depth: int) -> int:
 
 def _can_stay(hw: Hardware, p: Problem) -> bool:
     """Whether the extents are whole vectors, so that k and v can be read where they are."""
-    return p.depth % hw.lanes("float32") == 0 and p.keys >= dot_columns(hw) and value_columns(hw, p.value_depth) > 0
+    return p.depth % hw.lanes("float32") == 0 and p.keys >= side_by_side(hw) and value_columns(hw, p.value_depth) > 0
 
 
 def _tiles(hw: Hardware, p: Problem, rows: int, pairs: int, height: int) -> tuple[Tiling, Tiling]:

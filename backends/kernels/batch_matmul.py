@@ -17,10 +17,13 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
-from ..tiling import Tiling, choose_tiling
+from ..tiling import Tiling, choose_tiling, predicted_seconds
 from .loops import Shape, between, kernel_function, share, span, view
 from .matmul import Epilogue, allocate, multiply_chunk
-from .packing import pack_panel, pack_panel_transposed
+from .packing import batch_index, pack_panel, pack_panel_transposed
+
+COPIED_CYCLES = 2.0  # of a vector of b on its way into a panel, measured on Zen 4
+TRANSPOSED_CYCLES = 4.0
 
 
 def broadcast_batch(a: Shape, b: Shape) -> Shape:
@@ -31,19 +34,16 @@ def broadcast_batch(a: Shape, b: Shape) -> Shape:
     return tuple(y if x == 1 else x for x, y in zip(left, right, strict=True))
 
 
-def batch_index(index: Any, batch: Shape, operand: Shape) -> Any:
-    """Which matrix of an operand with batch shape `operand` (broadcast to `batch`) belongs to flat batch `index`."""
-    operand = (1,) * (len(batch) - len(operand)) + operand
-    if operand == batch:
-        return index
-    if prod(operand) == 1:
-        return 0
-    position, inner, stride = 0, 1, 1
-    for size, own in zip(reversed(batch), reversed(operand), strict=True):
-        if own != 1:
-            position = position + tirx.floormod(tirx.floordiv(index, inner), size) * stride
-        inner, stride = inner * size, stride * own
-    return position
+def batch_seconds(hw: Hardware, tiling: Tiling, batch: int, transpose_b: bool) -> float | None:
+    """Predicted seconds: the products, and packing every panel of b once for each chunk of rows."""
+    seconds = predicted_seconds(hw, tiling)
+    if seconds is None or hw.clock_mhz is None:
+        return None
+    vectors = batch * tiling.row_chunks * tiling.depth * -(-tiling.total_columns // tiling.lanes)
+    each = 0.0
+    if transpose_b or tiling.row_tiles > 2:
+        each = TRANSPOSED_CYCLES if transpose_b else COPIED_CYCLES
+    return seconds + vectors * each / tiling.tasks / (hw.clock_mhz * 1e6)
 
 
 def choose_batch_tiling(hw: Hardware, batch: int, M: int, N: int, K: int, transpose_a: bool = False) -> Tiling:

@@ -6,12 +6,28 @@ A panel is [K][NR]: NR neighbouring columns, contiguous in k, zeros past the las
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from .loops import constant, span
+from .loops import Shape, constant, span
+
+
+def batch_index(index: Any, batch: Shape, operand: Shape) -> Any:
+    """Which matrix of an operand with batch shape `operand` (broadcast to `batch`) belongs to flat batch `index`."""
+    operand = (1,) * (len(batch) - len(operand)) + operand
+    if operand == batch:
+        return index
+    if prod(operand) == 1:
+        return 0
+    position, inner, stride = 0, 1, 1
+    for size, own in zip(reversed(batch), reversed(operand), strict=True):
+        if own != 1:
+            position = position + tirx.floormod(tirx.floordiv(index, inner), size) * stride
+        inner, stride = inner * size, stride * own
+    return position
 
 
 def pack_panel(

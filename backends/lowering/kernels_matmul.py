@@ -23,8 +23,8 @@ from ..choices import pick
 from ..kernels import attention_plan
 from ..kernels.attention import attention
 from ..kernels.attention_plan import Placement, Problem, plan_attention, problem
-from ..kernels.batch_matmul import batch_matmul, broadcast_batch, choose_batch_tiling
-from ..kernels.gemv import dot_rows, is_narrow, split
+from ..kernels.batch_matmul import batch_matmul, batch_seconds, broadcast_batch, choose_batch_tiling
+from ..kernels.gemv import dot_batch, dot_rows, dots_seconds, is_narrow, split, suits_dots
 from ..kernels.matmul import matmul, pack_weight
 from ..tiling import Tiling, predicted_seconds, rank_tilings
 from .registry import KernelCall, Packed, Refusal, kernel_for
@@ -136,7 +136,8 @@ def _narrow(node: fx.Node, hw: Hardware, x: fx.Node, weight: fx.Node, extra: _Ex
         tasks=tasks,
         efficiency=0.3,  # two loads for each multiply-add
     )
-    return KernelCall(func, (x, packed, *extra.operands), "dot products", f"{N} a row, {tasks} tasks", work)
+    seconds = dots_seconds(hw, 1, N, M, K)
+    return KernelCall(func, (x, packed, *extra.operands), "dot products", f"{N} a row, {tasks} tasks", work, seconds)
 
 
 def _rows(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -184,23 +185,25 @@ def _batched(
     out = shape_of(node)
     M, K = reversed(a_shape[-2:]) if transpose_a else a_shape[-2:]
     N = out[-1]
-    batch = prod(broadcast_batch(a_shape, b_shape))
+    shape = broadcast_batch(a_shape, b_shape)
+    batch = prod(shape)
     tiling = choose_batch_tiling(hw, batch, M, N, K, transpose_a)
-    func = batch_matmul(
-        a_shape,
-        b_shape,
-        hw,
-        transpose_a=transpose_a,
-        transpose_b=transpose_b,
-        bias_shape=shape_of(extra.bias) if extra.bias is not None else None,
-        residual=extra.residual is not None,
-        activation=extra.activation,
-        args=extra.args,
-        buffer_shapes=(shape_of(a), shape_of(b), out),
-        tiling=tiling,
-    )
     work = _work(M, N, K, batch, tiling, prod(a_shape) + prod(b_shape), extra)
-    return KernelCall(func, (a, b, *extra.operands), "batched matmul", tiling.reason, work)
+    operands = (a, b, *extra.operands)
+    rest: dict[str, Any] = {
+        "bias_shape": shape_of(extra.bias) if extra.bias is not None else None,
+        "residual": extra.residual is not None,
+        "activation": extra.activation,
+        "args": extra.args,
+        "buffer_shapes": (shape_of(a), shape_of(b), out),
+    }
+    if transpose_b and not transpose_a and suits_dots(hw, M, N, K):
+        func = dot_batch(shape, a_shape[:-2], b_shape[:-2], M, K, N, hw, **rest)
+        reason = f"{M} rows x {batch}, {split(hw, batch * M, N, K)} tasks"
+        return KernelCall(func, operands, "dot products", reason, work, dots_seconds(hw, batch, M, N, K))
+    func = batch_matmul(a_shape, b_shape, hw, transpose_a=transpose_a, transpose_b=transpose_b, tiling=tiling, **rest)
+    seconds = batch_seconds(hw, tiling, batch, transpose_b)
+    return KernelCall(func, operands, "batched matmul", tiling.reason, work, seconds)
 
 
 def _work(M: int, N: int, K: int, batch: int, tiling: Tiling, elements_read: int, extra: _Extra) -> Work:

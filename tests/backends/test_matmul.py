@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from math import prod
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from kernel_harness import UNIT, Constant, inner_loops, kernel_of, refusal, run_kernel
 
 from graphwright.backends.kernels.batch_matmul import batch_index, broadcast_batch
+from graphwright.backends.kernels.gemv import MOST_ROWS
 from graphwright.backends.kernels.matmul import matmul, pack_weight
 from graphwright.backends.lowering.registry import KernelCall
 from graphwright.backends.tiling import choose_tiling, vectors_limit
@@ -211,6 +213,51 @@ def test_batched_matmul_of_large_extents(M: int, N: int, transpose_b: bool) -> N
     a, b = random(3, M, 80), random(3, 80, N, seed=1)
     given_b = b.mT.contiguous() if transpose_b else b
     check(run_kernel(detect(), dialect.matmul, a, given_b, None, None, False, transpose_b, "none", []), a, b)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(BATCHES),
+    st.integers(1, 4),
+    st.one_of(st.integers(8, 40), st.sampled_from([100, 257])),
+    st.one_of(st.integers(8, 30), st.sampled_from([64, 131])),
+    st.booleans(),
+    st.sampled_from([128, 256]),
+    st.sampled_from([*ACTIVATIONS[:2], ("gelu", [])]),
+)
+def test_few_rows_against_rows_are_dot_products(
+    batch: tuple[tuple[int, ...], tuple[int, ...]],
+    M: int,
+    K: int,
+    N: int,
+    extra: bool,
+    bits: int,
+    activation: tuple[str, list[float]],
+) -> None:
+    hw = dataclasses.replace(detect(), vector_bits=bits)
+    a, b = random(*batch[0], M, K), random(*batch[1], N, K, seed=1)
+    out = torch.broadcast_shapes(*batch)
+    bias, residual = (random(N, seed=2), random(*out, M, N, seed=3)) if extra else (None, None)
+    arguments = (dialect.matmul, a, b, bias, residual, False, True, *activation)
+    call = kernel_of(hw, *arguments)
+    assert isinstance(call, KernelCall)
+    if prod(a.shape[:-1]) <= MOST_ROWS:
+        assert call.algorithm == "dot products"
+    check(run_kernel(hw, *arguments), a, b.mT, bias, residual, *activation)
+
+
+def test_products_are_predicted_by_their_own_models() -> None:
+    hw, b = lookup("zen4"), random(4, 300, 64, seed=1)
+    times = []
+    for rows in (1, 64, 512):
+        call = kernel_of(hw, dialect.matmul, random(4, rows, 64), b, None, None, False, True, "none", [])
+        assert isinstance(call, KernelCall)
+        assert call.predicted_seconds is not None
+        times.append(call.predicted_seconds)
+    assert times == sorted(times)
+    narrow = kernel_of(hw, dialect.linear, random(64, 512), Constant(random(1, 512)), None, None, "none", [])
+    assert isinstance(narrow, KernelCall)
+    assert narrow.predicted_seconds is not None
 
 
 def test_core_operators() -> None:
