@@ -12,6 +12,7 @@ from .canonicalise import canonicalise
 from .flatten_conv3d import flatten_conv3d
 from .fold_batch_norm import fold_batch_norm
 from .fold_constants import fold_constants
+from .fold_scale import fold_scale
 from .fuse_attention import fuse_attention
 from .fuse_conv_activation import fuse_conv_activation
 from .fuse_conv_depthwise import fuse_conv_depthwise
@@ -30,6 +31,7 @@ PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
     merge_duplicates,  # before fold_constants: what is computed from one weight twice is stored once
     fold_constants,  # before fold_batch_norm: weights may be computed from parameters
     fold_batch_norm,
+    fold_scale,  # after fold_constants, like fold_batch_norm; before the fusions, which it lets reach what follows
     split_batch_norm,  # after fold_batch_norm: what is left has no product to go into
     flatten_conv3d,  # after fold_batch_norm, which looks for the convolution itself
     recognise_activations,  # before the fusions, which take up single operators
@@ -40,6 +42,7 @@ PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
     assign_layout,  # after fuse_conv_activation: what is fused needs no permutes of its own
     fuse_conv_depthwise,  # after assign_layout, and before its permutes are merged: it takes up the one at the input
     fuse_reshape_transpose,  # after assign_layout and the fusions, whose moves meet the model's own
+    remove_dead,  # before fuse_matmul_bias: a move that layouts left unread counts as a reader of the product
     fuse_matmul_bias,  # again: operands that became plain transposes, values whose reshapes are gone
     fuse_head_moves,  # after fuse_reshape_transpose: one permute an operand; what is left over, merge_duplicates merges
     merge_duplicates,  # again: moves of one head may have become equal
