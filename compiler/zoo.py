@@ -45,6 +45,11 @@ def _tokens(vocabulary: int, length: int, batch: int) -> tuple[torch.Tensor, ...
     return (torch.randint(0, vocabulary, (batch, length)),)
 
 
+def _labels(small: bool) -> int:
+    """ImageNet's classes. The default of the configurations is 2: an error over two numbers is chance."""
+    return 10 if small else 1000
+
+
 def _calibrate(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.nn.Module:
     """Set BatchNorm statistics from a few batches of noise."""
     model.train()
@@ -65,7 +70,7 @@ def _resnet(depths: tuple[int, ...], layer: str) -> Callable[[bool, int], Built]
             hidden_sizes=sizes,
             depths=[1] * 4 if small else list(depths),
             layer_type=layer,
-            num_labels=10 if small else 1000,
+            num_labels=_labels(small),
         )
         inputs = _images(64 if small else 224, batch)
         return _calibrate(ResNetForImageClassification(config), inputs), inputs
@@ -76,7 +81,7 @@ def _resnet(depths: tuple[int, ...], layer: str) -> Callable[[bool, int], Built]
 def _mobilenet(small: bool, batch: int) -> Built:
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
-    config = MobileNetV2Config(depth_multiplier=0.35 if small else 1.0)
+    config = MobileNetV2Config(depth_multiplier=0.35 if small else 1.0, num_labels=_labels(small))
     inputs = _images(64 if small else 224, batch)
     return _calibrate(MobileNetV2ForImageClassification(config), inputs), inputs
 
@@ -112,7 +117,7 @@ def _vit(small: bool, batch: int) -> Built:
         "intermediate_size": 128,
         "image_size": 64,
     }
-    config = ViTConfig(**shrunk) if small else ViTConfig()
+    config = ViTConfig(num_labels=_labels(small), **(shrunk if small else {}))
     return ViTForImageClassification(config), _images(config.image_size, batch)
 
 
@@ -125,6 +130,7 @@ def _efficientnet(small: bool, batch: int) -> Built:
         width_coefficient=0.25 if small else 1.0,
         depth_coefficient=0.3 if small else 1.0,
         hidden_dim=320 if small else 1280,
+        num_labels=_labels(small),
     )
     inputs = _images(config.image_size, batch)
     return _calibrate(EfficientNetForImageClassification(config), inputs), inputs
@@ -133,7 +139,8 @@ def _efficientnet(small: bool, batch: int) -> Built:
 def _convnext(small: bool, batch: int) -> Built:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    config = ConvNextConfig(hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 2, 1]) if small else ConvNextConfig()
+    shrunk: dict[str, Any] = {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 2, 1]}
+    config = ConvNextConfig(num_labels=_labels(small), **(shrunk if small else {}))
     return ConvNextForImageClassification(config), _images(64 if small else 224, batch)
 
 
