@@ -312,15 +312,6 @@ def _avg_pool2d_fake(
     return _pooled(input, kernel, stride, padding, (1, 1), ceil_mode, layout)
 
 
-def _group_norm(input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    y = F.group_norm(input.permute(0, 3, 1, 2).contiguous(), groups, weight, bias, eps)
-    return _owned(y.permute(0, 2, 3, 1), input)
-
-
-def _group_norm_fake(input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return input.new_empty(input.shape)
-
-
 def _pooled(
     input: Tensor,
     kernel: Sequence[int],
@@ -367,11 +358,6 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
         f"int[] output_padding, int[] dilation, int groups, {_EPILOGUE}, str layout) -> Tensor",
         _conv_transpose2d,
         _conv_transpose2d_fake,
-    ),
-    "group_norm": (  # of images in NHWC
-        "(Tensor input, int groups, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-        _group_norm,
-        _group_norm_fake,
     ),
     "linear": (
         f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
@@ -431,19 +417,7 @@ attention = torch.ops.graphwright.attention.default
 strided_attention = torch.ops.graphwright.strided_attention.default
 max_pool2d = torch.ops.graphwright.max_pool2d.default
 avg_pool2d = torch.ops.graphwright.avg_pool2d.default
-group_norm = torch.ops.graphwright.group_norm.default
 
 OPERATORS = frozenset(
-    {
-        conv2d,
-        conv_transpose2d,
-        linear,
-        matmul,
-        permute,
-        attention,
-        strided_attention,
-        max_pool2d,
-        avg_pool2d,
-        group_norm,
-    }
+    {conv2d, conv_transpose2d, linear, matmul, permute, attention, strided_attention, max_pool2d, avg_pool2d}
 )

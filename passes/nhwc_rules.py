@@ -189,14 +189,6 @@ def _reduction(node: fx.Node, images: Images) -> fx.Node | None:
     return None
 
 
-def _group_norm(node: fx.Node, images: Images) -> fx.Node | None:
-    a = rewrite.arguments(node)
-    if not is_image(a["input"]):
-        return None
-    x = images.twin(a["input"], node)
-    return images.call(node, dialect.group_norm, x, a["num_groups"], a["weight"], a["bias"], a["eps"])
-
-
 def _split(node: fx.Node, images: Images) -> fx.Node | None:
     source = node.args[0]
     if not isinstance(source, fx.Node) or not is_image(source):
@@ -301,7 +293,6 @@ RULES: dict[Any, Rule] = {
     aten.sum.dim_IntList: _reduction,
     aten.amax.default: _reduction,
     aten.amin.default: _reduction,
-    aten.group_norm.default: _group_norm,
     aten.split_with_sizes.default: _split,
     aten.split.Tensor: _split,
     operator.getitem: _getitem,

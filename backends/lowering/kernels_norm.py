@@ -14,10 +14,7 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
-from ...passes import dialect
 from ...passes.rewrite import shape_of
-from ..kernels.group_norm_nhwc import channel_shares
-from ..kernels.group_norm_nhwc import group_norm_nhwc as group_norm_of_pixels
 from ..kernels.layer_norm import CYCLES, ROW_CYCLES, group_norm, group_rows, layer_norm, norm_rows
 from ..kernels.rows import Rows, predicted_seconds
 from ..kernels.softmax import CYCLES as SOFTMAX_CYCLES
@@ -186,29 +183,3 @@ def native_group_norm_kernel(node: fx.Node, hw: Hardware) -> KernelCall | Refusa
     """As group_norm, with the groups' mean and 1 / sqrt(variance + eps)."""
     x, weight, bias, _, _, _, groups, eps = bind(node)
     return _group_norm(node, hw, x, groups, weight, bias, eps)
-
-
-@kernel_for(dialect.group_norm)
-def group_norm_nhwc_kernel(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
-    """Normalise groups of channels of an image in NHWC."""
-    x, groups, weight, bias, eps = bind(node)
-    refusal = _float32(node, x, weight, bias)
-    if refusal is not None:
-        return refusal
-    shape = shape_of(x)
-    if not math.prod(shape):
-        return Refusal(f"a tensor of shape {shape} has no rows")
-    func = group_norm_of_pixels(shape, groups, hw, eps, weight is not None, bias is not None)
-    tasks = shape[0] * channel_shares(shape, groups, hw)
-    bytes_moved = 4.0 * math.prod(shape)
-    work = Work(
-        {"float32": 2.0 * bytes_moved},  # eight an element, three passes together
-        bytes_read=3 * bytes_moved,
-        bytes_written=2 * bytes_moved,  # a line is read before it is written
-        launches=int(tasks > 1),
-        tasks=tasks,
-        efficiency=0.13,  # measured at 56 x 56 x 128 with AVX2
-    )
-    operands = tuple(o for o in (x, weight, bias) if o is not None)
-    choice = f"{shape[0]} images, {tasks // shape[0]} shares of the channels"
-    return KernelCall(func, operands, "group_norm pixels", choice, work)

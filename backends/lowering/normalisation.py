@@ -10,7 +10,6 @@ import torch
 from torch import fx
 from tvm import te, tirx
 
-from ...passes import dialect
 from . import expressions as ex
 from .expressions import pointwise
 from .reduction import axes_of, max_of, shape_of, sum_of, variance
@@ -166,15 +165,6 @@ def group_norm(
     *_: Any,
 ) -> te.Tensor:
     return _group_norm(out, x, weight, bias, num_groups, eps)[0]
-
-
-@lowers(dialect.group_norm)
-def group_norm_nhwc(out: Out, x: te.Tensor, groups: int, weight: Any, bias: Any, eps: float) -> te.Tensor:
-    batch, height, columns, channels = shape_of(x)
-    shape = (batch, channels, height, columns)
-    image = te.compute(shape, lambda n, c, h, w: x(n, h, w, c), name="image")
-    normalised = _group_norm(Out(shape, out.dtype), image, weight, bias, groups, eps)[0]
-    return te.compute(out.shape, lambda n, h, w, c: normalised(n, c, h, w), name="group_norm_nhwc")
 
 
 @lowers(aten.native_group_norm.default)

@@ -17,7 +17,6 @@ from torch import fx
 from graphwright.backends.lowering import kernels_norm  # noqa: F401  (fills KERNELS)
 from graphwright.backends.lowering.registry import KERNELS, KernelCall
 from graphwright.hwdb import Hardware, detect
-from graphwright.passes import dialect
 
 aten = torch.ops.aten
 HW = dataclasses.replace(detect(), cores=3, clock_mhz=3000.0)
@@ -177,26 +176,3 @@ def test_refusals_name_the_reason() -> None:
 def test_a_softmax_whose_later_dims_are_one_is_over_the_last() -> None:
     x = values(6, 11, 0).view(2, 3, 11, 1, 1)
     torch.testing.assert_close(run(aten.softmax.int, x, 2)[0], torch.softmax(x, 2))
-
-
-@few
-@given(
-    st.integers(1, 3),
-    st.sampled_from([(6, 3), (4, 1), (8, 8), (24, 2), (13, 13), (96, 32)]),
-    st.sampled_from([(1, 1), (3, 5), (1, 77), (33, 40)]),
-    st.integers(0, 99),
-    st.booleans(),
-)
-def test_group_norm_of_pixels(
-    batch: int, channels: tuple[int, int], size: tuple[int, int], seed: int, affine: bool
-) -> None:
-    count, groups = channels
-    x = values(batch * math.prod(size), count, seed, 2.0, 5.0).view(batch, *size, count)
-    weight, bias = (values(1, count, seed + 1)[0], values(1, count, seed + 2)[0]) if affine else (None, None)
-    check(dialect.group_norm, x, groups, weight, bias, 1e-5)
-
-
-def test_group_norm_of_pixels_with_a_nan_and_of_a_constant_image() -> None:
-    x = torch.full((2, 3, 3, 8), 7.0)
-    x[1, 2, 2, 5] = math.nan
-    check(dialect.group_norm, x, 2, None, None, 1e-5)
