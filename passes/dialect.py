@@ -10,12 +10,14 @@ OIHW. Padding is always (top, bottom, left, right). Results are contiguous.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .dialect_pools import avg_pool2d_body, avg_pool2d_fake, max_pool2d_body, max_pool2d_fake
+from .images import image_shape, owned, spatial_shape
 
 ACTIVATIONS: dict[str, Callable[[Tensor, Sequence[float]], Tensor]] = {
     "none": lambda x, args: x,
@@ -37,12 +39,6 @@ def _epilogue(x: Tensor, residual: Tensor | None, activation: str, args: Sequenc
     if residual is not None:
         x = x + residual
     return ACTIVATIONS[activation](x, args)
-
-
-def _owned(result: Tensor, *sources: Tensor | None) -> Tensor:
-    # An operator's result may not share memory with its inputs.
-    shared = any(s is not None and s.untyped_storage()._cdata == result.untyped_storage()._cdata for s in sources)
-    return result.clone(memory_format=torch.contiguous_format) if shared else result.contiguous()
 
 
 def _conv2d(
@@ -82,11 +78,11 @@ def _conv2d_fake(
     activation_args: Sequence[float],
     layout: str,
 ) -> Tensor:
-    batch, *spatial = _spatial(input, layout)
+    batch, *spatial = spatial_shape(input, layout)
     ends = (padding[0] + padding[1], padding[2] + padding[3])
     reach = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
     height, width = ((spatial[i] + ends[i] - reach[i]) // stride[i] + 1 for i in (0, 1))
-    return input.new_empty(_image(batch, weight.shape[0], height, width, layout))
+    return input.new_empty(image_shape(batch, weight.shape[0], height, width, layout))
 
 
 def _conv_transpose2d(
@@ -123,10 +119,10 @@ def _conv_transpose2d_fake(
     activation_args: Sequence[float],
     layout: str,
 ) -> Tensor:
-    batch, *spatial = _spatial(input, layout)
+    batch, *spatial = spatial_shape(input, layout)
     reach = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
     height, width = ((spatial[i] - 1) * stride[i] - 2 * padding[i] + reach[i] + output_padding[i] for i in (0, 1))
-    return input.new_empty(_image(batch, weight.shape[1] * groups, height, width, layout))
+    return input.new_empty(image_shape(batch, weight.shape[1] * groups, height, width, layout))
 
 
 def _linear(
@@ -184,7 +180,7 @@ def _matmul_fake(
 
 
 def _permute(input: Tensor, in_shape: Sequence[int], dims: Sequence[int], out_shape: Sequence[int]) -> Tensor:
-    return _owned(input.reshape(in_shape).permute(list(dims)).reshape(out_shape), input)
+    return owned(input.reshape(in_shape).permute(list(dims)).reshape(out_shape), input)
 
 
 def _permute_fake(input: Tensor, in_shape: Sequence[int], dims: Sequence[int], out_shape: Sequence[int]) -> Tensor:
@@ -244,107 +240,6 @@ def _strided_attention_fake(
     return q.new_empty(list(out_shape))
 
 
-def _max_pool2d(
-    input: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    layout: str,
-) -> Tensor:
-    x = input.permute(0, 3, 1, 2) if layout == "NHWC" else input
-    x, pad = _pool_padding(x, padding, ceil_mode, -math.inf)
-    y = F.max_pool2d(x, list(kernel), list(stride), pad, list(dilation), ceil_mode)
-    return _owned(y.permute(0, 2, 3, 1) if layout == "NHWC" else y, input)
-
-
-def _avg_pool2d(
-    input: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-    layout: str,
-) -> Tensor:
-    if not count_include_pad and (padding[0], padding[2]) != (padding[1], padding[3]):
-        raise ValueError(f"avg_pool2d: padding {list(padding)} is uneven and not counted; pad the input first")
-    x = input.permute(0, 3, 1, 2) if layout == "NHWC" else input
-    x, pad = _pool_padding(x, padding, ceil_mode, 0.0)
-    y = F.avg_pool2d(x, list(kernel), list(stride), pad, ceil_mode, count_include_pad, divisor)
-    return _owned(y.permute(0, 2, 3, 1) if layout == "NHWC" else y, input)
-
-
-def _pool_padding(x: Tensor, padding: Sequence[int], ceil_mode: bool, fill: float) -> tuple[Tensor, list[int]]:
-    # torch pools with even padding only; uneven padding is written out, which floor mode cannot tell apart.
-    top, bottom, left, right = padding
-    if (top, left) == (bottom, right):
-        return x, [top, left]
-    if ceil_mode:
-        raise ValueError(f"pooling: padding {list(padding)} is uneven under ceil_mode; pad the input first")
-    return F.pad(x, (left, right, top, bottom), value=fill), [0, 0]
-
-
-def _max_pool2d_fake(
-    input: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    layout: str,
-) -> Tensor:
-    return _pooled(input, kernel, stride, padding, dilation, ceil_mode, layout)
-
-
-def _avg_pool2d_fake(
-    input: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-    layout: str,
-) -> Tensor:
-    return _pooled(input, kernel, stride, padding, (1, 1), ceil_mode, layout)
-
-
-def _pooled(
-    input: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    ceil_mode: bool,
-    layout: str,
-) -> Tensor:
-    batch, *spatial = _spatial(input, layout)
-    sizes = []
-    for i in (0, 1):
-        before, after = padding[2 * i], padding[2 * i + 1]
-        room = spatial[i] + before + after - dilation[i] * (kernel[i] - 1) - 1
-        size = (room + (stride[i] - 1 if ceil_mode else 0)) // stride[i] + 1
-        # torch drops a last window that would start in the padding behind the image.
-        sizes.append(size - 1 if ceil_mode and (size - 1) * stride[i] >= spatial[i] + before else size)
-    channels = input.shape[3] if layout == "NHWC" else input.shape[1]
-    return input.new_empty(_image(batch, channels, sizes[0], sizes[1], layout))
-
-
-def _spatial(input: Tensor, layout: str) -> tuple[int, int, int]:
-    if layout == "NHWC":
-        return input.shape[0], input.shape[1], input.shape[2]
-    return input.shape[0], input.shape[2], input.shape[3]
-
-
-def _image(batch: int, channels: int, height: int, width: int, layout: str) -> tuple[int, int, int, int]:
-    if layout == "NHWC":
-        return batch, height, width, channels
-    return batch, channels, height, width
-
-
 _EPILOGUE = "str activation, float[] activation_args"
 _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] = {
     "conv2d": (
@@ -390,14 +285,14 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
     "max_pool2d": (
         "(Tensor input, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode, "
         "str layout) -> Tensor",
-        _max_pool2d,
-        _max_pool2d_fake,
+        max_pool2d_body,
+        max_pool2d_fake,
     ),
     "avg_pool2d": (
         "(Tensor input, int[] kernel, int[] stride, int[] padding, bool ceil_mode, bool count_include_pad, "
         "int? divisor, str layout) -> Tensor",
-        _avg_pool2d,
-        _avg_pool2d_fake,
+        avg_pool2d_body,
+        avg_pool2d_fake,
     ),
 }
 

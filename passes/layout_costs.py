@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 _KERNEL, _LOOPS = 0.75, 0.03  # share of the peak that the kernels in NHWC and the loops in NCHW reach
 _POOL_LOOPS = 0.02
-_PERMUTE_PASSES = 2.0  # a permute reads or writes short runs: against a copy, measured
+_PERMUTE_PASSES = 2.0  # a permute reads or writes short runs: against a copy, an estimate
 _FLOPS, _BYTES = 1e11, 2e10  # a second, for a machine whose rates are not known: only ratios matter
 
 _POOLS = frozenset(

@@ -23,7 +23,7 @@ from .rows import even_tasks
 
 Layout = Literal["BHSD", "BSHD"]
 
-# Cycles of one vector, measured on Zen 4.
+# Cycles of one vector: estimates after runs on one core of Zen 4, not fitted.
 PACK_CYCLES = 7.0  # of k through a transpose in registers, and of v
 SOFTMAX_CYCLES = 9.0  # maximum, exponential and sum
 MASK_CYCLES = 2.0
