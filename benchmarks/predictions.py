@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import graphwright
-from graphwright.compiler import bench, zoo
+from graphwright.compiler import bench, bench_models, zoo
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- begin predictions -->", "<!-- end predictions -->"
@@ -81,7 +81,7 @@ if __name__ == "__main__":
     text = "\n\n".join(table(name, rows) for name, rows in found.items())
     print(text)
     if not sys.argv[1:]:
-        machine = bench.machine(2)
+        machine = bench_models.machine(2)
         target = DOCS / "measurements" / "predictions.json"
         target.write_text(json.dumps({"machine": machine, "models": found}, indent=1) + "\n")
         page = DOCS / "kernels.md"
