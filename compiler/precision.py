@@ -99,7 +99,7 @@ def too_sensitive(
     rest = math.fsum(error * error for error in damage.values())
     for count, node in enumerate(ranked):
         if math.isfinite(rest) and rest <= (MARGIN * tolerance) ** 2:
-            return ranked[: max(count, 1)]
+            return ranked[: count or -(-len(ranked) // 2)]
         rest -= damage[node] ** 2 if math.isfinite(damage[node]) else 0.0
         if not math.isfinite(rest):
             rest = math.fsum(damage[n] ** 2 for n in ranked[count + 1 :])

@@ -60,7 +60,7 @@ def stored(hw: Hardware) -> dict[str, str]:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("measurements of tune= are ignored: %s", error)
         return {}
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, str) for k, v in found.items()):
@@ -114,10 +114,11 @@ def winners(builds: Sequence[Sequence[KernelInfo]], times: Sequence[Sequence[flo
     for problem, default in {d.problem: d.reason for kernel in first for d in kernel.decisions}.items():
         candidates = spent[problem]
         calls = len(candidates[default])
-        totals = {reason: sum(samples) for reason, samples in candidates.items() if len(samples) == calls}
-        best = min(totals, key=lambda reason: totals[reason])
+        # Where there are fewer candidates than builds, the last of them was built, and measured, more than once.
+        means = {r: sum(samples) / len(samples) for r, samples in candidates.items() if len(samples) % calls == 0}
+        best = min(means, key=lambda reason: means[reason])
         # The default is noted too: it may have been measured as worse before.
-        found[problem] = best if totals[best] < GAIN * totals[default] else default
+        found[problem] = best if means[best] < GAIN * means[default] else default
     return found
 
 

@@ -115,7 +115,7 @@ static void take_part(int first) {
 static void *work(void *argument) {
     worker *me = argument;
     self.memory = &me->memory;
-    self.nested = 1;
+    self.nested = self.threads = 1;
     atomic_store(&me->system, (int)syscall(SYS_gettid));
     for (;;) {
         unsigned state = spin_while(&me->state, EMPTY);

@@ -169,7 +169,7 @@ class Weights:
         self.layout = read_layout(path)
         self.nbytes = self.layout.nbytes
         page = HUGE_PAGE if self.nbytes >= 2 * HUGE_PAGE else ALIGNMENT
-        self._map = mmap.mmap(-1, self.nbytes + page)
+        self._map = mmap.mmap(-1, self.nbytes + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if page == HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a system without large pages
                 self._map.madvise(mmap.MADV_HUGEPAGE)

@@ -12,6 +12,7 @@ seconds. Here the taps of a tile are loop bounds; the copy and the zeros at a ti
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 from tvm import tirx
@@ -28,6 +29,8 @@ TILE_PIXELS = 8  # about a register tile: the plan is not known yet
 
 def wants_staging(conv: Conv) -> bool:
     """Whether the tiles of an output row see too many different runs of taps."""
+    if prod(staged(conv).input_shape) >= 2**31:  # more than a 32-bit index counts
+        return False
     return any(conv.padding) and sum(len(run.spans) for run in runs(conv.columns, TILE_PIXELS)) > MOST_SPANS
 
 

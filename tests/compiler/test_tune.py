@@ -57,6 +57,12 @@ def test_winners_are_the_faster_by_more_than_noise() -> None:
     assert tune.winners([first, second[:3]], [times[0], times[1][:3]]) == {"p": "a", "q": "x", "r": "m"}
 
 
+def test_the_last_of_fewer_candidates_than_builds_can_win() -> None:
+    builds = [[kernel("p", "a")], [kernel("p", "b")], [kernel("p", "b")]]
+    assert tune.winners(builds, [[10.0], [5.0], [5.0]]) == {"p": "b"}
+    assert tune.winners(builds, [[10.0], [11.0], [11.0]]) == {"p": "a"}
+
+
 @pytest.mark.parametrize(
     ("given", "seconds"), [("30s", 30), ("2m", 120), ("1.5s", 1.5), (7, 7), ("8", 8), (None, None)]
 )
@@ -70,7 +76,7 @@ def test_budgets_that_are_none(given: str) -> None:
         tune.budget(given)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": ["b"]}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', '{"a": ["b"]}', "\udcff", "[" * 200_000])
 def test_a_file_of_another_form_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     monkeypatch.setenv("GRAPHWRIGHT_CACHE", str(tmp_path))
     path = tune._path(detect())
