@@ -296,12 +296,19 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
     ),
 }
 
-for _name, (_schema, _body, _fake) in _OPERATORS.items():
-    # A second copy of this module (a reload, a notebook's autoreload) finds the operators already there.
-    if not hasattr(torch.ops.graphwright, _name):
-        torch.library.define(f"graphwright::{_name}", _schema)
-        torch.library.impl(f"graphwright::{_name}", "default", _body)
-        torch.library.register_fake(f"graphwright::{_name}", _fake)
+
+def define(name: str, schema: str, body: Callable[..., Tensor], fake: Callable[..., Tensor]) -> torch._ops.OpOverload:
+    """Return the operator graphwright::`name`, entered unless a second copy of its module (a reload) finds it there."""
+    if not hasattr(torch.ops.graphwright, name):
+        torch.library.define(f"graphwright::{name}", schema)
+        torch.library.impl(f"graphwright::{name}", "default", body)
+        torch.library.register_fake(f"graphwright::{name}", fake)
+    operator: torch._ops.OpOverload = getattr(torch.ops.graphwright, name).default
+    return operator
+
+
+for _name, _parts in _OPERATORS.items():
+    define(_name, *_parts)
 
 conv2d = torch.ops.graphwright.conv2d.default
 conv_transpose2d = torch.ops.graphwright.conv_transpose2d.default

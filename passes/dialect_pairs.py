@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from . import dialect
@@ -47,9 +46,4 @@ _SCHEMA = (
     "int[] depth_dilation, str depth_activation, float[] depth_args, str layout) -> Tensor"
 )
 
-if not hasattr(torch.ops.graphwright, "conv_depthwise"):
-    torch.library.define("graphwright::conv_depthwise", _SCHEMA)
-    torch.library.impl("graphwright::conv_depthwise", "default", _conv_depthwise)
-    torch.library.register_fake("graphwright::conv_depthwise", _conv_depthwise)
-
-conv_depthwise = torch.ops.graphwright.conv_depthwise.default
+conv_depthwise = dialect.define("conv_depthwise", _SCHEMA, _conv_depthwise, _conv_depthwise)

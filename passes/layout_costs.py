@@ -70,11 +70,6 @@ def node_seconds(node: fx.Node, nhwc: bool, hw: Hardware) -> float:
     return _seconds(work, hw)
 
 
-_CONVOLUTIONS = frozenset(
-    {dialect.conv2d, *([dialect.conv_transpose2d] if hasattr(dialect, "conv_transpose2d") else [])}
-)
-
-
 def _multiplied(node: fx.Node) -> float:
     """Floating point operations of a convolution: every element of the larger image meets a filter."""
     arguments = rewrite.arguments(node)

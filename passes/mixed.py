@@ -6,7 +6,7 @@ Each is the dialect's operator of the same name on widened operands. `round_inpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,26 +94,17 @@ def _conv2d_bf16_fake(
 
 _EPILOGUE = "str activation, float[] activation_args"
 _PRECISION = "bool round_input, bool narrow"
-_OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "linear_bf16": (
-        f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}, {_PRECISION}) -> Tensor",
-        _linear_bf16,
-        _linear_bf16_fake,
-    ),
-    "conv2d_bf16": (
-        "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
-        f"int[] dilation, int groups, {_EPILOGUE}, str layout, {_PRECISION}) -> Tensor",
-        _conv2d_bf16,
-        _conv2d_bf16_fake,
-    ),
-}
 
-for _name, (_schema, _body, _fake) in _OPERATORS.items():
-    # A second copy of this module (a reload, a notebook's autoreload) finds the operators already there.
-    if not hasattr(torch.ops.graphwright, _name):
-        torch.library.define(f"graphwright::{_name}", _schema)
-        torch.library.impl(f"graphwright::{_name}", "default", _body)
-        torch.library.register_fake(f"graphwright::{_name}", _fake)
-
-linear_bf16 = torch.ops.graphwright.linear_bf16.default
-conv2d_bf16 = torch.ops.graphwright.conv2d_bf16.default
+linear_bf16 = dialect.define(
+    "linear_bf16",
+    f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}, {_PRECISION}) -> Tensor",
+    _linear_bf16,
+    _linear_bf16_fake,
+)
+conv2d_bf16 = dialect.define(
+    "conv2d_bf16",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+    f"int[] dilation, int groups, {_EPILOGUE}, str layout, {_PRECISION}) -> Tensor",
+    _conv2d_bf16,
+    _conv2d_bf16_fake,
+)

@@ -201,7 +201,7 @@ class _Block:
         """Store neighbouring vectors of scores from `column` on, and take them into the maxima of row `r`.
 
         The maximum is an intrinsic: of a select that is stored where one of its operands came from, LLVM makes a
-        masked store, which costs 40 cycles on Zen 4.
+        masked store: 22 of them took 4 % of GPT-2's attention.
         """
         lanes, at = self.lanes, span(r * self.lanes, self.lanes)
         largest = values[0]

@@ -80,10 +80,15 @@ def span(start: Any, lanes: int) -> Any:
 
 def share(total: int, parts: int, part: Any) -> tuple[Any, Any]:
     """Where `part` of `parts` nearly equal shares of `range(total)` begins and ends."""
-    if total % parts == 0:
-        size = total // parts
+    size, rest = divmod(total, parts)
+    if not rest:
         return part * size, (part + 1) * size
-    return tirx.floordiv(part * total, parts), tirx.floordiv((part + 1) * total, parts)
+
+    def start(part: Any) -> Any:
+        # part * total // parts, whose product may pass 32 bits.
+        return part * size + tirx.floordiv(part * rest, parts)
+
+    return start(part), start(part + 1)
 
 
 @contextmanager

@@ -255,7 +255,7 @@ def test_other_vectors(bits: int, causal: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["causal", "float"])
 def test_no_masked_stores(kind: str) -> None:
-    """They cost 40 cycles on Zen 4; LLVM makes them of a select that is stored where one operand came from."""
+    """They are slow; LLVM makes them of a select that is stored where one operand came from."""
     hw = lookup("x86-64-v3")
     func = attention(
         Problem(1, 2, 2, 50, 50, 64, 64),
