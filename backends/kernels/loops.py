@@ -78,10 +78,10 @@ def span(start: Any, lanes: int) -> Any:
     return start if lanes == 1 else T.ramp(start, 1, lanes)
 
 
-def share(total: int, parts: int, part: Any) -> tuple[Any, Any]:
+def share(total: Any, parts: int, part: Any) -> tuple[Any, Any]:
     """Where `part` of `parts` nearly equal shares of `range(total)` begins and ends."""
-    size, rest = divmod(total, parts)
-    if not rest:
+    size, rest = total // parts, total % parts
+    if isinstance(rest, int) and not rest:
         return part * size, (part + 1) * size
 
     def start(part: Any) -> Any:
