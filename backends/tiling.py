@@ -27,7 +27,6 @@ TILE_CYCLES = 24.0  # entering and leaving a tile, beside its stores
 LONGEST_SUM = 384  # additions in one chain: the error grows with their number
 L3_BYTES_PER_CYCLE = 16.0  # of one core, as in Hardware.bandwidth_gbs
 HEAVY_CYCLES = 24.0  # of a vector through an activation that is a polynomial
-DEFAULT_CLOCK_MHZ = 2000.0  # only decides whether a product is worth a second thread
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def predicted_seconds(hw: Hardware, tiling: Tiling, activation: str = "none") ->
 def _row_splits(hw: Hardware, rows: int, columns: int, depth: int, residual: bool, tiles: int) -> list[int]:
     """Row chunks worth a look where each core takes rows: as few as possible, and so many that a chunk fits L2."""
     row_bytes = 4 * (depth + columns * (2 if residual else 1))
-    fitting = -(-rows * row_bytes // (hw.cores * (_l2_bytes(hw) // 4)))
+    fitting = -(-rows * row_bytes // (hw.cores * (core_l2_bytes(hw) // 4)))
     return [hw.cores * n for n in sorted({1, fitting}) if hw.cores > 1 and hw.cores * n <= tiles]
 
 
@@ -167,7 +166,7 @@ def _with_traffic(hw: Hardware, t: Tiling, residual: bool) -> Tiling:
     cycles = t.cycles + _moved_cycles(hw, t, residual)
     weights = 4.0 * t.depth * t.panels * t.columns
     if hw.dram_gbs is not None and _is_cold(hw, weights):
-        stream = weights / (hw.dram_gbs * 1e3) * _cycles_per_us(hw)
+        stream = weights / (hw.dram_gbs * 1e3) * hw.cycles_per_us
         cycles = max(cycles, stream) + 0.4 * min(cycles, stream)
     return replace(t, cycles=cycles, efficiency=min(1.0, t.efficiency * t.cycles / max(cycles, 1.0)))
 
@@ -180,7 +179,7 @@ def _moved_cycles(hw: Hardware, t: Tiling, residual: bool) -> float:
     rate (8 bytes a cycle); weights stream, and mostly hide behind the arithmetic.
     """
     by_rows = t.row_chunks % t.tasks == 0
-    half_l2 = _l2_bytes(hw) / 2
+    half_l2 = core_l2_bytes(hw) / 2
     weights = 4.0 * t.depth * t.panels * t.columns
     results = 4.0 * t.total_rows * t.total_columns * (2 if residual else 1)
     inputs = 4.0 * t.total_rows * t.depth
@@ -197,7 +196,7 @@ def _moved_cycles(hw: Hardware, t: Tiling, residual: bool) -> float:
 def _is_cold(hw: Hardware, weights: float) -> bool:
     """Whether weights of so many bytes are taken to come from memory: a model of such layers does not stay in L3."""
     l3 = hw.cache(3)
-    return weights > (l3.size_bytes if l3 else _l2_bytes(hw)) / 16
+    return weights > (l3.size_bytes if l3 else core_l2_bytes(hw)) / 16
 
 
 def _work_cycles(hw: Hardware, rows: int, columns: int, depth: int, stride: int, tile_rows: int, vectors: int) -> float:
@@ -239,7 +238,7 @@ def _share_out(
     height = -(-rows // tiles)
     blocks = _depth_blocks(hw, tiles, width, depth)
     tasks = min(hw.cores, panels * chunks * repeats)
-    if whole / _cycles_per_us(hw) < 2.0 * hw.launch_us:
+    if whole / hw.cycles_per_us < 2.0 * hw.launch_us:
         tasks = 1
     cycles = whole * _busiest(panels * repeats, tiles, chunks, tasks)
     ideal = rows * columns * depth * repeats / (lanes * hw.fma_per_cycle * tasks)
@@ -289,13 +288,13 @@ def _chunk_bytes(hw: Hardware) -> int:
     were the fastest on Zen 4, 2 % before 512 KB and 8 % before no chunks, at 2048 x 2048 x 2048.
     """
     l3 = hw.cache(3)
-    beyond = min(2 * _l2_bytes(hw), l3.size_bytes // l3.shared_by_cores // 4) if l3 else 0
-    return max(_l2_bytes(hw) // 2, beyond)
+    beyond = min(2 * core_l2_bytes(hw), l3.size_bytes // l3.shared_by_cores // 4) if l3 else 0
+    return max(core_l2_bytes(hw) // 2, beyond)
 
 
 def _depth_blocks(hw: Hardware, tiles: int, width: int, depth: int) -> int:
     """Parts of k such that one part of the panel, which every row tile reads again, stays in L2."""
-    size = _l2_bytes(hw)
+    size = core_l2_bytes(hw)
     if tiles == 1 or depth * width * 4 <= size * 3 // 4:
         return 1
     return -(-depth * width * 4 // (size // 2))
@@ -323,10 +322,7 @@ def _busiest(panels: int, tiles: int, chunks: int, tasks: int) -> float:
     return max(after - before for before, after in pairwise(bounds)) / (panels * tiles)
 
 
-def _l2_bytes(hw: Hardware) -> int:
+def core_l2_bytes(hw: Hardware) -> int:
+    """A core's share of L2."""
     l2 = hw.cache(2)
     return l2.size_bytes // l2.shared_by_cores if l2 else 256 * 1024
-
-
-def _cycles_per_us(hw: Hardware) -> float:
-    return hw.clock_mhz or DEFAULT_CLOCK_MHZ

@@ -11,7 +11,6 @@ from torch import fx
 
 from ..backends.choices import Choices
 from ..backends.lowering.registry import KernelInfo
-from ..backends.tiling import DEFAULT_CLOCK_MHZ
 from ..hwdb import Hardware, lookup
 from ..passes.printer import diff_graphs, format_graph
 from . import pipeline
@@ -50,7 +49,7 @@ def _decisions(kernels: Sequence[KernelInfo], hw: Hardware) -> list[str]:
         lines.append(f"  {decision.problem}: {why}")
         for number, (reason, cycles) in enumerate(decision.candidates):
             mark = ">" if number == decision.chosen else " "
-            microseconds = cycles / (hw.clock_mhz or DEFAULT_CLOCK_MHZ)
+            microseconds = cycles / hw.cycles_per_us
             lines.append(f"    {mark} {microseconds:9.1f} us, {cycles / taken:5.2f} of the one taken: {reason}")
     return ["decisions:", *lines] if lines else []
 

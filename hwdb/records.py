@@ -120,6 +120,11 @@ class Hardware:
         # Narrow types without arithmetic of their own are widened to float32 and computed there.
         return fp32 * 2 if name == "float16" and self.supports(name) else fp32
 
+    @property
+    def cycles_per_us(self) -> float:
+        """The clock where a choice, but no prediction, hangs on it: 2000 where it is unknown."""
+        return self.clock_mhz or 2000.0
+
     def cache(self, level: int) -> Cache | None:
         """The data (or unified) cache of that level."""
         return next((cache for cache in self.caches if cache.level == level), None)

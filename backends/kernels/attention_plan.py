@@ -16,7 +16,7 @@ from typing import Literal
 
 from ...hwdb import Hardware
 from ...hwdb.cost import launch_seconds
-from ..tiling import DEFAULT_CLOCK_MHZ, Tiling, choose_tiling, vectors_limit
+from ..tiling import Tiling, choose_tiling, core_l2_bytes, vectors_limit
 from .gemv import DOT_STEPS, side_by_side
 from .loops import Shape
 from .rows import even_tasks
@@ -106,7 +106,7 @@ def plan_attention(hw: Hardware, p: Problem, causal: bool, masked: bool = False)
         scores = replace(scores, columns=columns, panels=-(-p.keys // columns))
     softmax = rows * (ROW_CYCLES + share * vectors * (SOFTMAX_CYCLES + masked * MASK_CYCLES))
     whole = pairs * (packing + products + softmax + blocks * BLOCK_CYCLES)
-    microseconds = whole / (hw.clock_mhz or DEFAULT_CLOCK_MHZ)
+    microseconds = whole / hw.cycles_per_us
     tasks, parts = 1, 1
     if hw.cores > 1 and microseconds > 2 * hw.launch_us:
         while parts < blocks and -(-pairs * parts // hw.cores) * hw.cores > 1.05 * pairs * parts:
@@ -167,9 +167,8 @@ def _even_divisor(units: int, most: int, cores: int) -> int:
 
 
 def _blocks(hw: Hardware, p: Problem, scores: Tiling, values: Tiling) -> int:
-    l1, l2 = hw.cache(1), hw.cache(2)
+    l1, second = hw.cache(1), core_l2_bytes(hw)
     first = l1.size_bytes // l1.shared_by_cores if l1 else 32 * 1024
-    second = l2.size_bytes // l2.shared_by_cores if l2 else 256 * 1024
     if 4 * p.keys * (p.depth + p.value_depth) > second // 2:
         rows = min(64, second // 4 // (4 * p.keys))
     else:

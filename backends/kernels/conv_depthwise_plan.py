@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from ...hwdb import Hardware
-from ..tiling import TILE_CYCLES, step_cycles
-from .conv_plan import DEFAULT_CLOCK_MHZ, Conv, core_l2_bytes, most_rows, widest
+from ..tiling import TILE_CYCLES, core_l2_bytes, step_cycles
+from .conv_plan import Conv, most_rows, widest
 from .window import Axis, runs
 
 PASS_CYCLES = 14.0  # a tile of the depthwise sum beside its multiply-adds: addresses, loop, epilogue
@@ -103,7 +103,7 @@ def _cut(pair: Pair, hw: Hardware, vectors: int, pixels: int) -> PairPlan:
     produced = _product_cycles(pair, hw, vectors, pixels)  # of one hidden row of one panel
     summed = _depthwise_cycles(pair, hw, vectors, swept)  # of one output row of one panel
     row_bytes = 4 * (second.width + sum(second.padding[2:])) * vectors * lanes
-    launch = hw.launch_us * (hw.clock_mhz or DEFAULT_CLOCK_MHZ)
+    launch = hw.launch_us * hw.cycles_per_us
     found: tuple[float, int, int] | None = None
     for row_blocks in range(1, min(hw.cores, second.rows.out) + 1):
         share = -(-second.rows.out // row_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -9,11 +10,10 @@ import torch
 
 from ...hwdb import Hardware
 from ..choices import SHORTLIST
-from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles
+from ..tiling import ALIAS_BYTES, TILE_CYCLES, core_l2_bytes, step_cycles
 from .epilogue import is_heavy
 from .window import Axis, runs
 
-DEFAULT_CLOCK_MHZ = 2000.0
 TAIL_GAIN = 0.03  # a narrower last panel is a second copy of the code: taken for a gain beyond this
 
 
@@ -90,6 +90,32 @@ class Conv:
         for axis in (self.rows, self.columns):
             taps *= sum(high - low for low, high in map(axis.taps, range(axis.out)))
         return 2 * self.batch * taps * self.filters * self.group_channels
+
+
+def problem_of(
+    image: Sequence[int],
+    weight: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Conv:
+    """The convolution of an image [N, H, W, C] with a weight [K, C / groups, KH, KW], nothing behind it."""
+    batch, height, width, channels = image
+    filters, _, rows, columns = weight
+    top, bottom, left, right = padding
+    return Conv(
+        batch,
+        height,
+        width,
+        channels,
+        filters,
+        (rows, columns),
+        (stride[0], stride[1]),
+        (top, bottom, left, right),
+        (dilation[0], dilation[1]),
+        groups,
+    )
 
 
 @dataclass(frozen=True)
@@ -177,7 +203,7 @@ def _plan_of(
     efficiency = min(1.0, ideal / (cycles * conv.batch * conv.rows.out * conv.groups))
     panels = needed // vectors
     units = conv.groups if conv.groups > 1 else panels + (1 if tail else 0)
-    launch = hw.launch_us * (hw.clock_mhz or DEFAULT_CLOCK_MHZ)
+    launch = hw.launch_us * hw.cycles_per_us
     if cycles * conv.groups * conv.batch * conv.rows.out < 2 * launch:  # not worth a parallel region
         row_blocks = unit_blocks = 1
     else:
@@ -217,18 +243,12 @@ def most_rows(hw: Hardware, vectors: int) -> int:
     return max(1, spare - 4 if vectors == 1 else spare // vectors)
 
 
-def core_l2_bytes(hw: Hardware) -> int:
-    """A core's share of L2."""
-    l2 = hw.cache(2)
-    return l2.size_bytes // l2.shared_by_cores if l2 else 256 * 1024
-
-
 def memory_cycles(hw: Hardware, constant_bytes: float) -> float:
     """Cycles in which weights stream from memory, where they are too large to stay in the last cache between runs."""
     last = hw.caches[-1].size_bytes if hw.caches else 0
     if constant_bytes <= last / 8 or not hw.dram_gbs:
         return 0.0
-    return constant_bytes / (hw.dram_gbs * 1e9) * (hw.clock_mhz or DEFAULT_CLOCK_MHZ) * 1e6
+    return constant_bytes / (hw.dram_gbs * 1e9) * hw.cycles_per_us * 1e6
 
 
 def _best_pixels(conv: Conv, hw: Hardware, vectors: int) -> tuple[int, float]:

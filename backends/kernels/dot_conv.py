@@ -29,7 +29,8 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
-from .conv_plan import Conv, core_l2_bytes
+from ..tiling import core_l2_bytes
+from .conv_plan import Conv
 from .dot_matmul import pack_words
 from .dot_product import Dot, choose_dot_tiling, importing
 from .dot_tile import Finish, Tile, clear, fill_word, multiply, needs_spill, stage, store_tile
@@ -65,7 +66,7 @@ def choose_dot_conv(conv: Conv, dot: Dot, hw: Hardware) -> DotConvPlan:
     cycles = tiling.cycles * rows
     weights = 4 * depth // dot.group * conv.filters
     row_blocks = panel_blocks = 1
-    if cycles > 2 * hw.launch_us * (hw.clock_mhz or 2000.0):
+    if cycles > 2 * hw.launch_us * hw.cycles_per_us:
         # Rows, so that a core reads its rows of the input only; panels where the rows are too few to share out evenly
         # or all the weights are too many for a core's L2.
         row_blocks = min(rows, hw.cores)

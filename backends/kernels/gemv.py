@@ -44,8 +44,7 @@ def is_narrow(hw: Hardware, columns: int, depth: int) -> bool:
 
 def split(hw: Hardware, rows: int, columns: int, depth: int) -> int:
     """Tasks: as many as cores where the rows keep them busy for longer than it takes to start them."""
-    clock = hw.clock_mhz or 2000.0
-    microseconds = rows * columns * depth / hw.lanes("float32") / clock
+    microseconds = rows * columns * depth / hw.lanes("float32") / hw.cycles_per_us
     return min(hw.cores, rows) if microseconds > 2.0 * hw.launch_us else 1
 
 

@@ -21,7 +21,6 @@ from ...hwdb.cost import launch_seconds, memory_bandwidth_gbs
 from .loops import between, share, span
 
 _IN_FLIGHT_CYCLES = 230.0  # of a row's vectors: fitted to layer norm over 96 to 768 columns on a Zen 4 core
-_DEFAULT_MHZ = 2000.0  # only decides whether the work is worth a second thread
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def choose_rows(count: int, length: int, cycles: float, hw: Hardware) -> Rows:
     while lanes > length:
         lanes //= 2
     group = max(1, min(hw.vector_registers // 4, length // lanes))
-    microseconds = count * length / lanes * cycles / (hw.clock_mhz or _DEFAULT_MHZ)
+    microseconds = count * length / lanes * cycles / hw.cycles_per_us
     tasks = 1
     if hw.cores > 1 and microseconds > 2 * hw.launch_us:
         tasks = even_tasks(microseconds, count, hw)

@@ -23,7 +23,6 @@ from .loops import between, share
 from .window import Axis, Run, runs
 
 WRITTEN_TAPS = 16  # of one row; of a whole window four times as many
-DEFAULT_CLOCK_MHZ = 2000.0  # only decides whether the work is worth a second thread
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def choose_sweep(windows: Windows, hw: Hardware) -> SweepPlan:
     row_bytes = 4 * lanes * columns * windows.rows.kernel
     strip = max(1, min(vectors, (l1.size_bytes if l1 else 32 * 1024) // 2 // row_bytes))
     cycles = windows.reads / lanes / hw.fma_per_cycle
-    if cycles / (hw.clock_mhz or DEFAULT_CLOCK_MHZ) < 2 * hw.launch_us:
+    if cycles / hw.cycles_per_us < 2 * hw.launch_us:
         return SweepPlan(lanes, pixels, strip, 1, 1)
 
     def busiest(row_blocks: int, channel_blocks: int) -> int:

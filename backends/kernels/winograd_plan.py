@@ -9,8 +9,8 @@ from math import prod
 import torch
 
 from ...hwdb import Hardware
-from ..tiling import ALIAS_BYTES, TILE_CYCLES, step_cycles
-from .conv_plan import DEFAULT_CLOCK_MHZ, Conv, core_l2_bytes, memory_cycles, most_rows, widest
+from ..tiling import ALIAS_BYTES, TILE_CYCLES, core_l2_bytes, step_cycles
+from .conv_plan import Conv, memory_cycles, most_rows, widest
 from .window import Axis, balanced
 from .winograd_error import refusal
 
@@ -138,7 +138,7 @@ def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPl
     l2_bytes = core_l2_bytes(hw)
     streaming = memory_cycles(hw, weights)
     most_v = max(2 * 2**20, hw.caches[-1].size_bytes // 2 if hw.caches else 0)  # V stays in the last cache
-    launch = hw.launch_us * (hw.clock_mhz or DEFAULT_CLOCK_MHZ)
+    launch = hw.launch_us * hw.cycles_per_us
     found = []
     for chunk in sorted({-(-tile_rows // c) for c in range(1, tile_rows + 1)}):
         tiles, chunks = chunk * columns.out, -(-tile_rows // chunk)

@@ -20,7 +20,7 @@ from ...passes import dialect
 from ...passes.rewrite import shape_of
 from ..choices import pick
 from ..kernels.conv2d import conv2d
-from ..kernels.conv_plan import Conv, Plan, pack_weight, rank_plans
+from ..kernels.conv_plan import Conv, Plan, pack_weight, problem_of, rank_plans
 from ..kernels.conv_staged import conv2d_staged, staged, wants_staging
 from ..kernels.depthwise import depthwise
 from ..kernels.depthwise import pack_weight as pack_depthwise
@@ -57,26 +57,15 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         return Refusal(f"the bias has shape {shape_of(bias)}, not one value a channel")
     if residual is not None and shape_of(residual) != shape_of(node):
         return Refusal(f"the residual has shape {shape_of(residual)}, the result {shape_of(node)}")
-    batch, height, width, channels = shape_of(x)
-    filters, _, *kernel = shape_of(weight)
-    problem = Conv(
-        batch,
-        height,
-        width,
-        channels,
-        filters,
-        (kernel[0], kernel[1]),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        groups,
-        bias is not None,
-        residual is not None,
-        activation,
-        tuple(args),
+    problem = replace(
+        problem_of(shape_of(x), shape_of(weight), stride, padding, dilation, groups),
+        bias=bias is not None,
+        residual=residual is not None,
+        activation=activation,
+        args=tuple(args),
     )
     extra = tuple(t for t in (bias, residual) if t is not None)
-    if groups == channels == filters and groups > 1:
+    if groups == problem.channels == problem.filters and groups > 1:
         return _depthwise(problem, x, weight, extra, hw)
     if problem.pointwise:
         return _pointwise(problem, x, weight, extra, hw)
@@ -84,7 +73,7 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     if isinstance(plan, WinogradPlan):
         algorithm, pack = "winograd conv", partial(pack_winograd, plan=plan)
     else:
-        algorithm = "stem conv" if channels < plan.lanes and groups == 1 else "direct conv"
+        algorithm = "stem conv" if problem.channels < plan.lanes and groups == 1 else "direct conv"
         algorithm = "staged conv" if wants_staging(problem) else algorithm
         pack = partial(pack_weight, conv=problem, plan=plan)
     work = _conv_work(problem, (x, weight, *extra), plan.tasks, plan.efficiency)

@@ -16,7 +16,7 @@ from ...hwdb.cost import Work
 from ...passes import mixed
 from ...passes.rewrite import shape_of
 from ..kernels.bf16_matmul import FloatFinish, bf16_matmul
-from ..kernels.conv_plan import Conv
+from ..kernels.conv_plan import problem_of
 from ..kernels.dot_conv import choose_dot_conv, dot_conv, pack_conv
 from ..kernels.dot_matmul import pack_for
 from ..kernels.dot_product import Dot, bf16_dot, bf16_weights, choose_dot_tiling, narrow_text
@@ -57,23 +57,12 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         return Refusal(f"{hw.id} has no dot product of bfloat16")
     if groups != 1 or layout != "NHWC":
         return Refusal(f"{groups} groups, layout {layout}")
-    batch, height, width, channels = shape_of(x)
-    filters, _, *kernel = shape_of(weight)
-    problem = Conv(
-        batch,
-        height,
-        width,
-        channels,
-        filters,
-        (kernel[0], kernel[1]),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-    )
-    finish = _finish(node, filters, bias, residual, activation, args)
+    problem = problem_of(shape_of(x), shape_of(weight), stride, padding, dilation)
+    finish = _finish(node, problem.filters, bias, residual, activation, args)
     operands = (x, weight, bias, residual)
     if problem.pointwise:
-        return _matmul(node, hw, dot, finish, operands, (prod(problem.output_shape[:3]), channels, filters))
+        sizes = (prod(problem.output_shape[:3]), problem.channels, problem.filters)
+        return _matmul(node, hw, dot, finish, operands, sizes)
     plan = choose_dot_conv(problem, dot, hw)
     func = dot_conv("bf16_conv", problem, memory_dtype(x), dot, plan, finish, narrow_text(hw))
     layout_name = f"bf16_conv_{dot.group}_{plan.vectors * dot.lanes}"

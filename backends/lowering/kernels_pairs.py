@@ -6,6 +6,7 @@ Refused: constants that are computed, and what `kernels_conv` refuses.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,7 +19,7 @@ from ...passes import dialect_pairs
 from ...passes.rewrite import shape_of
 from ..kernels.conv_depthwise import conv_depthwise
 from ..kernels.conv_depthwise_plan import Pair, choose_pair, pack_bias, pack_product, pack_taps
-from ..kernels.conv_plan import Conv
+from ..kernels.conv_plan import Conv, problem_of
 from .kernels_conv import refuse_image
 from .kernels_matmul import bind
 from .registry import KernelCall, Packed, Refusal, kernel_for
@@ -74,17 +75,15 @@ def _pair(
     planar: bool,
 ) -> Pair:
     """The two problems, of sizes that fit each other."""
-    batch, height, width, channels = shape_of(x) if not planar else [shape_of(x)[d] for d in (0, 2, 3, 1)]
+    image = shape_of(x) if not planar else [shape_of(x)[d] for d in (0, 2, 3, 1)]
 
     def problem(
-        sizes: tuple[int, int, int], weight: fx.Node, bias: fx.Node | None, options: Sequence[Any], groups: int
+        image: Sequence[int], weight: fx.Node, bias: fx.Node | None, options: Sequence[Any], groups: int
     ) -> Conv:
-        filters, _, *kernel = shape_of(weight)
         stride, padding, dilation, activation, args = options
-        geometry = ((kernel[0], kernel[1]), tuple(stride), tuple(padding), tuple(dilation))
-        return Conv(batch, *sizes, filters, *geometry, groups, bias is not None, False, activation, tuple(args))
+        plain = problem_of(image, shape_of(weight), stride, padding, dilation, groups)
+        return replace(plain, bias=bias is not None, activation=activation, args=tuple(args))
 
-    one = problem((height, width, channels), weight, bias, first, 1)
-    _, *sizes = one.output_shape
-    two = problem((sizes[0], sizes[1], sizes[2]), depth_weight, depth_bias, second, sizes[2])
+    one = problem(image, weight, bias, first, 1)
+    two = problem(one.output_shape, depth_weight, depth_bias, second, one.filters)
     return Pair(one, two, planar)
