@@ -10,6 +10,7 @@ only choose between candidates that the cost model offers, so a wrong or foreign
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import fx
 
+from ..backends.aot.library import Library
 from ..backends.aot.toolchain import cache_directory
 from ..backends.choices import SHORTLIST, Choices
 from ..backends.lowering.registry import KernelInfo
@@ -31,6 +33,7 @@ from ..errors import InputError
 from ..hwdb import Hardware
 from . import fingerprint, loading, pipeline
 from .build import Built, build, default_passes
+from .executor import Run
 from .precision import FP32, Precision
 from .profile import profile
 
@@ -126,7 +129,23 @@ def _measure(
     builds: Sequence[tuple[Path, Built]], inputs: Sequence[torch.Tensor], threads: int, end: float
 ) -> list[list[float]]:
     """Microseconds of every kernel of every build: medians over turns."""
-    opened = [loading.opened(place, built.plan, threads) for place, built in builds]
+    with contextlib.ExitStack() as libraries:
+        opened = []
+        for place, built in builds:
+            opened.append(loading.opened(place, built.plan, threads))
+            if (library := opened[-1][0]) is not None:
+                libraries.callback(library.close)
+        samples = _turns(opened, builds, inputs, end)
+    return [[statistics.median(column) for column in zip(*found, strict=True)] for found in samples]
+
+
+def _turns(
+    opened: Sequence[tuple[Library | None, Run]],
+    builds: Sequence[tuple[Path, Built]],
+    inputs: Sequence[torch.Tensor],
+    end: float,
+) -> list[list[list[float]]]:
+    """For every build, the kernels' microseconds in each turn."""
     samples: list[list[list[float]]] = [[] for _ in builds]
     for turn in range(TURNS):
         if turn and time.perf_counter() > end:
@@ -140,10 +159,7 @@ def _measure(
             rounds = 3 if time.perf_counter() - began > 0.1 else 10
             rows = profile(library, built.kernels, lambda run=run: run(inputs), rounds).rows  # type: ignore[misc]
             found.append([row.measured_us for row in rows])
-    for library, _ in opened:
-        if library is not None:
-            library.close()
-    return [[statistics.median(column) for column in zip(*found, strict=True)] for found in samples]
+    return samples
 
 
 def _path(hw: Hardware) -> Path:
