@@ -26,6 +26,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
+from .refusals import keep
 from .rewrite import Operator
 
 log = logging.getLogger(__name__)
@@ -182,11 +183,11 @@ def _first_result(graph: fx.GraphModule, node: fx.Node) -> Spelling | None:
     if owner.target not in _FIRST_RESULT or index != 0:
         return None
     if len(owner.users) > 1:
-        log.debug("keep %s: more of its results than the first are read", owner)
+        keep(log, owner, "more of its results than the first are read")
         return None
     a = rewrite.arguments(owner)
     if a.get("training"):
-        log.debug("keep %s: it is in training mode, and changes its statistics", owner)
+        keep(log, owner, "it is in training mode, and changes its statistics")
         return None
     target, select = _FIRST_RESULT[owner.target]
     return target, select(a), {}

@@ -20,6 +20,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -34,7 +35,7 @@ def flatten_conv3d(graph: fx.GraphModule, hw: Hardware) -> int:
         a = rewrite.arguments(node)
         reason = _refusal(graph, node, a)
         if reason:
-            log.debug("keep %s: %s", node, reason)
+            keep(log, node, "%s", reason)
             continue
         _rewrite(graph, node, a)
         count += 1

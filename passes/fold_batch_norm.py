@@ -20,6 +20,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
+from .refusals import keep
 from .split_batch_norm import batch_norm_factors
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,11 @@ def fold_batch_norm(graph: fx.GraphModule, hw: Hardware) -> int:
             continue
         product = node.args[0]
         if not isinstance(product, fx.Node) or product.target not in _PRODUCTS:
-            log.debug("keep %s: it does not follow a product", node)
+            keep(log, node, "it does not follow a product")
             continue
         reason, folded = _fold(graph, product, node)
         if folded is None:
-            log.debug("keep %s: %s", node, reason)
+            keep(log, node, "%s", reason)
             continue
         _rewrite(graph, product, node, *folded)
         count += 1

@@ -19,6 +19,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ def fold_constants(graph: fx.GraphModule, hw: Hardware) -> int:
         alone = [n for n in _read_here_only(node, cone) if n.op == "get_attr" and reads[str(n.target)] == 1]
         growth = int(node.meta["val"].nbytes) - sum(int(n.meta["val"].nbytes) for n in alone)
         if grown + growth > _GROWTH:
-            log.debug("keep %s: stored, it would take %d more bytes", node, growth)
+            keep(log, node, "stored, it would take %d more bytes", growth)
             continue
         grown += growth
         values[node] = _evaluate(graph, node, cone, values)

@@ -19,6 +19,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -37,7 +38,7 @@ def fold_scale(graph: fx.GraphModule, hw: Hardware) -> int:
                 continue
             reason = _fold(graph, node, product, factor)
             if reason:
-                log.debug("keep %s: %s", node, reason)
+                keep(log, node, "%s", reason)
                 continue
             count += 1
             break

@@ -23,6 +23,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -38,7 +39,7 @@ def fuse_attention(graph: fx.GraphModule, hw: Hardware) -> int:
         a["key"], a["value"] = _without_repeats(a)
         reason = _refused(node, a)
         if reason is not None:
-            log.debug("keep %s: %s", node, reason)
+            keep(log, node, "%s", reason)
             continue
         a |= _simpler_mask(graph, a)
         _rewrite(graph, node, a)

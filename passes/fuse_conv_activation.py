@@ -24,6 +24,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, rewrite
 from .epilogue import Epilogue, extend
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ def _fuse(graph: fx.GraphModule, conv: fx.Node) -> bool:
     if conv.target is not dialect.conv2d:
         operands = [n for n in (a["input"], a["weight"], a["bias"]) if n is not None]
         if not rewrite.is_float(conv, *operands) or len(rewrite.shape_of(conv)) != len(rewrite.shape_of(a["weight"])):
-            log.debug("keep %s: not a batch in floating point", conv)
+            keep(log, conv, "not a batch in floating point")
             return False
         a |= _as_image(a, len(rewrite.shape_of(conv)) - 2)
     elif a["activation"] != "none":
@@ -88,7 +89,7 @@ def _padding(pad: Any, padding: Sequence[int]) -> list[int] | None:
     left, right, top, bottom = amounts[:4]
     spatial = 2 * (len(rewrite.shape_of(pad)) - 2)
     if p["value"] != 0 or any(n < 0 for n in amounts) or any(amounts[spatial:]):
-        log.debug("keep %s: a convolution pads the image, and with zeros", pad)
+        keep(log, pad, "a convolution pads the image, and with zeros")
         return None
     return [old + new for old, new in zip(padding, (top, bottom, left, right), strict=True)]
 

@@ -18,6 +18,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, rewrite
 from .epilogue import Epilogue, extend
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -39,10 +40,10 @@ def _fuse(graph: fx.GraphModule, conv: fx.Node) -> bool:
     if not rewrite.is_float(conv, *[n for n in (x, weight, bias) if n is not None]) or rank != len(
         rewrite.shape_of(weight)
     ):
-        log.debug("keep %s: not a batch in floating point", conv)
+        keep(log, conv, "not a batch in floating point")
         return False
     if rewrite.constant(graph, weight) is None:
-        log.debug("keep %s: its weight is computed", conv)
+        keep(log, conv, "its weight is computed")
         return False
     shape = rewrite.shape_of(conv)
     wanted = [1, shape[1], *[1] * (rank - 2)]

@@ -27,6 +27,7 @@ from ..hwdb import Hardware
 from . import dialect, rewrite
 from .fuse_reshape_transpose import map_of
 from .index_map import Digit, from_moves
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -63,16 +64,16 @@ def _rewrite(graph: fx.GraphModule, node: fx.Node) -> bool:
     operands = [a[name] for name in ("q", "k", "v")]
     shapes = [rewrite.shape_of(operand) for operand in operands]
     if any(len(shape) != 4 or not math.prod(shape) for shape in shapes):
-        log.debug("keep %s: no heads with elements in operands of shapes %s", node, shapes)
+        keep(log, node, "no heads with elements in operands of shapes %s", shapes)
         return False
     if rewrite.packed(node.meta["val"]).dtype != torch.float32:
-        log.debug("keep %s: no kernel reads %s by strides", node, node.meta["val"].dtype)
+        keep(log, node, "no kernel reads %s by strides", node.meta["val"].dtype)
         return False
     found = [_read(operand) for operand in operands]
     last, written = _written(node)
     kept = [_whole(operand).place for operand in operands]
     if [reading.place for reading in found] == kept and written == _whole(node).place:
-        log.debug("keep %s: its operands and its result are moved by nobody", node)
+        keep(log, node, "its operands and its result are moved by nobody")
         return False
     (batch, heads, queries, depth), (_, key_heads, keys, _), (*_, value_depth) = shapes
     places = [number for reading in found for number in reading.place or ()] + list(written)
@@ -123,7 +124,7 @@ def _written(node: fx.Node) -> tuple[fx.Node, tuple[int, int, int, int]]:
     reading = _through(_whole(node), user, inverse.digits, 0)
     place = None if reading is None else reading.place
     if place is None:
-        log.debug("keep %s: the result is not written by strides", user)
+        keep(log, user, "the result is not written by strides")
         return node, dense
     return user, place
 

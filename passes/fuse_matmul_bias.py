@@ -30,6 +30,7 @@ from . import dialect, rewrite
 from .epilogue import Epilogue, extend
 from .fuse_reshape_transpose import map_of
 from .index_map import identity
+from .refusals import keep
 from .rewrite import Operator
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ _READERS: dict[Operator, Callable[[dict[str, Any], fx.Node], _Product | None]] =
 
 
 def _refuse(node: fx.Node, reason: str) -> _Product | None:
-    log.debug("keep %s: %s", node, reason)
+    keep(log, node, "%s", reason)
     return None
 
 

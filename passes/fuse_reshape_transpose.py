@@ -22,6 +22,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, rewrite
 from .index_map import IndexMap, identity
+from .refusals import keep
 from .rewrite import Operator
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def _is_move(node: fx.Node) -> bool:
     if node.target not in MOVES or not node.users or rewrite.value_of(node) is None:
         return False
     if node.target is aten.clone.default and rewrite.feeds_output(node):
-        log.debug("keep %s: the graph returns this copy", node)
+        keep(log, node, "the graph returns this copy")
         return False
     source = node.args[0]
     return isinstance(source, fx.Node) and rewrite.value_of(source) is not None

@@ -19,6 +19,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def merge_duplicates(graph: fx.GraphModule, hw: Hardware) -> int:
         if original is node:
             continue
         if rewrite.feeds_output(node) and rewrite.feeds_output(original):
-            log.debug("keep %s: the graph returns both it and %s", node, original)
+            keep(log, node, "the graph returns both it and %s", original)
             continue
         rewrite.replace(node, original)
         count += 1

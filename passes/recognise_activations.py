@@ -23,6 +23,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import rewrite
 from .epilogue import activation_of
+from .refusals import keep
 from .rewrite import Operator
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def _clamps(node: fx.Node) -> Spelling | None:
     a, b = rewrite.arguments(inner), rewrite.arguments(node)
     low, high = a["min"], b["max"]
     if a["max"] is not None or b["min"] is not None or not _number(low) or not _number(high) or not low <= high:
-        log.debug("keep %s: %s and it do not make one range", node, inner)
+        keep(log, node, "%s and it do not make one range", inner)
         return None
     if not rewrite.is_float(inner, node, a["self"]):
         return None

@@ -23,6 +23,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
+from .refusals import keep
 from .rewrite import Operator
 
 log = logging.getLogger(__name__)
@@ -77,10 +78,10 @@ def _reason_to_keep(node: fx.Node) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if any(user.target in _READS_STRIDES for user in node.users) and node.target in _COPIES:
-        log.debug("keep %s: a reader looks at its strides", node)
+        keep(log, node, "a reader looks at its strides")
         return True
     if rewrite.feeds_output(node) and node.target in _COPIES and (len(source.users) > 1 or not _is_fresh(source)):
-        log.debug("keep %s: it is returned, and %s may not be", node, source)
+        keep(log, node, "it is returned, and %s may not be", source)
         return True
     return False
 

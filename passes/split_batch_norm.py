@@ -18,6 +18,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -31,7 +32,7 @@ def split_batch_norm(graph: fx.GraphModule, hw: Hardware) -> int:
             continue
         scale, shift, reason = batch_norm_factors(graph, node)
         if scale is None or shift is None:
-            log.debug("keep %s: %s", node, reason)
+            keep(log, node, "%s", reason)
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -40,7 +41,7 @@ def split_batch_norm(graph: fx.GraphModule, hw: Hardware) -> int:
         stem = f"{node.name}_split"
         factors = [t.to(value.dtype).reshape(shape) for t in (scale, shift)]
         if not all(f.isfinite().all() for f in factors):
-            log.debug("keep %s: its factors are not finite", node)
+            keep(log, node, "its factors are not finite")
             continue
         s, t = (
             rewrite.add_constant(graph, f"{stem}_{k}", f, node)
