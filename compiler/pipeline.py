@@ -1,4 +1,8 @@
-"""Run the passes over a copy of the captured graph: checked, timed, and written out on request."""
+"""Run the passes over a copy of the captured graph until none of them rewrites: checked, timed, written out on request.
+
+A round is the tuple of passes in its order. A pass is left out of a round where the graph is as it was when it last
+found nothing, so the round that proves the fixpoint costs one look at the nodes for each pass that others rewrote behind.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +16,45 @@ from pathlib import Path
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from ..errors import PassError
 from ..hwdb import Hardware
 from ..passes.printer import format_graph
+from .pass_checks import Pass, Watch, is_ours, name_of
 
 log = logging.getLogger(__name__)
 
-Pass = Callable[[fx.GraphModule, Hardware], int]
+
+@dataclass(frozen=True)
+class Budget:
+    """Where the rounds end although passes still rewrite: some undo what others do, or one rewrites for ever."""
+
+    rounds: int = 8
+    rewrites: int = 10_000
+    rewrites_per_node: int = 20
+
+    def allowed(self, nodes: int) -> int:
+        """Rewrites of a graph that began with so many nodes."""
+        return self.rewrites + self.rewrites_per_node * nodes
 
 
 @dataclass(frozen=True)
 class PassRun:
-    """What one pass did."""
+    """What one entry of the tuple did, over all rounds."""
 
     name: str
     rewrites: int
     seconds: float
+    runs: int = 1  # rounds it was not left out of
+    unfinished: bool = False  # it still rewrote when the budget was spent
 
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose nodes can be rewritten freely; tensors are shared with the original."""
+    """A copy whose nodes can be rewritten freely; tensors are shared with the original.
+
+    Python code for it is made when it is first called, not after every rewrite: passes never call it.
+    """
     root = torch.nn.Module()
     for name, tensor in graph.named_buffers():
         root.register_buffer(name, tensor)
@@ -42,7 +64,9 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     nodes.output(output)
     for old, new in values.items():
         new.meta = copy.copy(old.meta)
-    return fx.GraphModule(root, nodes)
+    copied = _LazyGraphModule(root, nodes)
+    copied.meta.update(graph.meta)
+    return copied
 
 
 def run(
@@ -50,34 +74,93 @@ def run(
     hw: Hardware,
     passes: Sequence[Pass],
     after: Callable[[str, fx.GraphModule], None] | None = None,
+    budget: Budget = Budget(),  # noqa: B008  (frozen)
 ) -> tuple[fx.GraphModule, tuple[PassRun, ...]]:
-    """Rewrite a copy of `graph` with `passes` in order; `after(name, graph)` is called behind every pass that rewrote.
+    """Rewrite a copy of `graph` with `passes` in order, and again until none rewrites or the budget is spent.
 
-    GRAPHWRIGHT_DUMP=directory writes the graph before the first pass and after each one that rewrote.
-    Raises PassError naming the pass that failed or left a malformed graph.
+    `after(name, graph)` is called behind every pass that rewrote. GRAPHWRIGHT_DUMP=directory writes the graph before
+    the first pass and after each one that rewrote. A spent budget is logged, and marked in the runs of the passes that
+    still rewrote; the graph is right nevertheless, as it is behind every pass.
+    Raises PassError naming the pass that failed, or broke the contract of `pass_checks`.
     """
-    graph = copy_graph(graph)
-    dump = _Dump(os.environ.get("GRAPHWRIGHT_DUMP"))
-    dump.write("input", graph)
-    runs: list[PassRun] = []
-    for rewrite in passes:
-        name = rewrite.__name__
-        started = time.perf_counter()
+    work = _Work(copy_graph(graph), hw, after)
+    entries = [_Entry(rewrite) for rewrite in passes]
+    allowed = budget.allowed(len(work.graph.graph.nodes))
+    for _ in range(budget.rounds):
+        before = work.rewrites
+        for entry in entries:
+            entry.last = 0
+        for entry in entries:
+            work.apply(entry)
+            if work.rewrites > allowed:
+                return work.graph, _stopped(entries, f"{work.rewrites} rewrites")
+        if work.rewrites == before:
+            return work.graph, tuple(entry.run() for entry in entries)
+    return work.graph, _stopped(entries, f"{budget.rounds} rounds")
+
+
+@dataclass
+class _Entry:
+    """One place of the tuple, and what was done there."""
+
+    rewrite: Pass
+    rewrites: int = 0
+    seconds: float = 0.0
+    runs: int = 0
+    last: int = 0  # rewrites of this round
+
+    def run(self, unfinished: bool = False) -> PassRun:
+        return PassRun(name_of(self.rewrite), self.rewrites, self.seconds, self.runs, unfinished)
+
+
+def _stopped(entries: Sequence[_Entry], spent: str) -> tuple[PassRun, ...]:
+    """The runs where the budget ended them."""
+    names = ", ".join(dict.fromkeys(name_of(entry.rewrite) for entry in entries if entry.last))
+    log.warning("the passes were stopped after %s, while %s still rewrote; what they made is used", spent, names)
+    return tuple(entry.run(entry.last > 0) for entry in entries)
+
+
+class _Work:
+    """The graph on its way through the passes."""
+
+    def __init__(
+        self, graph: fx.GraphModule, hw: Hardware, after: Callable[[str, fx.GraphModule], None] | None
+    ) -> None:
+        self.graph, self.hw, self.after = graph, hw, after
+        self.rewrites = 0
+        self.found_nothing: dict[int, int] = {}  # pass -> rewrites of all passes when it last found nothing
+        self.ran: dict[str, None] = {}
+        self.dump = _Dump(os.environ.get("GRAPHWRIGHT_DUMP"))
+        self.dump.write("input", graph)
+
+    def apply(self, entry: _Entry) -> None:
+        """Run one pass, unless it found nothing in this very graph before."""
+        if self.found_nothing.get(id(entry.rewrite)) == self.rewrites:
+            return
+        name, started = name_of(entry.rewrite), time.perf_counter()
+        watch = Watch(self.graph, strict=not is_ours(entry.rewrite))
         try:
-            count = rewrite(graph, hw)
-            if count:
-                graph.graph.lint()
+            count = entry.rewrite(self.graph, self.hw)
         except Exception as error:
-            before = ", ".join(r.name for r in runs) or "no other pass"
-            raise PassError(f"pass {name} failed after {before}: {error}") from error
-        runs.append(PassRun(name, count, time.perf_counter() - started))
-        if count:
-            log.debug("%s: %d rewrites in %.1f ms", name, count, runs[-1].seconds * 1e3)
-            dump.write(name, graph)
-            if after is not None:
-                after(name, graph)
-    graph.recompile()
-    return graph, tuple(runs)
+            raise PassError(f"pass {name} failed after {self._before()}: {error}") from error
+        if (broken := watch.broken(count)) is not None:
+            raise PassError(f"pass {name}, after {self._before()}, {broken}")
+        self.ran[name] = None
+        entry.last = count
+        entry.rewrites += count
+        entry.runs += 1
+        entry.seconds += (seconds := time.perf_counter() - started)
+        if not count:
+            self.found_nothing[id(entry.rewrite)] = self.rewrites
+            return
+        self.rewrites += count
+        log.debug("%s: %d rewrites in %.1f ms", name, count, seconds * 1e3)
+        self.dump.write(name, self.graph)
+        if self.after is not None:
+            self.after(name, self.graph)
+
+    def _before(self) -> str:
+        return ", ".join(self.ran) or "no other pass"
 
 
 class _Dump:

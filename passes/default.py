@@ -1,8 +1,9 @@
-"""The passes `compile` runs, in order."""
+"""The passes `compile` runs, in order, and the families of fusions that `compile(kernel_fusion=[...])` names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -25,7 +26,9 @@ from .recognise_activations import recognise_activations
 from .remove_dead import remove_dead
 from .split_batch_norm import split_batch_norm
 
-PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
+Pass = Callable[[fx.GraphModule, Hardware], int]
+
+PASSES: tuple[Pass, ...] = (
     canonicalise,  # first: the others know one spelling of each operation
     remove_dead,  # before every pattern: a dropout or a copy in the middle of one hides it
     merge_duplicates,  # before fold_constants: what is computed from one weight twice is stored once
@@ -49,3 +52,30 @@ PASSES: tuple[Callable[[fx.GraphModule, Hardware], int], ...] = (
     fold_constants,  # again: fusions transpose weights and flatten biases by operators on constants
     remove_dead,  # last: constants that nobody reads must not reach the artifact
 )
+
+
+@dataclass(frozen=True)
+class Family:
+    """Fusions that are chosen together: the passes left out without them, and what passes ask `families.fuses` about."""
+
+    meaning: str
+    passes: tuple[Pass, ...] = ()
+
+
+# Passes that bring the operators of a model to those that have kernels belong to no family: they always run.
+FAMILIES: Mapping[str, Family] = {
+    "conv+bn": Family("stored statistics of batch norms into the weights in front of them", (fold_batch_norm,)),
+    "conv+pad": Family("zeros around an image into the convolution"),
+    "conv+bias": Family("one number a channel, added behind a convolution"),
+    "conv+add": Family("an image added behind a convolution: a residual"),
+    "conv+relu": Family("an activation behind a convolution, of whatever kind the dialect has"),
+    "conv+depthwise": Family("a convolution and the depthwise one behind it as one kernel", (fuse_conv_depthwise,)),
+    "matmul+transpose": Family("transposes of operands into the product"),
+    "matmul+bias": Family("one number a column, added behind a product"),
+    "matmul+add": Family("a matrix added behind a product: a residual"),
+    "matmul+relu": Family("an activation behind a product, of whatever kind the dialect has"),
+    "scale": Family("constant factors of channels into the weights in front of them", (fold_scale,)),
+    "activation": Family("activations that are written out, as one operator", (recognise_activations,)),
+    "layout": Family("images in NHWC where that costs less", (assign_layout,)),
+    "moves": Family("chains of reshapes and transposes merged or dropped", (fuse_reshape_transpose, fuse_head_moves)),
+}

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from . import rewrite
+from .families import fuses
 from .rewrite import Operator
 
 log = logging.getLogger(__name__)
@@ -37,15 +38,20 @@ class Epilogue:
     args: tuple[float, ...] = ()
 
 
-def extend(start: Epilogue, is_bias: Callable[[fx.Node], bool]) -> Epilogue:
-    """Take up what follows `start.last`, as far as the dialect goes."""
+def allowed(graph: fx.GraphModule, product: str) -> frozenset[str]:
+    """What `kernel_fusion` lets a "conv" or a "matmul" take up, of "bias", "add" and "relu"."""
+    return frozenset(kind for kind in ("bias", "add", "relu") if fuses(graph, f"{product}+{kind}"))
+
+
+def extend(start: Epilogue, is_bias: Callable[[fx.Node], bool], kinds: frozenset[str]) -> Epilogue:
+    """Take up what follows `start.last`, as far as the dialect goes and `kinds` allow."""
     found = start
     while found.activation == "none":
         user = rewrite.sole_user(found.last)
         if user is None:
             log.debug("stop at %s: read by %d nodes", found.last, len(found.last.users))
             break
-        step = _add(found, user, is_bias) if user.target is aten.add.Tensor else _activate(found, user)
+        step = _add(found, user, is_bias, kinds) if user.target is aten.add.Tensor else _activate(found, user, kinds)
         if step is None:
             break
         found = step
@@ -59,7 +65,7 @@ def activation_of(node: fx.Node) -> Activation | None:
     return _ACTIVATIONS[node.target](rewrite.arguments(node))
 
 
-def _add(found: Epilogue, add: fx.Node, is_bias: Callable[[fx.Node], bool]) -> Epilogue | None:
+def _add(found: Epilogue, add: fx.Node, is_bias: Callable[[fx.Node], bool], kinds: frozenset[str]) -> Epilogue | None:
     a = rewrite.arguments(add)
     other = a["other"] if a["self"] is found.last else a["self"]
     if a["alpha"] != 1:
@@ -74,15 +80,18 @@ def _add(found: Epilogue, add: fx.Node, is_bias: Callable[[fx.Node], bool]) -> E
     if rewrite.shape_of(add) != rewrite.shape_of(found.last):
         log.debug("stop at %s: it broadcasts the product", add)
         return None
-    if found.bias is None and found.residual is None and is_bias(other):
+    if "bias" in kinds and found.bias is None and found.residual is None and is_bias(other):
         return replace(found, last=add, bias=other)
-    if found.residual is None and rewrite.shape_of(other) == rewrite.shape_of(found.last):
+    if "add" in kinds and found.residual is None and rewrite.shape_of(other) == rewrite.shape_of(found.last):
         return replace(found, last=add, residual=other)
-    log.debug("stop at %s: what it adds is no free bias or residual", add)
+    log.debug("stop at %s: what it adds is no free bias or residual, or one that kernel_fusion leaves out", add)
     return None
 
 
-def _activate(found: Epilogue, node: fx.Node) -> Epilogue | None:
+def _activate(found: Epilogue, node: fx.Node, kinds: frozenset[str]) -> Epilogue | None:
+    if "relu" not in kinds:
+        log.debug("stop at %s: kernel_fusion leaves activations out", found.last)
+        return None
     activation = activation_of(node)
     # An activation may take its own input twice (leaky_relu does not), but the product has to be that input.
     if activation is None or node.args[0] is not found.last or not rewrite.is_float(found.last, node):

@@ -23,7 +23,8 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
-from .epilogue import Epilogue, extend
+from .epilogue import Epilogue, allowed, extend
+from .families import fuses
 from .refusals import keep
 
 log = logging.getLogger(__name__)
@@ -50,14 +51,15 @@ def _fuse(graph: fx.GraphModule, conv: fx.Node) -> bool:
     elif a["activation"] != "none":
         return False
     pad = a["input"]
-    absorbed = _padding(pad, a["padding"]) if a["layout"] == "NCHW" else None
+    padded = a["layout"] == "NCHW" and fuses(graph, "conv+pad")
+    absorbed = _padding(pad, a["padding"]) if padded else None
     if absorbed is not None:
         a |= {"input": pad.args[0], "padding": absorbed}
     start = Epilogue(conv, a["bias"], a["residual"])
     rank, channels = len(rewrite.shape_of(conv)), rewrite.shape_of(a["weight"])[0]
     bias_shape = [1] * rank
     bias_shape[1 if a["layout"] == "NCHW" else 3] = channels
-    found = extend(start, lambda other: _is_bias(other, bias_shape))
+    found = extend(start, lambda other: _is_bias(other, bias_shape), allowed(graph, "conv"))
     if conv.target is dialect.conv2d and found == start and absorbed is None:
         return False
     _rewrite(graph, conv, a, found)

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
-from .epilogue import Epilogue, extend
+from .epilogue import Epilogue, allowed, extend
 from .refusals import keep
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def _fuse(graph: fx.GraphModule, conv: fx.Node) -> bool:
         return False
     shape = rewrite.shape_of(conv)
     wanted = [1, shape[1], *[1] * (rank - 2)]
-    found = extend(Epilogue(conv, bias), lambda other: _is_bias(other, wanted))
+    found = extend(Epilogue(conv, bias), lambda other: _is_bias(other, wanted), allowed(graph, "conv"))
     last = found.last
 
     def image(node: fx.Node | None) -> fx.Node | None:

@@ -27,7 +27,8 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
-from .epilogue import Epilogue, extend
+from .epilogue import Epilogue, allowed, extend
+from .families import fuses
 from .fuse_reshape_transpose import map_of
 from .index_map import identity
 from .refusals import keep
@@ -64,11 +65,12 @@ def fuse_matmul_bias(graph: fx.GraphModule, hw: Hardware) -> int:
 
 
 def _fuse(graph: fx.GraphModule, node: fx.Node) -> bool:
-    changed = False
+    changed, kinds, moved = False, allowed(graph, "matmul"), fuses(graph, "matmul+transpose")
     while (read := _READERS[node.target](rewrite.arguments(node), node)) is not None:  # type: ignore[index]
-        product = _with_transposes(read) if node.target is not dialect.linear else read
+        product = _with_transposes(read) if moved and node.target is not dialect.linear else read
         columns = rewrite.shape_of(node)[-1]
-        found = extend(Epilogue(node, read.bias, read.residual), lambda other: _is_bias(other, columns))  # noqa: B023
+        start = Epilogue(node, read.bias, read.residual)
+        found = extend(start, lambda other: _is_bias(other, columns), kinds)  # noqa: B023
         reshape = _reshape_behind(product, found)
         settled = node.target in dialect.OPERATORS and product == read and found.last is node
         if settled and reshape is None:
