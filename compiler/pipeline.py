@@ -1,7 +1,7 @@
 """Run the passes over a copy of the captured graph until none of them rewrites: checked, timed, written out on request.
 
 A round is the tuple of passes in its order. A pass is left out of a round where the graph is as it was when it last
-found nothing, so the round that proves the fixpoint costs one look at the nodes for each pass that others rewrote behind.
+found nothing: the round that proves the fixpoint costs one look at the nodes for each pass that others rewrote behind.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def run(
     hw: Hardware,
     passes: Sequence[Pass],
     after: Callable[[str, fx.GraphModule], None] | None = None,
-    budget: Budget = Budget(),  # noqa: B008  (frozen)
+    budget: Budget = Budget(),
 ) -> tuple[fx.GraphModule, tuple[PassRun, ...]]:
     """Rewrite a copy of `graph` with `passes` in order, and again until none rewrites or the budget is spent.
 

@@ -21,9 +21,11 @@ from .fuse_conv_transpose import fuse_conv_transpose
 from .fuse_head_moves import fuse_head_moves
 from .fuse_matmul_bias import fuse_matmul_bias
 from .fuse_reshape_transpose import fuse_reshape_transpose
+from .gather_rows import gather_rows
 from .merge_duplicates import merge_duplicates
 from .recognise_activations import recognise_activations
 from .remove_dead import remove_dead
+from .sink_row_moves import sink_row_moves
 from .split_batch_norm import split_batch_norm
 
 Pass = Callable[[fx.GraphModule, Hardware], int]
@@ -46,7 +48,9 @@ PASSES: tuple[Pass, ...] = (
     fuse_conv_depthwise,  # after assign_layout, and before its permutes are merged: it takes up the one at the input
     fuse_reshape_transpose,  # after assign_layout and the fusions, whose moves meet the model's own
     remove_dead,  # before fuse_matmul_bias: a move that layouts left unread counts as a reader of the product
+    gather_rows,  # after fuse_reshape_transpose, which has a form for chains without wrap-around
     fuse_matmul_bias,  # again: operands that became plain transposes, values whose reshapes are gone
+    sink_row_moves,  # before fuse_head_moves, which takes up what reaches attention
     fuse_head_moves,  # after fuse_reshape_transpose: one permute an operand; what is left over, merge_duplicates merges
     merge_duplicates,  # again: moves of one head may have become equal
     fold_constants,  # again: fusions transpose weights and flatten biases by operators on constants
@@ -56,7 +60,7 @@ PASSES: tuple[Pass, ...] = (
 
 @dataclass(frozen=True)
 class Family:
-    """Fusions that are chosen together: the passes left out without them, and what passes ask `families.fuses` about."""
+    """Fusions that are chosen together: passes left out without them, or what passes ask `families.fuses` about."""
 
     meaning: str
     passes: tuple[Pass, ...] = ()
