@@ -121,6 +121,22 @@ def _vit(small: bool, batch: int) -> Built:
     return ViTForImageClassification(config), _images(config.image_size, batch)
 
 
+def _bert_eager(small: bool, batch: int) -> Built:
+    """BERT whose attention is spelt out: product, scale, softmax, product."""
+    model, inputs = _bert(small, batch)
+    model.set_attn_implementation("eager")
+    return model, inputs
+
+
+def _swin(small: bool, batch: int) -> Built:
+    """Swin-tiny: attention within windows of 7 x 7, shifted by half a window in every second layer."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    shrunk: dict[str, Any] = {"image_size": 56, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]}
+    config = SwinConfig(num_labels=_labels(small), **(shrunk if small else {}))
+    return SwinForImageClassification(config), _images(config.image_size, batch)
+
+
 def _efficientnet(small: bool, batch: int) -> Built:
     """EfficientNet-B0; transformers' class pools with a 1280-wide window, which OpenVINO refuses."""
     from transformers import EfficientNetConfig, EfficientNetForImageClassification
@@ -157,6 +173,14 @@ def _wav2vec2(small: bool, batch: int) -> Built:
     }
     config = Wav2Vec2Config(**(shrunk if small else {}))
     return Wav2Vec2Model(config), (torch.randn(batch, 3200 if small else 16000),)
+
+
+def _shufflenetv2(small: bool, batch: int) -> Built:
+    from .zoo_shufflenet import ShuffleNetV2
+
+    inputs = _images(64 if small else 224, batch)
+    model = ShuffleNetV2(10, (8, 16, 32), (2, 3), 32) if small else ShuffleNetV2(1000)
+    return _calibrate(model, inputs), inputs
 
 
 class _DecodeStep(torch.nn.Module):
@@ -209,6 +233,7 @@ def _minilm(small: bool, batch: int) -> Built:
 
 _MODELS: dict[str, Callable[[bool, int], Built]] = {
     "bert": _bert,
+    "bert-eager": _bert_eager,
     "convnext": _convnext,
     "efficientnet": _efficientnet,
     "gpt2": _gpt2,
@@ -217,6 +242,8 @@ _MODELS: dict[str, Callable[[bool, int], Built]] = {
     "mobilenetv2": _mobilenet,
     "resnet18": _resnet((2, 2, 2, 2), "basic"),
     "resnet50": _resnet((3, 4, 6, 3), "bottleneck"),
+    "shufflenetv2": _shufflenetv2,
+    "swin": _swin,
     "vit": _vit,
     "wav2vec2": _wav2vec2,
 }

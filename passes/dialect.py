@@ -10,6 +10,7 @@ OIHW. Padding is always (top, bottom, left, right). Results are contiguous.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -187,18 +188,43 @@ def _permute_fake(input: Tensor, in_shape: Sequence[int], dims: Sequence[int], o
     return input.new_empty(out_shape)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, fill: float | None = None
+) -> Tensor:
+    """`fill` None: as scaled_dot_product_attention, which hides keys with -inf and turns a row of nothing else to 0.
+
+    Otherwise as products and a softmax: keys that a bool mask hides score `fill`, and a row of -inf gives NaN.
+    """
     grouped = q.shape[-3] != k.shape[-3]
+    if fill is not None:
+        k, v = (x.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for x in (k, v))
+        return torch.matmul(_masked(q @ k.mT * scale, mask, is_causal, fill).softmax(-1), v).contiguous()
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped).contiguous()
 
 
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool, fill: float) -> Tensor:
+    if mask is not None:
+        scores = torch.where(mask, scores, fill) if mask.dtype == torch.bool else scores + mask
+    if is_causal:
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -math.inf)
+    return scores
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, fill: float | None = None
+) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
-def _placed(buffer: Tensor, extents: Sequence[int], place: Sequence[int]) -> Tensor:
-    """The elements [b, h, s, d] of a dense buffer, at place[0] + b, h and s times the other three + d."""
-    return buffer.as_strided(list(extents), [*place[1:], 1], buffer.storage_offset() + place[0])
+def _placed(extents: Sequence[int], place: Sequence[int], rows: Tensor | None) -> Tensor:
+    """Where the elements [b, h, s, d] lie in a dense buffer: place[0] + b, h and s times the other three + d.
+
+    With `rows` [b, s] its numbers take the place of s, and b has no stride.
+    """
+    batch, heads, positions, depth = (torch.arange(n) for n in extents)
+    start, batch_stride, head_stride, position_stride = place
+    row = batch[:, None] * batch_stride + positions * position_stride if rows is None else rows.long() * position_stride
+    return start + row[:, None, :, None] + (heads * head_stride)[:, None, None] + depth
 
 
 def _strided_attention(
@@ -211,19 +237,23 @@ def _strided_attention(
     extents: Sequence[int],
     places: Sequence[int],
     out_shape: Sequence[int],
+    fill: float | None = None,
+    rows: Tensor | None = None,
+    out_rows: Tensor | None = None,
 ) -> Tensor:
     batch, heads, key_heads, queries, keys, depth, value_depth = extents
     y = _attention(
-        _placed(q.contiguous(), (batch, heads, queries, depth), places[:4]),
-        _placed(k.contiguous(), (batch, key_heads, keys, depth), places[4:8]),
-        _placed(v.contiguous(), (batch, key_heads, keys, value_depth), places[8:12]),
+        q.reshape(-1)[_placed((batch, heads, queries, depth), places[:4], rows)],
+        k.reshape(-1)[_placed((batch, key_heads, keys, depth), places[4:8], rows)],
+        v.reshape(-1)[_placed((batch, key_heads, keys, value_depth), places[8:12], rows)],
         mask,
         is_causal,
         scale,
+        fill,
     )
-    result = y.new_empty(list(out_shape))
-    _placed(result, y.shape, places[12:]).copy_(y)
-    return result
+    result = y.new_empty(math.prod(out_shape))
+    result[_placed(y.shape, places[12:], out_rows)] = y
+    return result.reshape(out_shape)
 
 
 def _strided_attention_fake(
@@ -236,6 +266,9 @@ def _strided_attention_fake(
     extents: Sequence[int],
     places: Sequence[int],
     out_shape: Sequence[int],
+    fill: float | None = None,
+    rows: Tensor | None = None,
+    out_rows: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty(list(out_shape))
 
@@ -271,14 +304,15 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
         _permute_fake,
     ),
     "attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale) -> Tensor",
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float? fill=None) -> Tensor",
         _attention,
         _attention_fake,
     ),
-    # extents: batch, heads of q, heads of k, queries, keys, depth, depth of v; places: see _placed; q, k, v, the result
+    # extents: batch, heads of q, heads of k, queries, keys, depth, depth of v; places: see _placed; q, k, v, the
+    # result; int32 rows [batch, position] of q, k and v, and of the result
     "strided_attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, int[] extents, int[] places, "
-        "int[] out_shape) -> Tensor",
+        "int[] out_shape, float? fill=None, Tensor? rows=None, Tensor? out_rows=None) -> Tensor",
         _strided_attention,
         _strided_attention_fake,
     ),

@@ -3,9 +3,11 @@
     attention(permute(x), permute(y), permute(z))     -> strided_attention(x, y, z)    heads side by side in a row
     attention(permute(split(qkv)[0]), ...)            -> strided_attention(qkv, qkv, qkv)
     permute(attention(q, k, v))                       -> strided_attention(q, k, v)    rows of all heads
+    attention(permute(rows(x)), ...), rows(attention) -> strided_attention(x, ..., rows)    windows of an image
 
 A move is undone as far up as the operand is still one stride a batch, head and position, and its channels neighbours:
-through permutes, reshapes and copies, and through the parts that a split, a slice or a select cuts.
+through permutes, reshapes and copies, and through the parts that a split, a slice or a select cuts. A gather of whole
+rows behind that is undone by a table (`head_rows`), where q, k and v have the same one.
 
 Refused where nothing is moved, for empty operands, and for another dtype than float32: no other has a kernel that
 reads by strides. A result that something else reads as well keeps its move.
@@ -26,6 +28,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, rewrite
 from .fuse_reshape_transpose import map_of
+from .head_rows import Place, by_table, scattered, table_of
 from .index_map import Digit, from_moves
 from .refusals import keep
 
@@ -40,10 +43,13 @@ class _Reading:
     source: fx.Node
     offset: int
     dims: tuple[tuple[Digit, ...], ...]
+    tabled: Place | None = None  # the place where a table numbers the rows
 
     @property
-    def place(self) -> tuple[int, int, int, int] | None:
+    def place(self) -> Place | None:
         """Offset and the strides of batch, head and position; None where those do not exist or channels are apart."""
+        if self.tabled is not None:
+            return self.tabled
         strides = [_single_stride(digits) for digits in self.dims]
         if None in strides or strides[3] not in (0, 1):  # 0: a single channel
             return None
@@ -72,11 +78,17 @@ def _rewrite(graph: fx.GraphModule, node: fx.Node) -> bool:
     found = [_read(operand) for operand in operands]
     last, written = _written(node)
     kept = [_whole(operand).place for operand in operands]
-    if [reading.place for reading in found] == kept and written == _whole(node).place:
+    rows, found = _rows_read(graph, node, found, shapes)
+    out_rows, last, written = _rows_written(graph, node, last, written)
+    moved = rows is not None or out_rows is not None
+    if not moved and [reading.place for reading in found] == kept and written == _whole(node).place:
         keep(log, node, "its operands and its result are moved by nobody")
         return False
     (batch, heads, queries, depth), (_, key_heads, keys, _), (*_, value_depth) = shapes
     places = [number for reading in found for number in reading.place or ()] + list(written)
+    tables = [
+        None if t is None else rewrite.add_constant(graph, "rows", t.to(torch.int32), last) for t in (rows, out_rows)
+    ]
     args = (
         *[reading.source for reading in found],
         a["mask"],
@@ -85,6 +97,8 @@ def _rewrite(graph: fx.GraphModule, node: fx.Node) -> bool:
         [batch, heads, key_heads, queries, keys, depth, value_depth],
         places,
         list(rewrite.shape_of(last)),
+        a["fill"],
+        *(tables if moved else []),
     )
     value = rewrite.packed(last.meta["val"])
     new = rewrite.call(graph, dialect.strided_attention, args, before=last, value=value, source=node)
@@ -127,6 +141,45 @@ def _written(node: fx.Node) -> tuple[fx.Node, tuple[int, int, int, int]]:
         keep(log, user, "the result is not written by strides")
         return node, dense
     return user, place
+
+
+def _rows_read(
+    graph: fx.GraphModule, node: fx.Node, found: list[_Reading], shapes: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor | None, list[_Reading]]:
+    """The one table by which q, k and v are read, and the readings below it; None, and the readings, without one."""
+    tables, below = [], []
+    for reading, extents in zip(found, shapes, strict=True):
+        table = table_of(graph, reading.source)
+        if table is None or reading.place is None:
+            return None, found
+        width = rewrite.shape_of(reading.source)[-1]
+        located = by_table(reading.place, extents, table, width)
+        if located is None:
+            keep(log, node, "the gathers of its operands cut heads")
+            return None, found
+        tables.append(located[1])
+        below.append(_Reading(reading.source.args[0], located[0][0], (), located[0]))  # type: ignore[arg-type]
+    if not all(torch.equal(tables[0], table) for table in tables):
+        keep(log, node, "its operands are gathered by several tables")
+        return None, found
+    return tables[0], below
+
+
+def _rows_written(
+    graph: fx.GraphModule, node: fx.Node, last: fx.Node, written: tuple[int, int, int, int]
+) -> tuple[torch.Tensor | None, fx.Node, tuple[int, int, int, int]]:
+    """The table by which the result is written, with the gather that it does as well; None, and as it was, without."""
+    user = rewrite.sole_user(last)
+    while user is not None and rewrite.calls(user, aten.reshape.default):
+        user = rewrite.sole_user(user)
+    table = None if user is None else table_of(graph, user)
+    if user is None or table is None:
+        return None, last, written
+    located = scattered(written, rewrite.shape_of(node), table, rewrite.shape_of(user)[-1])
+    if located is None:
+        keep(log, user, "it gathers rows that cut the result's heads")
+        return None, last, written
+    return located[1], user, located[0]
 
 
 def _above(reading: _Reading) -> _Reading | None:

@@ -15,20 +15,19 @@
                by rows of v, D_v / lanes accumulators + one broadcast, a chunk of v for all rows while it is in L1
     tasks      units (batch, group of heads, part of the blocks), dealt out in equal runs
 
-A row that is masked everywhere gives zeros, as torch does (`_safe_softmax`); NaN scores give NaN.
+A row of -inf only gives zeros, as torch does (`_safe_softmax`), or NaN where `fill` is given, as softmax; NaN gives NaN.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
-from .attention_operands import Bias, Heads, Rows, masking
+from .attention_operands import Bias, Heads, Rows, located, masking
 from .attention_plan import Layout, Placement, Plan, Problem, dense, plan_attention, value_columns
 from .loops import Shape, between, constant, share, span, spread, typed_kernel, view
 from .matmul import clear, each_row_tile, each_vector, first_row, multiply_tile
@@ -50,12 +49,16 @@ def attention(
     placements: tuple[Placement, Placement, Placement, Placement] | None = None,
     buffer_shapes: tuple[Shape, Shape, Shape, Shape] | None = None,
     plan: Plan | None = None,
+    fill: float | None = None,
+    tables: tuple[bool, bool] = (False, False),
 ) -> Any:
-    """Return the kernel (q, k, v[, mask], out).
+    """Return the kernel (q, k, v[, mask][, rows][, rows of out], out).
 
     `mask` is (shape, "float32" added or "bool" true = attend), broadcastable to [batch, heads, S_q, S_k]. q, k, v
     and out lie as `layout` says, or wherever `placements` puts them in buffers of `buffer_shapes` (so that one buffer
     can hold q, k and v side by side; out must be dense). `mask_buffer` is the mask's declared shape where another.
+    `tables`: whether int32 numbers [batch, positions] stand for the positions of q, k and v, and of out. `fill` is what
+    keys score that a bool mask hides, None as in torch.
     """
     plan = plan or plan_attention(hw, p, causal, mask is not None)
     extents = (
@@ -71,13 +74,10 @@ def attention(
     heads = p.heads // plan.group
 
     def body(*buffers: Any) -> None:
-        q, k, v, out = (
-            Heads(view(buffer, (prod(shape),)), place)
-            for buffer, shape, place in zip((*buffers[:3], buffers[-1]), declared, places, strict=True)
-        )
-        bias = masking(view(buffers[3], (1,) * (4 - len(mask[0])) + mask[0]), mask[1]) if mask else None
+        q, k, v, out = located(buffers, declared, places, tables)
+        bias = masking(view(buffers[3], (1,) * (4 - len(mask[0])) + mask[0]), mask[1], fill) if mask else None
         with T.parallel(0, plan.tasks) if plan.tasks > 1 else T.serial(0, 1) as task:
-            block = _Block(hw, p, plan, causal, scale, bias)
+            block = _Block(hw, p, plan, causal, scale, bias, 0.0 if fill is None else float("nan"))
             packed_head = T.alloc_buffer((1,), "int32", scope="local")
             T.buffer_store(packed_head, tirx.const(-1, "int32"), [0])
             # A known number of tiles would be unrolled, and then some of the copies spill accumulators. No task has a
@@ -97,14 +97,18 @@ def attention(
 
     operands = [(shape, "float32") for shape in declared[:3]]
     operands += [(mask_buffer or mask[0], mask[1])] if mask else []
+    operands += [((p.batch, p.queries), "int32")] * sum(tables)
     return typed_kernel("attention", operands, [(declared[3], "float32")], body)
 
 
 class _Block:
     """One task's scratch, and the emission of one block of rows into it."""
 
-    def __init__(self, hw: Hardware, p: Problem, plan: Plan, causal: bool, scale: float, bias: Bias | None) -> None:
-        self.hw, self.p, self.plan, self.causal, self.scale, self.bias = hw, p, plan, causal, scale, bias
+    def __init__(
+        self, hw: Hardware, p: Problem, plan: Plan, causal: bool, scale: float, bias: Bias | None, empty: float
+    ) -> None:
+        self.hw, self.p, self.plan, self.causal = hw, p, plan, causal
+        self.scale, self.bias, self.empty = scale, bias, empty  # the last is what stands for 1 / 0
         s, v = plan.scores, plan.values
         self.lanes = lanes = s.lanes
         self.rows = -(-s.row_tiles // plan.blocks) * s.rows
@@ -193,10 +197,6 @@ class _Block:
                 T.buffer_store(self.q, x.q.at(x.b, head, query, d) * constant(self.scale), [r * depth + d])
             T.buffer_store(self.partial, constant(float("-inf"), lanes), [span(r * lanes, lanes)])
 
-    def _limit(self, query: Any) -> Any:
-        """The number of keys that a query may attend to."""
-        return tirx.min(self.p.keys, query + 1) if self.causal else self.p.keys
-
     def _keep(self, values: list[Any], r: Any, column: Any) -> None:
         """Store neighbouring vectors of scores from `column` on, and take them into the maxima of row `r`.
 
@@ -215,7 +215,8 @@ class _Block:
     def _attended(self, value: Any, column: Any, query: Any) -> Any:
         """`value`, -inf in the lanes of keys that the query must not see or that do not exist."""
         lanes = self.lanes
-        seen = T.ramp(column, 1, lanes) < tirx.Broadcast(self._limit(query), lanes)
+        keys = tirx.min(self.p.keys, query + 1) if self.causal else self.p.keys
+        seen = T.ramp(column, 1, lanes) < tirx.Broadcast(keys, lanes)
         return tirx.Select(seen, value, constant(float("-inf"), lanes))
 
     def _score_tile(self, x: Rows, rows: int, row: Any, start: Any, panel: Any) -> None:
@@ -281,9 +282,8 @@ class _Block:
                 T.buffer_store(self.acc, constant(0.0, lanes), [at])
             with T.serial(0, p.depth // lanes) as d:
                 for c, at in enumerate(chains):
-                    product = self.q[span(r * p.depth + d * lanes, lanes)] * x.k.at(
-                        x.b, x.kh, first + c, span(d * lanes, lanes)
-                    )
+                    key = x.k.at(x.b, x.kh, first + c, span(d * lanes, lanes))
+                    product = self.q[span(r * p.depth + d * lanes, lanes)] * key
                     T.buffer_store(self.acc, self.acc[at] + product, [at])
             head, query = self._where(x, r)
             for j in range(0, columns, lanes):
@@ -328,8 +328,9 @@ class _Block:
             T.buffer_store(self.partial, total, [span(r * lanes, lanes)])
         with T.serial(0, groups_of_rows) as group:
             total = T.bind(folded(group, lambda a, b: a + b))
-            zero, one = constant(0.0, lanes), constant(1.0, lanes)
-            T.buffer_store(self.inverse, tirx.Select(total == zero, zero, one / total), [span(group * lanes, lanes)])
+            zero, one, empty = (constant(number, lanes) for number in (0.0, 1.0, self.empty))
+            inverse = tirx.Select(total == zero, empty, one / total)
+            T.buffer_store(self.inverse, inverse, [span(group * lanes, lanes)])
 
     def _value_tile(self, x: Rows, rows: int, row: Any, start: Any, panel: Any, keys: Any) -> None:
         t, lanes, out = self.plan.values, self.lanes, x.out

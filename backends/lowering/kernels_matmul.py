@@ -40,6 +40,15 @@ def refuse_dtypes(*nodes: fx.Node | None) -> Refusal | None:
     return None
 
 
+def refuse_large(*tensors: fx.Node) -> Refusal | None:
+    """Why a kernel that counts in 32 bits cannot index `tensors`, or None."""
+    for tensor in tensors:
+        elements = prod(shape_of(tensor))
+        if elements >= 2**31:
+            return Refusal(f"{tensor.name} has {elements} elements, more than a 32-bit index counts")
+    return None
+
+
 def bind(node: fx.Node) -> tuple[Any, ...]:
     """The node's arguments in the order of the operator's schema, defaults filled in."""
     target: Any = node.target
@@ -258,8 +267,8 @@ def addmm(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
 @kernel_for(dialect.attention)
 def dialect_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """softmax(q . k^T * scale + mask) . v; fewer key heads than query heads are shared in groups."""
-    q, k, v, mask, causal, scale = bind(node)
-    return _attention(node, hw, q, k, v, mask, causal, scale)
+    q, k, v, mask, causal, scale, fill = bind(node)
+    return _attention(node, hw, q, k, v, mask, causal, scale, fill)
 
 
 @kernel_for(aten.scaled_dot_product_attention.default)
@@ -284,6 +293,7 @@ def _attention(
     mask: fx.Node | None,
     causal: bool,
     scale: float,
+    fill: float | None = None,
 ) -> KernelCall | Refusal:
     refusal = refuse_dtypes(node, q, k, v)
     if refusal is not None:
@@ -302,13 +312,13 @@ def _attention(
         if isinstance(found, Refusal):
             return found
         mask_operand = (found, str(mask.meta["val"].dtype).removeprefix("torch."))
-    return _attention_call(node, hw, p, (q, k, v), mask, mask_operand, causal, scale, None)
+    return _attention_call(node, hw, p, (q, k, v), mask, mask_operand, causal, scale, None, fill)
 
 
 @kernel_for(dialect.strided_attention)
 def strided_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """Attention of operands that lie anywhere in their buffers, and of a result that does."""
-    q, k, v, mask, causal, scale, extents, places, _ = bind(node)
+    q, k, v, mask, causal, scale, extents, places, _, fill, *tables = bind(node)
     refusal = refuse_dtypes(node, q, k, v)
     if refusal is not None:
         return refusal
@@ -322,7 +332,7 @@ def strided_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         mask_operand = (found, str(mask.meta["val"].dtype).removeprefix("torch."))
     q_place, k_place, v_place, out_place = (Placement(*places[i : i + 4]) for i in range(0, 16, 4))
     placements = (q_place, k_place, v_place, out_place)
-    return _attention_call(node, hw, p, (q, k, v), mask, mask_operand, causal, scale, placements)
+    return _attention_call(node, hw, p, (q, k, v), mask, mask_operand, causal, scale, placements, fill, tables)
 
 
 def _attention_call(
@@ -335,7 +345,12 @@ def _attention_call(
     causal: bool,
     scale: float,
     placements: tuple[Placement, Placement, Placement, Placement] | None,
-) -> KernelCall:
+    fill: float | None,
+    tables: Sequence[fx.Node | None] = (None, None),
+) -> KernelCall | Refusal:
+    refusal = refuse_large(node, *operands, *([mask] if mask is not None else []))
+    if refusal is not None:
+        return refusal
     plan = plan_attention(hw, p, causal, mask is not None)
     q, k, v = (shape_of(operand) for operand in operands)
     func = attention(
@@ -347,6 +362,8 @@ def _attention_call(
         mask_buffer=shape_of(mask) if mask is not None else None,
         placements=placements,
         buffer_shapes=(q, k, v, shape_of(node)),
+        fill=fill,
+        tables=(tables[0] is not None, tables[1] is not None),
         plan=plan,
     )
     pairs = p.batch * p.heads
@@ -360,7 +377,8 @@ def _attention_call(
         efficiency=0.8 * max(0.01, plan.scores.efficiency),  # softmax takes a fifth
     )
     seconds = attention_plan.predicted_seconds(hw, plan)
-    return KernelCall(func, operands if mask is None else (*operands, mask), "attention", plan.reason, work, seconds)
+    read_too = tuple(extra for extra in (mask, *tables) if extra is not None)
+    return KernelCall(func, (*operands, *read_too), "attention", plan.reason, work, seconds)
 
 
 def _mask_shape(mask: fx.Node, p: Problem, q: tuple[int, ...]) -> tuple[int, ...] | Refusal:

@@ -153,9 +153,16 @@ def fused_matmul(
 
 @lowers(dialect.attention)
 def attention(
-    out: Out, q: te.Tensor, k: te.Tensor, v: te.Tensor, mask: te.Tensor | None, is_causal: bool, scale: float
+    out: Out,
+    q: te.Tensor,
+    k: te.Tensor,
+    v: te.Tensor,
+    mask: te.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    fill: float | None = None,
 ) -> te.Tensor:
-    """softmax(q k^T scale + mask) v; a row that the mask leaves nothing of is zeros, as in torch."""
+    """softmax(q k^T scale + mask) v; a row that the mask leaves nothing of is zeros, as in torch, or NaN with `fill`."""
     dtype = ex.compute_dtype(out.dtype)
     lead = out.shape[:-2]
     queries, keys, depth = shape_of(q)[-2], shape_of(k)[-2], shape_of(q)[-1]
@@ -182,7 +189,7 @@ def attention(
         if mask is not None:
             value = ex.read(mask, index)
             if str(mask.dtype) == "bool":
-                score = tirx.Select(value, score, minus_infinity)
+                score = tirx.Select(value, score, minus_infinity if fill is None else ex.constant(fill, dtype))
             else:
                 score = score + ex.cast(value, dtype)
         return tirx.Select(index[-1] <= index[-2], score, minus_infinity) if is_causal else score
@@ -205,13 +212,17 @@ def attention(
     def finished(*index: Any) -> Any:
         whole = total(*index[:-1], 0)
         empty = whole.equal(ex.constant(0, dtype))
-        one = ex.constant(1, dtype)
+        one = ex.constant(1 if fill is None else math.nan, dtype)
         return ex.cast(mixed(*index) / tirx.Select(empty, one, whole), out.dtype)
 
     return te.compute(out.shape, finished, name="attention")
 
 
-@lowers(dialect.strided_attention)
+def _dense_rows(node: fx.Node) -> str | None:
+    return None if len(node.args) <= 10 and not node.kwargs else "attention of rows that a table numbers"
+
+
+@lowers(dialect.strided_attention, can=_dense_rows)
 def strided_attention(
     out: Out,
     q: te.Tensor,
@@ -223,6 +234,7 @@ def strided_attention(
     extents: Sequence[int],
     places: Sequence[int],
     out_shape: Sequence[int],
+    fill: float | None = None,
 ) -> te.Tensor:
     """Attention of operands at offset + b, h and s times three strides + d of their buffers."""
     batch, heads, key_heads, queries, keys, depth, value_depth = extents
@@ -238,7 +250,7 @@ def strided_attention(
     operands = [
         heads_of(x, shape, places[4 * i :][:4]) for i, (x, shape) in enumerate(zip((q, k, v), shapes, strict=True))
     ]
-    whole = attention(Out((batch, heads, queries, value_depth), out.dtype), *operands, mask, is_causal, scale)
+    whole = attention(Out((batch, heads, queries, value_depth), out.dtype), *operands, mask, is_causal, scale, fill)
 
     def element(*index: Any) -> Any:
         linear = ravel(index, out.shape)  # the digits of [b, h, s, d] in another order
