@@ -1,12 +1,13 @@
-"""Operators whose operands differ in precision: bfloat16 weights, float32 sums.
+"""Operators whose operands differ in precision: weights of 16 bits, float32 sums.
 
-Each is the dialect's operator of the same name on widened operands. `round_input` rounds the input to bfloat16 first
-(it may also come as bfloat16); `narrow` rounds the result. Bias and activation are float32, or float64 where one is.
+Each is the dialect's operator of the same name on widened operands. `round_input` rounds the input to the precision in
+the operator's name first (it may also come in it); `narrow` rounds the result. Bias and activation are float32, or
+float64 where one is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,33 +22,37 @@ def _widened(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if t is None else t.to(wide) for t in tensors]
 
 
-def _linear_bf16(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    activation_args: Sequence[float],
-    round_input: bool,
-    narrow: bool,
-) -> Tensor:
-    x, w, b, r = _widened((input, weight, bias, residual))
-    x = x.to(torch.bfloat16).to(x.dtype) if round_input else x
-    result: Tensor = dialect.linear(x, w, b, r, activation, list(activation_args))
-    return result.to(torch.bfloat16) if narrow else result
+def _linear(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The body and the fake kernel of a linear operator that rounds to `dtype`."""
 
+    def body(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str,
+        activation_args: Sequence[float],
+        round_input: bool,
+        narrow: bool,
+    ) -> Tensor:
+        x, w, b, r = _widened((input, weight, bias, residual))
+        x = x.to(dtype).to(x.dtype) if round_input else x
+        result: Tensor = dialect.linear(x, w, b, r, activation, list(activation_args))
+        return result.to(dtype) if narrow else result
 
-def _linear_bf16_fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    activation_args: Sequence[float],
-    round_input: bool,
-    narrow: bool,
-) -> Tensor:
-    return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=torch.bfloat16 if narrow else torch.float32)
+    def fake(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str,
+        activation_args: Sequence[float],
+        round_input: bool,
+        narrow: bool,
+    ) -> Tensor:
+        return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype if narrow else torch.float32)
+
+    return body, fake
 
 
 def _conv2d_bf16(
@@ -95,12 +100,10 @@ def _conv2d_bf16_fake(
 _EPILOGUE = "str activation, float[] activation_args"
 _PRECISION = "bool round_input, bool narrow"
 
-linear_bf16 = dialect.define(
-    "linear_bf16",
-    f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}, {_PRECISION}) -> Tensor",
-    _linear_bf16,
-    _linear_bf16_fake,
-)
+_LINEAR = f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}, {_PRECISION}) -> Tensor"
+
+linear_bf16 = dialect.define("linear_bf16", _LINEAR, *_linear(torch.bfloat16))
+linear_f16 = dialect.define("linear_f16", _LINEAR, *_linear(torch.float16))
 conv2d_bf16 = dialect.define(
     "conv2d_bf16",
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "

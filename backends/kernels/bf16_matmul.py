@@ -1,8 +1,8 @@
-"""Matrix product in bfloat16 with float32 sums: out = act(x . w^T + bias + residual), and its two forms.
+"""Matrix product with 16-bit weights and float32 sums: out = act(x . w^T + bias + residual), and its two forms.
 
 dot        x and w rounded to bfloat16, pairs multiplied and added by one instruction: twice the float32 rate
-widened    float32 x, bfloat16 w widened on the way in: float32 arithmetic on half the bytes, for products that wait for
-           their weights (one row to a few, weights beyond the last cache)
+widened    float32 x, bfloat16 or float16 w widened on the way in: float32 arithmetic on half the bytes, for products
+           that wait for their weights (one row to a few, weights beyond the last cache)
 
 Bias and activation are float32; residual and result may be bfloat16 (held as uint16) or float32.
 """
@@ -69,8 +69,8 @@ class FloatFinish:
 
 
 def pack_weight(weight: torch.Tensor, dot: Dot, columns: int) -> torch.Tensor:
-    """Round weight[N, K] to bfloat16 and pack it for `dot`."""
-    return pack_for(weight.to(torch.bfloat16), dot, columns)
+    """Round weight[N, K] to 16 bits and pack it for `dot`."""
+    return pack_for(weight.to(torch.float16 if dot.weight == "float16" else torch.bfloat16), dot, columns)
 
 
 def choose_bf16(hw: Hardware) -> Dot:

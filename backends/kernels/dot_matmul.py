@@ -57,7 +57,7 @@ class Product:
 
 
 def pack_words(weight: torch.Tensor, group: int, columns: int) -> torch.Tensor:
-    """Rearrange weight[N, K] (bfloat16, int8) to [ceil(N / columns), ceil(K / group), columns * group], zero filled."""
+    """Rearrange weight[N, K] (16 or 8 bits) to [ceil(N / columns), ceil(K / group), columns * group], zero filled."""
     n, k = weight.shape
     panels, steps = -(-n // columns), -(-k // group)
     padded = weight.new_zeros((panels * columns, steps * group))
@@ -68,7 +68,7 @@ def pack_words(weight: torch.Tensor, group: int, columns: int) -> torch.Tensor:
 def pack_for(weight: torch.Tensor, dot: Dot, columns: int) -> torch.Tensor:
     """`pack_words` in the dtype that the dot product loads."""
     packed = pack_words(weight, dot.group, columns)
-    return packed if dot.weight == "int8" else packed.view(torch.int32)
+    return packed.view(torch.int32) if dot.weight == "int32" else packed
 
 
 def weight_shape(product: Product, dot: Dot, tiling: Tiling) -> Shape:

@@ -5,6 +5,7 @@
                group 2, int32 sums       vpmaddwd on bytes widened to 16 bits: two exact products and their sum
                                          (vpmaddubsw would take four bytes, but saturates at 16 bits: 255*127*2 > 32767)
     weights    group 2, float32 sums     float32 left, bfloat16 weights widened by a shift: half the bytes to stream
+               group 1, float32 sums     float32 left, float16 weights converted (vcvtph2ps, fcvtl): half the bytes too
                group 1, float32 sums     float32 left, int8 weights converted: a quarter of the bytes
 
 The left word is broadcast; the weights of a step are one word for each lane, so one layout serves every instruction:
@@ -98,6 +99,18 @@ def bf16_weights(hw: Hardware) -> Dot:
         return acc + spread(left[1], lanes) * T.reinterpret(f"float32x{lanes}", tirx.bitwise_and(weight, mask))
 
     return Dot("bf16 weights widened", lanes, 2, "float32", "float32", "int32", 1, 3, "", multiply)
+
+
+def f16_weights(hw: Hardware) -> Dot | None:
+    """float32 times float16 weights, converted by one instruction a vector; None where the machine has none."""
+    if hw.isa == "x86_64" and "f16c" not in hw.features:
+        return None
+    lanes = hw.lanes("float32")
+
+    def multiply(acc: PrimExpr, left: Sequence[PrimExpr], weight: PrimExpr) -> PrimExpr:
+        return acc + spread(left[0], lanes) * tirx.Cast(f"float32x{lanes}", weight)
+
+    return Dot("f16 weights converted", lanes, 1, "float32", "float32", "float16", 1, 1, "", multiply)
 
 
 def int8_weights(hw: Hardware) -> Dot:

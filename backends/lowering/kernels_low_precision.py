@@ -1,4 +1,4 @@
-"""Kernels of the mixed-precision operators (passes/mixed.py): bfloat16 products by dot products or widened weights.
+"""Kernels of the mixed-precision operators (passes/mixed.py): bfloat16 dot products, 16-bit weights widened.
 
 They refuse nothing that `assign_precision` makes; there is no TE definition to fall back to.
 """
@@ -19,7 +19,7 @@ from ..kernels.bf16_matmul import FloatFinish, bf16_matmul
 from ..kernels.conv_plan import problem_of
 from ..kernels.dot_conv import choose_dot_conv, dot_conv, pack_conv
 from ..kernels.dot_matmul import pack_for
-from ..kernels.dot_product import Dot, bf16_dot, bf16_weights, choose_dot_tiling, narrow_text
+from ..kernels.dot_product import Dot, bf16_dot, bf16_weights, choose_dot_tiling, f16_weights, narrow_text
 from .kernels_matmul import bind
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
@@ -43,6 +43,18 @@ def linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     dot = _dot(hw, round_input)
     if dot is None:
         return Refusal(f"{hw.id} has no dot product of bfloat16")
+    N, K = shape_of(weight)
+    finish = _finish(node, N, bias, residual, activation, args)
+    return _matmul(node, hw, dot, finish, (x, weight, bias, residual), (prod(shape_of(node)[:-1]), K, N))
+
+
+@kernel_for(mixed.linear_f16)
+def linear_f16(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(x . w^T + bias + residual), w[N, K] in float16 and all else in float32."""
+    x, weight, bias, residual, activation, args, round_input, narrow = bind(node)
+    dot = f16_weights(hw)
+    if dot is None or round_input or narrow:
+        return Refusal(f"{hw.id} has float16 in memory only" if dot else f"{hw.id} does not convert float16")
     N, K = shape_of(weight)
     finish = _finish(node, N, bias, residual, activation, args)
     return _matmul(node, hw, dot, finish, (x, weight, bias, residual), (prod(shape_of(node)[:-1]), K, N))
@@ -90,12 +102,13 @@ def _matmul(
     M, K, N = extents
     tiling = choose_dot_tiling(hw, dot, M, N, K)
     func = bf16_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling, source=memory_dtype(x), input_shape=shape_of(x))
+    kind = "f16" if dot.weight == "float16" else "bf16"
     packed = Packed(
-        weight, f"bf16_panels_{dot.group}_{tiling.columns}", partial(_pack, dot=dot, columns=tiling.columns)
+        weight, f"{kind}_panels_{dot.group}_{tiling.columns}", partial(_pack, dot=dot, columns=tiling.columns)
     )
     tasks = tiling.panels * tiling.row_chunks
     work = _work(hw, node, operands, 2.0 * M * N * K, tasks, tiling.efficiency, dot)
-    name = "bf16 matmul" if dot.by_word else "bf16-weight matmul"
+    name = f"{kind} matmul" if dot.by_word else f"{kind}-weight matmul"
     return KernelCall(func, _read(x, packed, bias, residual), name, f"{dot.name}, {tiling.reason}", work)
 
 

@@ -13,7 +13,7 @@ from narrow_harness import loops_with, one_core, random, run, run_emulated
 
 from graphwright.backends.kernels.bf16_matmul import FloatFinish, bf16_matmul, pack_weight
 from graphwright.backends.kernels.dot_matmul import pack_words
-from graphwright.backends.kernels.dot_product import Dot, bf16_dot, bf16_weights, choose_dot_tiling
+from graphwright.backends.kernels.dot_product import Dot, bf16_dot, bf16_weights, choose_dot_tiling, f16_weights
 from graphwright.hwdb import Hardware, detect, lookup
 from graphwright.passes import dialect
 
@@ -26,7 +26,13 @@ RESULTS = {"float32": torch.float32, "uint16": torch.bfloat16}
 def dots(hw: Hardware) -> dict[str, Dot]:
     emulated = bf16_dot(hw, emulated=True)
     assert emulated is not None
-    return {"dot": emulated, "weights": bf16_weights(hw)}
+    half = f16_weights(hw)
+    assert half is not None
+    return {"dot": emulated, "weights": bf16_weights(hw), "half": half}
+
+
+def rounded(w: torch.Tensor, kind: str) -> torch.Tensor:
+    return (w.half() if kind == "half" else w.bfloat16()).double()
 
 
 def wide(hw: Hardware) -> Hardware:
@@ -36,7 +42,7 @@ def wide(hw: Hardware) -> Hardware:
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    st.sampled_from(["dot", "weights"]),
+    st.sampled_from(["dot", "weights", "half"]),
     st.integers(1, 20),
     EXTENT,
     EXTENT,
@@ -72,7 +78,7 @@ def test_any_shape_against_float64(
     run(func, detect(), x, pack_weight(w, dot, tiling.columns), *[bias] * has_bias, *[added] * bool(residual), out)
 
     a = (x.bfloat16() if kind == "dot" else x).double()
-    b = w.bfloat16().double()
+    b = rounded(w, kind)
     exact, magnitude = a @ b.t(), a.abs() @ b.abs().t()
     for extra in (bias if has_bias else None, added if residual else None):
         if extra is not None:
@@ -86,7 +92,7 @@ def test_any_shape_against_float64(
     assert torch.all((out.double() - exact).abs() <= allowed)
 
 
-@pytest.mark.parametrize("kind", ["dot", "weights"])
+@pytest.mark.parametrize("kind", ["dot", "weights", "half"])
 def test_rows_in_chunks_and_threads(kind: str) -> None:
     hw = detect()
     dot = dots(hw)[kind]
@@ -97,7 +103,7 @@ def test_rows_in_chunks_and_threads(kind: str) -> None:
     func = bf16_matmul(150, 40, 90, hw, FloatFinish(150, 90), dot=dot, tiling=tiling)
     run(func, hw, x, pack_weight(w, dot, tiling.columns), out)
     a = x.bfloat16() if kind == "dot" else x
-    torch.testing.assert_close(out, (a.double() @ w.bfloat16().double().t()).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, (a.double() @ rounded(w, kind).t()).float(), rtol=1e-5, atol=1e-5)
 
 
 def test_results_round_like_torch() -> None:
@@ -143,6 +149,29 @@ def test_the_instruction_is_there_and_nothing_spills(name: str, M: int) -> None:
     assert loops
     assert all(loop.spills == 0 and "zmm" in loop.text for loop in loops), loops
     assert any(loop.count % (tiling.rows * vectors) == 0 for loop in loops)
+
+
+def test_float16_weights_of_every_size() -> None:
+    """Denormals, the largest, infinities and zeros of both signs, each times 1."""
+    dot, hw = f16_weights(detect()), detect()
+    assert dot is not None
+    w = torch.tensor([[2.0**-24], [-(2.0**-14)], [65504.0], [float("inf")], [-0.0], [6.1e-5], [1 / 3]])
+    tiling = choose_dot_tiling(hw, dot, 1, len(w), 1)
+    out = torch.empty(1, len(w))
+    func = bf16_matmul(1, 1, len(w), hw, FloatFinish(1, len(w)), dot=dot, tiling=tiling)
+    run(func, hw, torch.ones(1, 1), pack_weight(w, dot, tiling.columns), out)
+    assert torch.equal(out[0], w[:, 0].half().float())
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3", "sapphirerapids"])
+def test_float16_is_converted_by_an_instruction(name: str) -> None:
+    hw = lookup(name)
+    dot = f16_weights(hw)
+    assert dot is not None
+    tiling = choose_dot_tiling(hw, dot, 1, 512, 512)
+    func = bf16_matmul(1, 512, 512, hw, FloatFinish(1, 512), dot=dot, tiling=tiling)
+    assert loops_with(func, hw, "vcvtph2ps")
+    assert f16_weights(lookup("x86-64-v2")) is None
 
 
 @pytest.mark.parametrize(("M", "K", "N"), [(2, 40, 33), (9, 31, 70)])
