@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # Tensors that operators left to PyTorch read.
 CONSTANTS_NAME = "constants.safetensors"
+MOST_FAILURES = 16  # operators whose lowering may fail: each costs lowering the graph once more
 
 
 @dataclass
@@ -102,6 +103,12 @@ def build(
     return built
 
 
+def kernels_of(graph: fx.GraphModule, hw: Hardware, choices: Choices | None = None) -> tuple[KernelInfo, ...]:
+    """The kernels of a rewritten graph, with their predictions; no code is generated."""
+    with choosing(choices or Choices()):
+        return _kernels(_lower(pipeline.copy_graph(graph), hw)[1])
+
+
 def _kernels(lowered: Sequence[Lowered]) -> tuple[KernelInfo, ...]:
     """The kernels of all regions; a region has one mark more than steps."""
     kernels: list[KernelInfo] = []
@@ -113,7 +120,10 @@ def _kernels(lowered: Sequence[Lowered]) -> tuple[KernelInfo, ...]:
 
 
 def _lower(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, list[Any]]:
-    """Partition and lower; an operator whose lowering fails is left to PyTorch, and the rest is tried again."""
+    """Partition and lower; an operator whose lowering fails is left to PyTorch, and the rest is tried again.
+
+    Raises RuntimeError where that does not help, or helps too slowly: then nothing is compiled.
+    """
     from ..backends.lowering.graph import LoweringError, Region, lower, why_not
 
     failed: dict[fx.Node, str] = {}
@@ -126,6 +136,10 @@ def _lower(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, list[Any]]:
             for i, part in enumerate(p for p in parts.parts if p.compiled):
                 lowered.append(lower(Region(f"region_{i}", part.nodes, part.inputs, part.outputs), graph, hw))
         except LoweringError as error:
+            if error.node in failed or len(failed) == MOST_FAILURES:
+                raise RuntimeError(
+                    f"lowering fails again and again, last at {error.node}: {error.__cause__}"
+                ) from error
             log.warning("%s", error)
             failed[error.node] = f"its lowering failed: {error.__cause__}"
             continue

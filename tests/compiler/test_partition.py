@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
 
+import graphwright
+from graphwright.backends.lowering.graph import LoweringError
 from graphwright.compiler.partition import partition
 from graphwright.compiler.plan import OperatorCall, RegionCall, decode, from_json, make_plan, resolve, to_json
 
@@ -86,3 +90,17 @@ def test_results_of_a_multi_output_operator_stay_with_it() -> None:
     parts = partition(module, lambda n: "no" if n.target is aten.split_with_sizes.default else None).parts
     assert [p.compiled for p in parts] == [True, False, True][3 - len(parts) :]
     assert {n.name for n in parts[-2].nodes} == {split.name, first.name}
+
+
+def test_lowering_that_fails_for_a_constant_leaves_the_model_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant is no operator that PyTorch could take over: to try again without it would be to try for ever."""
+
+    def fail(region: Any, graph: fx.GraphModule, hw: Any) -> Any:
+        node = next(n for n in graph.graph.nodes if n.op == "get_attr")
+        raise LoweringError(node, KeyError(node.name)) from KeyError(node.name)
+
+    monkeypatch.setattr("graphwright.backends.lowering.graph.lower", fail)
+    net, x = torch.nn.Linear(3, 3).eval(), torch.randn(2, 3)
+    compiled = graphwright.compile(net, (x,), cache=False)
+    torch.testing.assert_close(compiled(x), net(x).detach())
+    assert {row.reason[:44] for row in compiled.report().eager} == {"code generation failed: lowering fails again"}
