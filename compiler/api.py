@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,9 @@ from . import tune as tuning
 from .assemble import assemble
 from .capture import Model, arguments, example_of, export, parameters_of
 from .compiled import Compiled
+from .pass_checks import Pass
 from .precision import check_precision
+from .selection import select
 from .specialised import Specialised
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ class Options:
     verify: bool
     cache: bool
     threads: int
+    passes: tuple[Pass, ...]
+    fusions: frozenset[str] | None = None  # families; None: all
     tune: float | None = None  # seconds
     preferred: Mapping[str, str] = field(default_factory=dict)  # what measurements decided: tune.py
 
@@ -50,6 +54,8 @@ def compile(
     cache: bool = True,
     threads: int | None = None,
     tune: str | float | None = None,
+    passes: Sequence[Pass] | None = None,
+    kernel_fusion: Sequence[str] | None = None,
 ) -> Compiled | Specialised:
     """Compile a PyTorch model to machine code.
 
@@ -68,12 +74,16 @@ def compile(
     threads: threads one call uses; None takes torch.get_num_threads(), at most the machine's cores.
     tune: a time such as "30s": measure the cost model's best candidates so long, and keep what wins for this and later
         compilations on this machine. Without it nothing is measured, and what was kept is used.
+    passes: the passes to run, in order; None is `graphwright.passes.default.PASSES`, the list to start one's own from.
+        Passes that a file of source does not tell apart (closures, functions typed into a shell) bypass the cache.
+    kernel_fusion: the families of fusions to make, of those in `graphwright.passes.default.FAMILIES`; None makes all
+        of them, [] none.
 
-    Raises CaptureError, UnknownTarget, InputError, UnsupportedOp (targets where PyTorch cannot take over) and
-    NumericMismatch, which names the pass or the operator to blame.
+    Raises CaptureError, UnknownTarget, InputError, PassError, UnsupportedOp (targets where PyTorch cannot take over)
+    and NumericMismatch, which names the pass or the operator to blame.
     """
     started = time.perf_counter()
-    options = _options(target, precision, tolerance, verify, cache, threads, tune)
+    options = _options(target, precision, tolerance, verify, cache, threads, tune, passes, kernel_fusion)
     if isinstance(model, (ExportedProgram, str, os.PathLike)):
         program = export(model)
         return assemble(program, (), example_of(program, example_inputs), options, started)
@@ -102,6 +112,8 @@ def _options(
     cache: bool,
     threads: int | None,
     tune: str | float | None,
+    passes: Sequence[Pass] | None,
+    kernel_fusion: Sequence[str] | None,
 ) -> Options:
     if not isinstance(target, str):
         raise InputError(f"target is a name, got {target!r}; `graphwright hw list` shows them")
@@ -112,5 +124,6 @@ def _options(
     if threads is not None and not (isinstance(threads, int) and threads >= 1):
         raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
     count = threads or max(1, min(torch.get_num_threads(), hw.cores))
+    chosen, fusions = select(passes, kernel_fusion)
     seconds = tuning.budget(tune)
-    return Options(hw, precision, tolerance, verify, cache, count, seconds, tuning.stored(hw))
+    return Options(hw, precision, tolerance, verify, cache, count, chosen, fusions, seconds, tuning.stored(hw))

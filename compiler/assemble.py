@@ -20,13 +20,15 @@ from torch.export import ExportedProgram
 from ..backends.choices import Choices
 from ..errors import InputError
 from ..hwdb import obstacle
+from ..passes.families import restrict
 from . import artifact, compare, fingerprint, loading, pipeline, tune, verify
-from .build import Built, build, default_passes
+from .build import Built, build
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
 from .compiled import Compiled
 from .precision import Precision, too_sensitive
 from .report import ErrorRow, Report
+from .selection import identities
 
 if TYPE_CHECKING:
     from ..passes.assign_precision import Choice
@@ -50,7 +52,10 @@ def assemble(
     graph = _Graph(exported, parameters, options)
     if options.tune is not None:
         options = replace(options, preferred=_tuned(graph, example, options, options.tune))
-    if not options.cache:
+    passes, unknown = identities(options.passes)
+    if options.cache and unknown is not None:
+        log.warning("the result is not cached: %s", unknown)
+    if not options.cache or unknown is not None:
         directory = Path(tempfile.mkdtemp(prefix="graphwright-"))
         try:
             _write(directory, graph, example, options, started)
@@ -60,7 +65,7 @@ def assemble(
             raise
         weakref.finalize(compiled, shutil.rmtree, directory, True)
         return compiled
-    key = fingerprint.fingerprint(exported, options.hw, _decisive(options, example))
+    key = fingerprint.fingerprint(exported, options.hw, _decisive(options, example) | {"passes": passes})
     store = Cache()
     path = store.get(key)
     cached = path is not None
@@ -77,6 +82,7 @@ def _decisive(options: Options, example: Any) -> dict[str, Any]:
         "verified": verified,
         "tolerance": options.tolerance if verified else None,
         "measured": sorted(options.preferred.items()),
+        "fusions": None if options.fusions is None else sorted(options.fusions),
     }
 
 
@@ -86,7 +92,7 @@ def _tuned(graph: _Graph, example: Any, options: Options, seconds: float) -> dic
         raise InputError(f"tune= measures the model on this machine, and {reason}")
     inputs = example_tensors(example, graph.captured.signature)
     precision = Precision(options.precision)
-    return tune.tune(graph.captured.graph, options.hw, inputs, seconds, options.threads, precision)
+    return tune.tune(graph.captured.graph, options.hw, inputs, seconds, options.threads, precision, options.passes)
 
 
 class _Graph:
@@ -100,6 +106,7 @@ class _Graph:
     def captured(self) -> Captured:
         if self._captured is None:
             self._captured = capture(self.exported, self.parameters)
+            restrict(self._captured.graph, self.options.fusions)
         return self._captured
 
     def signature(self, saved: Signature) -> Signature:
@@ -112,7 +119,7 @@ class _Graph:
         """The graph after all passes, every operator in the precision decided for it."""
         from ..passes.assign_precision import assign_precision
 
-        graph = pipeline.run(self.captured.graph, self.options.hw, default_passes())[0]
+        graph = pipeline.run(self.captured.graph, self.options.hw, self.options.passes)[0]
         assign_precision(graph, precisions)
         return graph
 
@@ -154,6 +161,7 @@ def _write(
             **built.stages,
             "verify": time.perf_counter() - built_at,
         },
+        fusions=None if options.fusions is None else tuple(sorted(options.fusions)),
         **built.sizes,
     )
     described = loading.Description(built.plan, captured.signature, report)
@@ -161,7 +169,8 @@ def _write(
 
 
 def _build(directory: Path, captured: Captured, options: Options, precision: Precision) -> Built:
-    return build(captured.graph, options.hw, directory, choices=Choices(options.preferred), precision=precision)
+    choices = Choices(options.preferred)
+    return build(captured.graph, options.hw, directory, options.passes, choices, precision)
 
 
 def _verify(
@@ -186,10 +195,10 @@ def _verify(
             difference.error,
             difference.allowed,
         )
-        plain = pipeline.run(captured.graph, options.hw, default_passes())[0]
+        plain = pipeline.run(captured.graph, options.hw, options.passes)[0]
         keep = too_sensitive(plain, options.hw, precision, inputs, expected, difference.allowed)
         if not keep:
-            raise verify.blame(captured.graph, options.hw, inputs, options.tolerance, options.threads)
+            raise verify.blame(captured.graph, options.hw, inputs, options.tolerance, options.threads, options.passes)
         precision = precision.keeping(keep)
         log.warning("%d operators go back to float32: %s", len(keep), ", ".join(keep))
         built = _build_again(directory, captured, options, precision)

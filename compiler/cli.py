@@ -58,6 +58,10 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", metavar="SHAPE[:DTYPE]", help="1x3x224x224 or 1x128:int64; once per input tensor."),
 ]
+Fusions = Annotated[
+    str | None,
+    typer.Option(metavar="FAMILIES", help="Make these families of fusions only: conv+relu,matmul+bias; '' makes none."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one call; default: as many as PyTorch uses.")]
 
 
@@ -95,6 +99,7 @@ def compile(
     cache: Annotated[bool, typer.Option(help="Reuse and store results in the user's cache.")] = True,
     threads: Threads = None,
     tune: Annotated[str | None, typer.Option(help="A time such as 30s: measure candidates, keep what wins.")] = None,
+    kernel_fusion: Fusions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile MODEL to an artifact of machine code and weights."""
@@ -115,6 +120,7 @@ def compile(
             cache=cache,
             threads=threads,
             tune=tune,
+            kernel_fusion=_names(kernel_fusion),
         )
         saved = compiled.save(output)
     report = compiled.report()
@@ -167,23 +173,36 @@ def bench(
 
 
 @app.command()
-def explain(model: Model, target: Target = "native", input: Inputs = None) -> None:
+def explain(
+    model: Model,
+    target: Target = "native",
+    input: Inputs = None,
+    kernel_fusion: Fusions = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with both graphs here, and print no graphs.")] = None,
+) -> None:
     """Print the graph before and after each pass, the choices made and their reasons, and predicted costs."""
     with progress(f"explaining {model} for {target}"):
-        from .explain import explain as explain_model
+        from .explain import explained
 
-        text = explain_model(*_load(model, input), target=target)
-    typer.echo(text)
+        found = explained(*_load(model, input), target=target, kernel_fusion=_names(kernel_fusion))
+        if html is not None:
+            html.write_text(found.html(model), encoding="utf-8")
+    if html is None:
+        typer.echo(found.text())
+        return
+    for line in found.savings():
+        typer.echo(line)
+    typer.echo(f"wrote {html}")
 
 
 @app.command()
-def verify(model: Model, target: Target = "native", input: Inputs = None) -> None:
+def verify(model: Model, target: Target = "native", input: Inputs = None, kernel_fusion: Fusions = None) -> None:
     """Compare every pass and the machine code with PyTorch in float64; exit 1 where they differ."""
     with progress(f"verifying {model} for {target}"):
         from ..hwdb import lookup, obstacle
         from .verify import verify_model
 
-        result = verify_model(*_load(model, input), target=target)
+        result = verify_model(*_load(model, input), target=target, kernel_fusion=_names(kernel_fusion))
     typer.echo(result.text())
     if reason := obstacle(lookup(target)):
         typer.echo(f"machine code not run: {reason}")
@@ -217,6 +236,11 @@ def progress(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(what):
         yield
+
+
+def _names(given: str | None) -> list[str] | None:
+    """Names that commas separate; None where none were asked for."""
+    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
 
 
 def _load(model: str, inputs: list[str] | None) -> tuple[Any, Any]:

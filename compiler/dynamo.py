@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # Compilations of one graph before calls of further shapes run in PyTorch.
 SHAPES = 8
-OPTIONS = {"precision", "threads", "tolerance", "verify", "cache", "target"}
+OPTIONS = {"precision", "threads", "tolerance", "verify", "cache", "target", "passes", "kernel_fusion"}
 
 
 def graphwright(
@@ -38,13 +38,17 @@ def graphwright(
     options: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Callable[..., Any]:
-    """The backend torch.compile calls. `options`: precision, threads, tolerance, verify, cache, target.
+    """The backend torch.compile calls. `options`: those of graphwright.compile that OPTIONS names.
 
-    Raises InputError for an option it does not know.
+    Raises InputError for an option or a family of fusions it does not know, PassError for what is no pass.
     """
     chosen = {**(options or {}), **{k: v for k, v in settings.items() if k != "mode"}}
     if unknown := sorted(set(chosen) - OPTIONS):
         raise InputError(f"graphwright has no option {', '.join(unknown)}; it takes {', '.join(sorted(OPTIONS))}")
+    if not chosen.keys().isdisjoint({"passes", "kernel_fusion"}):
+        from .selection import select
+
+        select(chosen.get("passes"), chosen.get("kernel_fusion"))  # refused now, not at the first call
     return _Specialised(graph, chosen)
 
 

@@ -1,9 +1,15 @@
-"""What the compiler makes of a model, in text: the graph around every pass, the kernels chosen, and why."""
+"""What the compiler makes of a model: the graph around every pass, what was refused, the kernels chosen, and why.
+
+print(explained(model, x).text())
+Path("model.html").write_text(explained(model, x).html("my model"))
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +18,157 @@ from torch import fx
 from ..backends.choices import Choices
 from ..backends.lowering.registry import KernelInfo
 from ..hwdb import Hardware, lookup
+from ..passes.copies import Copies, count_copies
+from ..passes.families import restrict
 from ..passes.printer import diff_graphs, format_graph
+from ..passes.refusals import Refusal, recording
 from . import pipeline
-from .build import build, default_passes
+from .build import build, kernels_of
 from .capture import Model, arguments, capture, export, parameters_of
-from .report import Report
+from .pass_checks import Pass
+from .report import Report, passes_lines
+from .selection import select
+from .trail import Trail
 from .tune import stored
 
 
-def explain(model: Model, example_inputs: Any = None, *, target: str = "native") -> str:
-    """Compile without keeping anything, and describe each step.
+@dataclass(frozen=True)
+class Cost:
+    """What the cost model says of a graph's kernels."""
+
+    milliseconds: float  # of the kernels it can predict
+    kernels: int
+    unknown: int  # kernels it cannot
+
+    @staticmethod
+    def of(kernels: Sequence[KernelInfo]) -> Cost:
+        known = [k.predicted_us for k in kernels if k.predicted_us is not None]
+        return Cost(sum(known) / 1e3, len(kernels), len(kernels) - len(known))
+
+    def text(self) -> str:
+        unknown = f", {self.unknown} of them not predicted" if self.unknown else ""
+        return f"{self.milliseconds:.2f} ms in {self.kernels} kernels{unknown}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every step of a compilation; nothing of it was run."""
+
+    hw: Hardware
+    captured: fx.GraphModule
+    rewritten: fx.GraphModule  # as it was lowered
+    steps: tuple[tuple[str, str], ...]  # passes that rewrote, each with the lines that it took away and brought
+    origins: Mapping[str, tuple[str, list[str]]]  # node -> the pass that made it, the captured nodes it stands for
+    refusals: tuple[Refusal, ...]
+    report: Report
+    copies: tuple[Copies, Copies]  # captured, rewritten
+    costs: tuple[Cost, Cost]  # without any fusion, as it is
+
+    def text(self) -> str:
+        """All of it, for reading in a terminal."""
+        lines = [_machine(self.hw), "", "captured:", format_graph(self.captured), ""]
+        for name, diff in self.steps:
+            lines += [f"after {name}:", diff, ""]
+        lines += [*passes_lines(self.report.passes), ""]
+        if (layout := self.rewritten.meta.get("layout")) is not None:
+            lines += [layout.text(), ""]
+        lines += [*_refused(self.refusals), "", *self.savings(), ""]
+        return "\n".join([*lines, self.report.text(), *_decisions(self.report.kernels, self.hw)])
+
+    def savings(self) -> list[str]:
+        """What the passes save, as far as it can be counted or predicted."""
+        before, after = self.copies
+        unfused, fused = self.costs
+        return [
+            f"copies: {before.count} nodes that only move elements ({before.bytes / 1e6:.2f} MB) as captured, "
+            f"{after.count} ({after.bytes / 1e6:.2f} MB) behind the passes",
+            f"predicted by the cost model, not measured: {fused.text()}; with kernel_fusion=[] {unfused.text()}",
+        ]
+
+    def html(self, title: str) -> str:
+        """A page that needs nothing but a browser."""
+        from .explain_page import page
+
+        return page(self, title)
+
+
+def explained(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    target: str = "native",
+    passes: Sequence[Pass] | None = None,
+    kernel_fusion: Sequence[str] | None = None,
+) -> Explanation:
+    """Compile without keeping anything, and note each step.
 
     Arguments as in `graphwright.compile`. Raises what compile raises, but for wrong numbers: nothing is run.
     """
     hw = lookup(target)
-    captured = capture(export(model, *arguments(example_inputs)), parameters_of(model))
-    passes, graph = _passes(captured.graph, hw)
+    chosen, fusions = select(passes, kernel_fusion)
+    captured = capture(export(model, *arguments(example_inputs)), parameters_of(model)).graph
+    restrict(captured, fusions)
+    trail, steps, last = Trail(), [], [format_graph(captured)]
+
+    def after(name: str, current: fx.GraphModule) -> None:
+        trail.after(name, current)
+        now = format_graph(current)
+        steps.append((name, diff_graphs(last[0], now)))
+        last[0] = now
+
+    with recording() as refusals:
+        graph, runs = pipeline.run(captured, hw, chosen, after, before=trail.begin)
+    choices = Choices(stored(hw))
     with tempfile.TemporaryDirectory(prefix="graphwright-") as directory:
-        built = build(graph, hw, Path(directory), passes=(), choices=Choices(stored(hw)))
+        built = build(graph, hw, Path(directory), passes=(), choices=choices)
     report = Report(
-        hw.id, "fp32", hw.cores, kernels=built.kernels, eager=built.eager, stages=built.stages, **built.sizes
+        hw.id,
+        "fp32",
+        hw.cores,
+        passes=runs,
+        kernels=built.kernels,
+        eager=built.eager,
+        stages=built.stages,
+        fusions=None if fusions is None else tuple(sorted(fusions)),
+        **built.sizes,
     )
-    predicted = [k.predicted_us for k in built.kernels if k.predicted_us is not None]
-    total = f"predicted by the cost model, not measured: {sum(predicted) / 1e3:.2f} ms in {len(predicted)} kernels"
-    return "\n".join([_machine(hw), "", *passes, report.text(), *_decisions(built.kernels, hw), total])
+    return Explanation(
+        hw,
+        captured,
+        built.graph,
+        tuple(steps),
+        trail.by_name(),
+        tuple(refusals),
+        report,
+        (count_copies(captured), count_copies(graph)),
+        (Cost.of(_unfused(captured, hw, chosen, choices)), Cost.of(built.kernels)),
+    )
+
+
+def explain(model: Model, example_inputs: Any = None, **options: Any) -> str:
+    """The text of `explained`."""
+    return explained(model, example_inputs, **options).text()
+
+
+def _unfused(captured: fx.GraphModule, hw: Hardware, passes: Sequence[Pass], choices: Choices) -> Sequence[KernelInfo]:
+    """The kernels of the model with no family of fusions: the same kernels and the same cost model to compare with."""
+    chosen, fusions = select(passes, [])
+    plain = pipeline.copy_graph(captured)
+    restrict(plain, fusions)
+    return kernels_of(pipeline.run(plain, hw, chosen)[0], hw, choices)
+
+
+def _refused(refusals: Sequence[Refusal]) -> list[str]:
+    """Equal refusals on one line, with the first node they are about."""
+    counts = Counter((r.rule, r.operator, r.reason) for r in refusals)
+    first: dict[tuple[str, str, str], str] = {}
+    for r in refusals:
+        first.setdefault((r.rule, r.operator, r.reason), r.node)
+    lines = [
+        f"  {rule}: {count:3d} x {operator} ({first[rule, operator, reason]}{', ...' if count > 1 else ''}): {reason}"
+        for (rule, operator, reason), count in counts.items()
+    ]
+    return ["refused:", *lines] if lines else ["refused: nothing"]
 
 
 def _decisions(kernels: Sequence[KernelInfo], hw: Hardware) -> list[str]:
@@ -52,24 +185,6 @@ def _decisions(kernels: Sequence[KernelInfo], hw: Hardware) -> list[str]:
             microseconds = cycles / hw.cycles_per_us
             lines.append(f"    {mark} {microseconds:9.1f} us, {cycles / taken:5.2f} of the one taken: {reason}")
     return ["decisions:", *lines] if lines else []
-
-
-def _passes(graph: fx.GraphModule, hw: Hardware) -> tuple[list[str], fx.GraphModule]:
-    """The captured graph, then what each pass that rewrote changed."""
-    text = format_graph(graph)
-    lines = ["captured:", text, ""]
-    last = [text]
-
-    def after(name: str, current: fx.GraphModule) -> None:
-        now = format_graph(current)
-        lines.extend([f"after {name}:", diff_graphs(last[0], now), ""])
-        last[0] = now
-
-    rewritten, runs = pipeline.run(graph, hw, default_passes(), after)
-    lines.extend(["passes:", *(f"  {r.name}: {r.rewrites} rewrites, {r.seconds * 1e3:.1f} ms" for r in runs), ""])
-    if (layout := rewritten.meta.get("layout")) is not None:
-        lines.extend([layout.text(), ""])
-    return lines, rewritten
 
 
 def _machine(hw: Hardware) -> str:

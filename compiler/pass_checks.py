@@ -76,10 +76,10 @@ class Watch:
         try:
             self.graph.graph.lint()
         except Exception as error:
-            return f"left a malformed graph: {error}; nodes must stand behind what they read, and erased ones be unread"
-        if (reason := self._calling_changed()) is not None:
-            return reason
-        return next((reason for node in self.graph.graph.nodes if (reason := self._bad_value(node))), None)
+            what = str(error).splitlines()[0]
+            return f"left a malformed graph: {what}; nodes must stand behind what they read, and erased ones be unread"
+        bad = next((reason for node in self.graph.graph.nodes if (reason := self._bad_value(node))), None)
+        return bad or self._calling_changed()
 
     def _calling_changed(self) -> str | None:
         now = _calling(self.graph)

@@ -56,7 +56,7 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     Python code for it is made when it is first called, not after every rewrite: passes never call it.
     """
     root = torch.nn.Module()
-    for name, tensor in graph.named_buffers():
+    for name, tensor in graph.named_buffers(remove_duplicate=False):
         root.register_buffer(name, tensor)
     nodes = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
@@ -75,26 +75,30 @@ def run(
     passes: Sequence[Pass],
     after: Callable[[str, fx.GraphModule], None] | None = None,
     budget: Budget = Budget(),
+    before: Callable[[fx.GraphModule], None] | None = None,
 ) -> tuple[fx.GraphModule, tuple[PassRun, ...]]:
     """Rewrite a copy of `graph` with `passes` in order, and again until none rewrites or the budget is spent.
 
-    `after(name, graph)` is called behind every pass that rewrote. GRAPHWRIGHT_DUMP=directory writes the graph before
-    the first pass and after each one that rewrote. A spent budget is logged, and marked in the runs of the passes that
-    still rewrote; the graph is right nevertheless, as it is behind every pass.
+    `before(graph)` is called with the copy, `after(name, graph)` behind every pass that rewrote.
+    GRAPHWRIGHT_DUMP=directory writes the graph before the first pass and after each one that rewrote. A spent budget is
+    logged, and marked in the runs of the passes that still rewrote; the graph is right nevertheless, as it is behind
+    every pass.
     Raises PassError naming the pass that failed, or broke the contract of `pass_checks`.
     """
     work = _Work(copy_graph(graph), hw, after)
+    if before is not None:
+        before(work.graph)
     entries = [_Entry(rewrite) for rewrite in passes]
     allowed = budget.allowed(len(work.graph.graph.nodes))
     for _ in range(budget.rounds):
-        before = work.rewrites
+        began = work.rewrites
         for entry in entries:
             entry.last = 0
         for entry in entries:
             work.apply(entry)
             if work.rewrites > allowed:
                 return work.graph, _stopped(entries, f"{work.rewrites} rewrites")
-        if work.rewrites == before:
+        if work.rewrites == began:
             return work.graph, tuple(entry.run() for entry in entries)
     return work.graph, _stopped(entries, f"{budget.rounds} rounds")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,7 @@ class Report:
     arena_lower_bound_bytes: int = 0  # the most that is live at once
     activations_bytes: int = 0  # what the activations would take without sharing
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage
+    fusions: tuple[str, ...] | None = None  # families that kernel_fusion chose; None: all
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON data."""
@@ -66,6 +68,7 @@ class Report:
             "eager": tuple(EagerRow(**r) for r in data["eager"]),
             "errors": tuple(ErrorRow(**r) for r in data["errors"]),
             "precisions": tuple(Choice(**r) for r in data.get("precisions", ())),
+            "fusions": None if data.get("fusions") is None else tuple(data["fusions"]),
         }
         return Report(**{**data, **rows})
 
@@ -84,8 +87,9 @@ class Report:
         ]
         if self.stages:
             lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.stages.items()))
-        lines.append("passes:")
-        lines += [f"  {p.name:28s} {p.rewrites:5d} rewrites  {p.seconds * 1e3:8.1f} ms" for p in self.passes]
+        lines += passes_lines(self.passes)
+        if self.fusions is not None:
+            lines.append(f"fusions: {', '.join(self.fusions) or 'none'}, as kernel_fusion chose")
         if self.precision != "fp32":
             lines += ["precisions:", *(f"  {row}" for row in self._precision_lines())]
         lines.append(f"kernels: {len(self.kernels)} calls")
@@ -123,6 +127,17 @@ class Report:
             predicted = "" if row.predicted_us is None else f"  predicted {row.predicted_us:.1f} us"
             lines.append(f"{count:3d} x {row.algorithm}: {row.operators} ({row.choice}){predicted}")
         return lines
+
+
+def passes_lines(runs: Sequence[PassRun]) -> list[str]:
+    """A line a pass, and one for a budget that was spent."""
+    lines = ["passes:"]
+    for run in runs:
+        rounds = f"  in {run.runs} runs" if run.runs > 1 and run.rewrites else ""
+        lines.append(f"  {run.name:28s} {run.rewrites:5d} rewrites  {run.seconds * 1e3:8.1f} ms{rounds}")
+    if unfinished := list(dict.fromkeys(run.name for run in runs if run.unfinished)):
+        lines.append(f"  stopped by the budget of rounds and rewrites: {', '.join(unfinished)} still rewrote")
+    return lines
 
 
 def _kernel(data: dict[str, Any]) -> KernelInfo:

@@ -79,10 +79,11 @@ def tune(
     seconds: float,
     threads: int,
     precision: Precision = FP32,
+    passes: Sequence[pipeline.Pass] | None = None,
 ) -> dict[str, str]:
     """Measure candidates for about `seconds`, store what won, and return all that is stored."""
     started = time.perf_counter()
-    rewritten, _ = pipeline.run(graph, hw, default_passes())
+    rewritten, _ = pipeline.run(graph, hw, default_passes() if passes is None else passes)
     with tempfile.TemporaryDirectory(prefix="graphwright-tune-") as directory:
         builds: list[tuple[Path, Built]] = []
         last = 0.0

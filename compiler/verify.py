@@ -13,13 +13,16 @@ from torch import fx
 
 from ..errors import InputError, NumericMismatch
 from ..hwdb import Hardware, lookup, obstacle
+from ..passes.families import restrict
 from . import loading, pipeline
-from .build import build, default_passes
+from .build import build
 from .capture import Model, TensorSpec, arguments, capture, example_of, example_tensors, export
 from .compare import Reference, compare, errors, reference
 from .executor import Run
+from .pass_checks import Pass, is_ours, name_of
 from .reference import Float64, relative_l2, run_eager
 from .report import ErrorRow
+from .selection import select
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,23 @@ class VerifyResult:
 
 
 def verify_model(
-    model: Model, example_inputs: Any = None, *, target: str = "native", tolerance: float | None = None
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    target: str = "native",
+    tolerance: float | None = None,
+    passes: Sequence[Pass] | None = None,
+    kernel_fusion: Sequence[str] | None = None,
 ) -> VerifyResult:
     """Check the numbers of `model` after every pass and of the machine code.
 
     Arguments as in `graphwright.compile`. Raises NumericMismatch naming the pass or operator that is wrong.
     """
     hw = lookup(target)
+    chosen, fusions = select(passes, kernel_fusion)
     program = export(model, *arguments(example_inputs))
     captured = capture(program)
+    restrict(captured.graph, fusions)
     example = example_of(program, example_inputs)
     if example is None:
         raise InputError("the program holds no example inputs to verify with: pass example_inputs")
@@ -62,25 +73,30 @@ def verify_model(
         current.recompile()
         stages.append((name, errors(names, run_eager(current, inputs), expected)))
 
-    rewritten, _ = pipeline.run(captured.graph, hw, default_passes(), check)
+    rewritten, _ = pipeline.run(captured.graph, hw, chosen, check)
 
     if obstacle(hw) is not None:
         # Code for another machine cannot be run here: the passes are checked, the machine code is not.
         wrong = compare(run_eager(rewritten, inputs), expected, tolerance)
         if wrong is not None:
-            raise blame(captured.graph, hw, inputs, tolerance, hw.cores)
+            raise blame(captured.graph, hw, inputs, tolerance, hw.cores, chosen)
         return VerifyResult(tuple(stages))
     results = _machine_code(rewritten, hw, hw.cores)(inputs)
     stages.append(("machine code", errors(names, results, expected)))
     if compare(results, expected, tolerance) is not None:
-        raise blame(captured.graph, hw, inputs, tolerance, hw.cores)
+        raise blame(captured.graph, hw, inputs, tolerance, hw.cores, chosen)
     return VerifyResult(tuple(stages))
 
 
 def blame(
-    graph: fx.GraphModule, hw: Hardware, inputs: Sequence[torch.Tensor], tolerance: float | None, threads: int
+    graph: fx.GraphModule,
+    hw: Hardware,
+    inputs: Sequence[torch.Tensor],
+    tolerance: float | None,
+    threads: int,
+    passes: Sequence[Pass],
 ) -> NumericMismatch:
-    """Find out what made the numbers wrong: the first pass whose graph differs, else the first compiled node."""
+    """Find out what made the numbers wrong: the first of `passes` whose graph differs, else the first compiled node."""
     expected = reference(graph, inputs)
     last = [pipeline.copy_graph(graph)]
     guilty: list[tuple[str, fx.GraphModule, fx.GraphModule]] = []
@@ -93,19 +109,29 @@ def blame(
             guilty.append((name, last[0], pipeline.copy_graph(current)))
         last[0] = pipeline.copy_graph(current)
 
-    rewritten, _ = pipeline.run(graph, hw, default_passes(), check)
+    rewritten, _ = pipeline.run(graph, hw, passes, check)
     if guilty:
         name, before, after = guilty[0]
         node = _first_changed(before, after, inputs)
         return NumericMismatch(
             f"pass {name} changed the numbers, first at node {node.format_node() if node else 'of the output'}"
-            f"{_where(node)}\nThis is a bug of graphwright: report it, and leave the pass out meanwhile."
+            f"{_where(node)}\n{_remedy(name, passes)}"
         )
     node = _first_wrong(rewritten, hw, inputs, tolerance, threads)
     found = node.format_node() if node is not None else "no single operator: they differ only together"
     return NumericMismatch(
         f"the machine code differs from PyTorch although every pass kept the numbers; first at {found}{_where(node)}\n"
         "This is a bug of graphwright: report it with the operator and its shapes."
+    )
+
+
+def _remedy(name: str, passes: Sequence[Pass]) -> str:
+    """What to do about a pass that changes numbers."""
+    if not all(is_ours(p) for p in passes if name_of(p) == name):
+        return "The pass was given with passes=[...]: mend it, or leave it out."
+    return (
+        "This is a bug of graphwright: report it, and leave the pass out meanwhile: "
+        f'passes=[p for p in graphwright.passes.default.PASSES if p.__name__ != "{name}"]'
     )
 
 

@@ -10,9 +10,10 @@ from torch import fx, nn
 
 import graphwright
 from graphwright.backends.lowering import operators, registry
-from graphwright.compiler import assemble, build, verify
+from graphwright.compiler import verify
 from graphwright.errors import NumericMismatch
 from graphwright.hwdb import Hardware
+from graphwright.passes.default import PASSES
 
 aten = torch.ops.aten
 
@@ -36,13 +37,14 @@ class Gate(nn.Module):
         return torch.sin(self.linear(x)) * x
 
 
-def test_a_wrong_pass_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = build.default_passes()
-    for module in (build, assemble, verify):
-        monkeypatch.setattr(module, "default_passes", lambda: (*passes, confuse_sines))
+def test_a_wrong_pass_is_named_with_its_node() -> None:
+    passes = [*PASSES, confuse_sines]
     with pytest.raises(NumericMismatch, match=r"pass confuse_sines changed the numbers, first at node .*cos") as caught:
-        graphwright.compile(Gate().eval(), (torch.randn(3, 6),), cache=False)
+        graphwright.compile(Gate().eval(), (torch.randn(3, 6),), cache=False, passes=passes)
     assert "torch.sin(self.linear(x)) * x" in str(caught.value)
+    assert "The pass was given with passes=[...]: mend it" in str(caught.value)
+    with pytest.raises(NumericMismatch, match="pass confuse_sines changed the numbers"):
+        verify.verify_model(Gate().eval(), torch.randn(3, 6), passes=passes)
 
 
 def test_a_wrong_definition_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,22 +60,19 @@ def test_a_wrong_definition_is_named_with_its_node(monkeypatch: pytest.MonkeyPat
         graphwright.compile(lambda x: (x.cos() + 1).sin().exp(), (torch.randn(5),), cache=False)
 
 
-def test_verify_false_does_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = build.default_passes()
-    monkeypatch.setattr("graphwright.compiler.build.default_passes", lambda: (*passes, confuse_sines))
+def test_verify_false_does_not_look() -> None:
     net, x = Gate().eval(), torch.randn(3, 6)
-    compiled = graphwright.compile(net, (x,), cache=False, verify=False)
+    compiled = graphwright.compile(net, (x,), cache=False, verify=False, passes=[*PASSES, confuse_sines])
     assert not torch.allclose(compiled(x), net(x))
     assert compiled.report().errors == ()
 
 
-def test_a_failing_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_pass_is_named() -> None:
     def explode(graph: fx.GraphModule, hw: Hardware) -> int:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr("graphwright.compiler.build.default_passes", lambda: (explode,))
     with pytest.raises(graphwright.PassError, match="pass explode failed after no other pass: boom"):
-        graphwright.compile(nn.ReLU(), (torch.ones(2),), cache=False)
+        graphwright.compile(nn.ReLU(), (torch.ones(2),), cache=False, passes=[explode])
 
 
 def test_every_stage_is_listed() -> None:
