@@ -1,0 +1,81 @@
+"""Whose memory a node's result lies in, and who gets hold of it.
+
+A result of the graph belongs to the caller, who may write to it: it may not lie in an input, in a constant, or in
+another result. A rewrite that puts an older value in a node's place must ask.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from .rewrite import Operator
+
+aten = torch.ops.aten
+
+READS_STRIDES = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.as_strided.default,
+        aten.view.dtype,
+        aten.view_as_complex.default,
+    }
+)
+# Their schemas are silent on the views that they may return.
+_MAY_VIEW = frozenset({aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints})
+
+
+def views(node: fx.Node) -> bool:
+    """Whether the result may lie in the memory of the first operand."""
+    if node.target is operator.getitem:
+        return True
+    if node.op != "call_function" or not isinstance(node.target, Operator) or not node.args:
+        return False
+    if not isinstance(node.args[0], fx.Node):
+        return False
+    aliases = any(r.alias_info is not None for r in node.target._schema.returns)
+    return aliases or node.target in _MAY_VIEW
+
+
+def root(node: fx.Node) -> fx.Node:
+    """The node whose memory the result may lie in."""
+    while views(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def escapes(node: fx.Node) -> bool:
+    """Whether the graph returns the memory of the result: the result itself, or a view of it."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and views(user) and user.args[0] in seen:
+                seen.add(user)
+                waiting.append(user)
+    return False
+
+
+def would_share(node: fx.Node, new: fx.Node) -> bool:
+    """Whether with `new` in the place of `node`, the graph would return memory that somebody else holds."""
+    owner = root(new)
+    if owner is root(node) or not escapes(node):
+        return False
+    if owner.op != "call_function":
+        return True
+    # `new` may be made of calls that nobody reads yet; what only leads to `node` goes with it.
+    return any(not _leads_only_to(user, node, new) for user in owner.users)
+
+
+def _leads_only_to(user: fx.Node, node: fx.Node, new: fx.Node) -> bool:
+    for _ in range(4):
+        if user is node or user is new:
+            return True
+        if len(user.users) != 1:
+            return False
+        (user,) = user.users
+    return False
