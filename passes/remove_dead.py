@@ -80,9 +80,22 @@ def _reason_to_keep(node: fx.Node) -> bool:
     if any(user.target in _READS_STRIDES for user in node.users) and node.target in _COPIES:
         keep(log, node, "a reader looks at its strides")
         return True
-    if rewrite.feeds_output(node) and node.target in _COPIES and (len(source.users) > 1 or not _is_fresh(source)):
+    if node.target in _COPIES and _is_returned(node) and (len(source.users) > 1 or not _is_fresh(source)):
         keep(log, node, "it is returned, and %s may not be", source)
         return True
+    return False
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether the graph returns the node, or a view of it."""
+    waiting, seen = [node], {node}
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and not _is_fresh(user):
+                seen.add(user)
+                waiting.append(user)
     return False
 
 

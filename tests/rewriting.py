@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from graphwright import hwdb
-from graphwright.compiler.capture import capture, export
+from graphwright import hwdb, testing
 from graphwright.compiler.pipeline import copy_graph
 from graphwright.compiler.reference import run_eager, run_float64
-from graphwright.passes.canonicalise import canonicalise
 from graphwright.passes.printer import format_graph
-from graphwright.passes.rewrite import run_fake
 
 HW = hwdb.lookup("x86-64-v3")
 Pass = Callable[[fx.GraphModule, Any], int]
@@ -25,8 +19,7 @@ Pass = Callable[[fx.GraphModule, Any], int]
 
 def trace(model: Any, inputs: Sequence[torch.Tensor]) -> fx.GraphModule:
     """The graph that passes get: captured, without the constants that nobody reads, spelt canonically."""
-    graph = capture(export(model, tuple(inputs))).graph
-    return _spelt(graph)
+    return testing.trace(model, inputs, HW)
 
 
 def trace_core(
@@ -36,34 +29,7 @@ def trace_core(
 
     With `pre_dispatch`, operators are those the function calls, none broken up.
     """
-    with torch.no_grad():
-        graph = make_fx(lambda *args: function(*args), tracing_mode="real", pre_dispatch=pre_dispatch)(*inputs)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    for node in graph.graph.nodes:
-        if node.op == "get_attr" and isinstance(tensor := getattr(graph, node.target), torch.Tensor):
-            delattr(graph, node.target)
-            graph.register_buffer(node.target, tensor)
-            node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
-    given = iter(inputs)
-    for node in graph.graph.nodes:
-        if node.op == "placeholder":
-            node.meta["val"] = mode.from_tensor(next(given), static_shapes=True)
-        elif node.op == "call_function":
-            node.meta["val"] = run_fake(node)
-    output = next(n for n in graph.graph.nodes if n.op == "output")
-    if isinstance(output.args[0], fx.Node):
-        output.args = ((output.args[0],),)
-    return _spelt(graph)
-
-
-def _spelt(graph: fx.GraphModule) -> fx.GraphModule:
-    for node in reversed(list(graph.graph.nodes)):
-        # Tracers write down every result of an operator with several.
-        if not node.users and (node.op == "get_attr" or node.target is operator.getitem):
-            graph.graph.erase_node(node)
-    canonicalise(graph, HW)
-    graph.recompile()
-    return graph
+    return testing.trace_quickly(function, inputs, pre_dispatch, HW)
 
 
 def assert_rewrite(

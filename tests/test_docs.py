@@ -44,7 +44,7 @@ def test_links_and_paths_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
-    for path in re.findall(r"`((?:hwdb|passes|backends|compiler|tests|benchmarks)/[\w/]+\.py)`", text):
+    for path in re.findall(r"`((?:hwdb|passes|backends|compiler|testing|tests|benchmarks)/[\w/]+\.py)`", text):
         assert (ROOT / path).exists(), path
 
 

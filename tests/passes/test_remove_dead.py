@@ -185,3 +185,10 @@ def test_any_chain_keeps_its_bits(steps, returned):
     graph.graph.lint()
     assert_same_numbers(before, graph, [x])
     assert remove_dead(graph, HW) == 0
+
+
+def test_a_copy_of_which_a_view_is_returned_stays():
+    graph = assert_kept(lambda x: x.clone().reshape(6), [torch.randn(2, 3)], remove_dead)
+    x = torch.randn(2, 3)
+    (result,) = graph(x)
+    assert result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()

@@ -1,0 +1,70 @@
+"""From a model to the graph that passes get: as `compile` captures it, or quickly, for tests of many small ones."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..compiler.capture import capture, export
+from ..hwdb import Hardware, lookup
+from ..passes.canonicalise import canonicalise
+from ..passes.rewrite import run_fake
+
+
+def trace(model: Any, inputs: Sequence[torch.Tensor], hw: Hardware | None = None) -> fx.GraphModule:
+    """The graph that passes get: captured, without the constants that nobody reads, spelt canonically."""
+    graph = capture(export(model, tuple(inputs))).graph
+    return spelt(graph, hw)
+
+
+def trace_quickly(
+    function: Callable[..., Any],
+    inputs: Sequence[torch.Tensor],
+    whole: bool = False,
+    hw: Hardware | None = None,
+) -> fx.GraphModule:
+    """The graph of a function that changes nothing in place, composite operators broken up, spelt canonically.
+
+    With `whole`, operators are those the function calls, none broken up.
+    """
+    graph = recorded(function, inputs, whole)
+    return spelt(graph, hw)
+
+
+def recorded(function: Callable[..., Any], inputs: Sequence[torch.Tensor], whole: bool = False) -> fx.GraphModule:
+    """Like `trace_quickly`, in the spelling of the function."""
+    with torch.no_grad():
+        graph = make_fx(lambda *args: function(*args), tracing_mode="real", pre_dispatch=whole)(*inputs)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and isinstance(tensor := getattr(graph, node.target), torch.Tensor):
+            delattr(graph, node.target)
+            graph.register_buffer(node.target, tensor)
+            node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+    given = iter(inputs)
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            node.meta["val"] = mode.from_tensor(next(given), static_shapes=True)
+        elif node.op == "call_function":
+            node.meta["val"] = run_fake(node)
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    if isinstance(output.args[0], fx.Node):
+        output.args = ((output.args[0],),)
+    return graph
+
+
+def spelt(graph: fx.GraphModule, hw: Hardware | None = None) -> fx.GraphModule:
+    """The graph in canonical spelling, without what tracers leave unread."""
+    for node in reversed(list(graph.graph.nodes)):
+        # Tracers write down every result of an operator with several.
+        if not node.users and (node.op == "get_attr" or node.target is operator.getitem):
+            graph.graph.erase_node(node)
+    canonicalise(graph, hw or lookup("native"))
+    graph.recompile()
+    return graph
