@@ -71,6 +71,7 @@ typedef struct {
     _Alignas(LINE) atomic_uint state;
     int row;
     int avoids;       /* the core it keeps off, and one more: 0 is none */
+    unsigned follows; /* the caller whose cores it may run on */
     atomic_int system; /* the system's number of the thread, once it runs */
     pthread_t thread;
     scratch memory;
@@ -136,16 +137,21 @@ static void post(worker *to, unsigned state) {
     if (atomic_exchange(&to->state, state) == SLEEPING) wake_one(&to->state);
 }
 
-/* Let the workers run on the cores that the caller may use, but for the one it is on. */
+/* Let the workers run on the cores that the caller may use, but for the one it is on. Asking for its cores is a call of
+ * the system, made when another thread calls or the caller has moved. */
 static void keep_apart(int workers) {
+    static atomic_uint threads;
+    static _Thread_local unsigned caller;
     int core = sched_getcpu();
+    if (!caller) caller = atomic_fetch_add(&threads, 1) + 1;
     unsigned long mask[1024 / WORD_BITS];
     long bytes = 0;
     for (int i = 0; i < workers; i++) {
         worker *each = &pool.all[i];
         int thread = atomic_load_explicit(&each->system, memory_order_relaxed);
-        if (each->avoids == core + 1 || !thread || core < 0 || core >= 1024) continue;
+        if ((each->avoids == core + 1 && each->follows == caller) || !thread || core < 0 || core >= 1024) continue;
         each->avoids = core + 1;
+        each->follows = caller;
         if (!bytes) {
             bytes = syscall(SYS_sched_getaffinity, 0, sizeof mask, mask);
             if (bytes > 0) mask[core / WORD_BITS] &= ~(1ul << core % WORD_BITS);

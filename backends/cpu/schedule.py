@@ -1,6 +1,6 @@
 """The generic CPU schedule: any PrimFunc that TE and FuseTIR produce becomes parallel, vectorised loops.
 
-    read stages -> inline cheap producers -> join stages that share their outer axes -> loops, one group after another
+    read stages -> inline cheap producers -> join (join.py) -> loops, one group after another
 
 A group of stages that share outer axes runs row by row (softmax: maximum, exponential, sum, quotient of one row), its
 intermediate results in a scratch row. Outer loops are parallel where there is enough work. Two rules hold: elements
@@ -16,22 +16,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
-from tvm.ir import TensorLoad
 
 from ...hwdb import Hardware
 from . import access
-from .access import Nest, Views, element_bits
+from .access import Nest, Views
 from .emit import choose_plan, emit
 from .guards import merge, parts_along, pieces
+from .join import groups, join_formulas, split_reductions
 from .loops import Plan, constant, sequence
-from .stages import Axis, Expr, Stage, Stmt, Var, collect, inline_producers, read_stages, substitute
+from .stages import Axis, Expr, Stage, Stmt, Var, inline_producers, read_stages, substitute
 from .transpose import CYCLES, emit_tiles, find_tile
 
 log = logging.getLogger(__name__)
 
-_DEFAULT_MHZ = 2500.0
 _PARTS = 8  # nests that one stage may be cut into
-_SCRATCH_BYTES = 1 << 17  # of one row group; beyond this the stages run one after another over whole tensors
 
 
 def schedule(func: Any, hw: Hardware) -> Any:
@@ -64,14 +62,21 @@ def _separate(func: Any, hw: Hardware) -> Any:
 def _scheduled(func: Any, hw: Hardware, join: bool) -> Any:
     stages, allocated = read_stages(func)
     stages = inline_producers(stages, allocated)
+    if join:
+        stages, blocks = split_reductions(stages, hw)
+        allocated = [*allocated, *blocks]
     live = {buffer for stage in stages for buffer in (*stage.reads, *stage.writes)}
-    groups = _groups(stages, hw) if join else [([stage], 0) for stage in stages]
+    runs = [([stage], 0) for stage in stages]
+    if join:
+        runs = groups(stages, hw)
+        if len(runs) > 1 and (together := join_formulas(stages)) is not None:
+            runs = [([together], 0)]
     named = {b for stage in stages if stage.opaque is not None for b in (*stage.reads, *stage.writes)}
     views = Views(own=[b for b in allocated if b not in named])
     statements: list[Stmt] = []
     inner: set[Any] = set()
-    for index, (members, depth) in enumerate(groups):
-        later = {b for ms, _ in groups[index + 1 :] for stage in ms for b in stage.reads}
+    for index, (members, depth) in enumerate(runs):
+        later = {b for ms, _ in runs[index + 1 :] for stage in ms for b in stage.reads}
         private = [
             b
             for stage in members
@@ -96,81 +101,6 @@ def _scheduled(func: Any, hw: Hardware, join: bool) -> Any:
         root.annotations,
     )
     return func.with_body(type(func.body)(func.body.iter_values, func.body.predicate, block))
-
-
-# ---- grouping ----
-
-
-def _groups(stages: list[Stage], hw: Hardware) -> list[tuple[list[Stage], int]]:
-    """Runs of stages and the number of outer axes they share."""
-    groups: list[tuple[list[Stage], int]] = []
-    for stage in stages:
-        if groups:
-            members, _ = groups[-1]
-            shared = _shared_depth([*members, stage], hw)
-            if shared:
-                groups[-1] = ([*members, stage], shared)
-                continue
-        groups.append(([stage], 0))
-    return groups
-
-
-def _shared_depth(members: list[Stage], hw: Hardware) -> int:
-    """How many outer axes all stages share, element for element; 0 if joining them does not pay."""
-    if any(not stage.simple or 0 in [a.extent for a in (*stage.spatial, *stage.reduce)] for stage in members):
-        return 0
-    written = {stage.writes[0]: stage for stage in members}
-    if not any(b in written for stage in members for b in stage.reads if stage.writes[0] is not b):
-        return 0
-    depth = min(len(stage.spatial) for stage in members)
-    for stage in members:
-        while depth and not _aligned(stage, depth, set(written)):
-            depth -= 1
-    first = members[0].spatial
-    for k in range(depth):
-        if any(stage.spatial[k].extent != first[k].extent for stage in members):
-            depth = k
-            break
-    # The axis along which the heavy stages are vectorised stays inside.
-    total = sum(stage.points for stage in members)
-    for stage in members:
-        if stage.points * 4 >= total:
-            depth = min(depth, _outer_axes(stage, hw))
-    rows = math.prod(axis.extent for axis in first[:depth])
-    if not depth:
-        return 0
-    scratch = sum(access.size_of(b) * element_bits(str(b.dtype)) // 8 // rows for b in written)
-    enough = rows >= hw.cores or total < 1 << 14
-    return depth if enough and scratch <= _SCRATCH_BYTES else 0
-
-
-def _aligned(stage: Stage, depth: int, written: set[Any]) -> bool:
-    """Whether every access to a buffer of the group has the first `depth` axes as its first varying indices."""
-    accesses = [(n.source, n.indices) for n in collect(stage.body, TensorLoad) if n.source in written]
-    accesses += [(stage.body.buffer, stage.body.indices)]
-    for buffer, indices in accesses:
-        # A constant index into a dim of several elements is an index like any other: of another row.
-        varying = [i for i, extent in zip(indices, buffer.shape, strict=True) if int(extent) != 1]
-        if len(varying) < depth:
-            return False
-        if any(not varying[k].same_as(stage.spatial[k].var) for k in range(depth)):
-            return False
-    return True
-
-
-def _outer_axes(stage: Stage, hw: Hardware) -> int:
-    """How many leading axes lie outside of the axis that this stage would be vectorised along."""
-    nest = access.flatten(stage, Views())
-    plan = choose_plan(nest, nest.axes, hw)
-    if plan.axis is None or plan.axis in nest.reduce:
-        return len(stage.spatial)
-    place = nest.spatial.index(plan.axis)
-    # Short vectorised axes are fused with their neighbours: leave room for that.
-    length = plan.axis.extent
-    while place and length < 64:
-        place -= 1
-        length *= nest.spatial[place].extent
-    return place
 
 
 # ---- one group ----
@@ -272,7 +202,7 @@ def _as(value: Expr, like: Var) -> Expr:
 def _tasks(axes: Sequence[Axis], cycles: float, hw: Hardware) -> int:
     """Into how many parallel pieces the work is worth dividing: one, if starting a region costs more than it saves."""
     points = math.prod(axis.extent for axis in axes)
-    microseconds = points * cycles / (hw.clock_mhz or _DEFAULT_MHZ)
+    microseconds = points * cycles / hw.cycles_per_us
     if hw.cores < 2 or microseconds < 2 * hw.launch_us:
         return 1
     each = max(1, min(4, int(microseconds / (4 * hw.launch_us * hw.cores))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import time
@@ -123,3 +124,44 @@ def test_workers_keep_off_the_callers_core(tmp_path: Path) -> None:
     code.close()
     assert allowed < mine
     assert len(allowed) == len(mine) - 1
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="no core is left")
+def test_workers_follow_whoever_calls(tmp_path: Path) -> None:
+    """A caller of one core leaves them where they were; the next one, on the same core but free, moves them."""
+    before = {path.name for path in Path("/proc/self/task").iterdir()}
+    code = counter(64, tmp_path)
+    x, y = torch.ones(64), torch.zeros(64)
+    mine = os.sched_getaffinity(0)
+    core_of = ctypes.CDLL(None).sched_getcpu
+    for _ in range(100):
+        time.sleep(0.001)
+        run(code, 0, [x], [y])
+        (worker,) = {path.name for path in Path("/proc/self/task").iterdir()} - before
+        if os.sched_getaffinity(int(worker)) != mine:
+            break
+    shared = min(os.sched_getaffinity(int(worker)))
+    found: list[set[int]] = []
+
+    def confined() -> None:
+        os.sched_setaffinity(0, {shared})
+        run(code, 0, [x], [y])
+
+    def free() -> None:
+        os.sched_setaffinity(0, {shared})
+        os.sched_setaffinity(0, mine)
+        for _ in range(1000):
+            first = core_of()
+            run(code, 0, [x], [y])
+            if first == core_of() == shared:
+                found.append(os.sched_getaffinity(int(worker)))
+                return
+
+    for work in (confined, free):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    code.close()
+    if not found:
+        pytest.skip("the system never ran the caller there")
+    assert found == [mine - {shared}]

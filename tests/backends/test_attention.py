@@ -113,6 +113,22 @@ def test_row_without_keys_is_zero_as_in_torch(dtype: torch.dtype) -> None:
     check(got, q, k, v, mask)
 
 
+@pytest.mark.parametrize("kind", ["float", "bool"])
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min, -2.0])
+@pytest.mark.parametrize(("groups", "length"), [(1, 7), (4, 1), (4, 9)])
+def test_with_a_fill_rows_are_those_of_softmax(kind: str, fill: float, groups: int, length: int) -> None:
+    """A row of -inf only is NaN; a bool mask hides keys with `fill`, so that a row without keys weighs them all."""
+    q, k, v = random(1, 4, length, 8), random(1, groups, 16, 8, seed=1), random(1, groups, 16, 8, seed=2)
+    mask = torch.rand(length, 16, generator=torch.Generator().manual_seed(3)) > 0.4
+    mask[length // 2] = False
+    mask = mask if kind == "bool" else torch.zeros(length, 16).masked_fill(~mask, fill)
+    args = (q, k, v, mask, False, 0.3, fill)
+    wanted = dialect.attention(q.double(), k.double(), v.double(), *args[3:])
+    got = run_kernel(detect(), dialect.attention, *args).double()
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6, equal_nan=True)  # scores and sums in float32
+    assert wanted.isnan().any() == (fill == -torch.inf)
+
+
 def test_nan_stays_in_its_row() -> None:
     q, k, v = (random(1, 1, 9, 8, seed=i) for i in range(3))
     q[0, 0, 4, 2] = float("nan")
@@ -169,6 +185,8 @@ def test_refusals_say_why() -> None:
     assert "batches" in refusal(hw, sdpa, q, k[:1], k[:1])
     assert "broadcast" in refusal(hw, sdpa, q, k[:, :1], k[:, :1])
     assert "empty" in refusal(hw, sdpa, q, k[:, :, :0], k[:, :, :0])
+    large = torch.zeros(1, 1, 1, 8).expand(1, 1, 2**28, 8)
+    assert "32-bit" in refusal(hw, sdpa, q[:1, :1], large, large)
 
 
 def test_work_counts_half_where_causal() -> None:
