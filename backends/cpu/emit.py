@@ -7,6 +7,7 @@ from typing import Any
 
 import tvm_ffi
 from tvm import tirx
+from tvm.ir import TensorLoad
 
 from ...hwdb import Hardware
 from .access import Nest, combiner, element_bits, stride, vectorisable_calls
@@ -69,13 +70,26 @@ def emit(nest: Nest, values: dict[Var, Expr], plan: Plan, block: tuple[Expr, int
     vectorised axis is spatial).
     """
     outer = [a for a in nest.spatial if a.var not in values and a is not plan.axis]
-    if not nest.simple:
+    formulas = nest.init is None and not nest.reduce
+    if not nest.simple and not (formulas and _stores(nest.body)):
         return loops(outer, lambda at: _in_memory(nest, {**values, **at}, plan))
-    if nest.init is None and not nest.reduce:
+    if formulas:
         return loops(outer, lambda at: injective(nest, {**values, **at}, plan, block))
     if plan.axis is not None and plan.axis in nest.reduce:
         return loops(outer, lambda at: along_reduce(nest, {**values, **at}, plan))
     return loops(outer, lambda at: along_spatial(nest, {**values, **at}, plan, block))
+
+
+def _stores(body: Stmt) -> bool:
+    """Whether the body is a sequence of stores that may be repeated: none reads what it or a later one writes."""
+    if not isinstance(body, tirx.SeqStmt) or not all(isinstance(part, tirx.BufferStore) for part in body.seq):
+        return False
+    pending: list[Any] = []
+    for store in reversed(list(body.seq)):
+        pending.append(store.buffer)
+        if any(load.source.same_as(buffer) for load in collect(store.value, TensorLoad) for buffer in pending):
+            return False
+    return True
 
 
 def _in_memory(nest: Nest, values: dict[Var, Expr], plan: Plan) -> Stmt:

@@ -115,16 +115,18 @@ def injective(nest: Nest, values: dict[Var, Expr], plan: Plan, block: tuple[Expr
     for part in merge(pieces(nest, axis)):
 
         def make(start: Expr, lanes: int, count: int, body: Stmt = part.body) -> Stmt:
+            stores = body.seq if isinstance(body, tirx.SeqStmt) else [body]
             return sequence(
                 [
                     vector_loop(
                         lanes,
-                        lambda v, u=u: substitute(  # type: ignore[misc]
-                            body, {**values, axis.var: start + constant(u * lanes, axis.var) + v}
+                        lambda v, u=u, store=store: substitute(  # type: ignore[misc]
+                            store, {**values, axis.var: start + constant(u * lanes, axis.var) + v}
                         ),
                         axis.var,
                     )
                     for u in range(count)
+                    for store in stores
                 ]
             )
 

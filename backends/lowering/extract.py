@@ -1,6 +1,6 @@
-"""The fused Relax function of a region -> the program that the ahead-of-time path compiles.
+"""The Relax function of a region -> the program that the ahead-of-time path compiles.
 
-What FuseOps and FuseTIR made of the tensor expressions is scheduled here; kernels of ours pass through as they are.
+Functions of tensor expressions are scheduled here; kernels of ours pass through as they are.
 """
 
 from __future__ import annotations
@@ -11,22 +11,28 @@ from typing import Any
 import torch
 from tvm import ir, relax
 
+from ...errors import GraphwrightError
 from ...hwdb import Hardware
 from ...hwdb.cost import predict_seconds
+from ...passes.regions import ENTRY_SECONDS
 from ..aot.program import Buffer, Program, Step
 from ..cpu.expand_math import expand_math
 from ..cpu.predict import predicted_seconds
 from ..cpu.schedule import schedule
 from .registry import KernelCall, KernelInfo
 
-# A kernel's code and the first lines of its operands have left the inner caches since the last call: about ten misses
-# of 0.1 us, an estimate.
-ENTRY_US = 1.0
+
+class Unscheduled(GraphwrightError):
+    """No schedule applies to a function of several operators."""
+
+    def __init__(self, function: str) -> None:
+        super().__init__(f"no schedule applies to {function}")
+        self.function = function
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A region as a fused Relax module, and what its parameters and functions stand for."""
+    """A region as a Relax module, and what its parameters and functions stand for."""
 
     name: str
     module: Any
@@ -34,6 +40,7 @@ class Fused:
     weights: dict[str, torch.Tensor]  # by name in the weights file
     parameters: dict[str, str]  # parameter -> name in the weights file
     calls: dict[str, tuple[KernelCall, str]]  # function -> our kernel in it, and the operator it serves
+    reasons: dict[str, str]  # function of several operators -> why they are one kernel
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,8 @@ class _Extractor:
         if name in self.fused.calls:
             return function
         scheduled = schedule(function, self.hw)
+        if scheduled is function and name in self.fused.reasons:
+            raise Unscheduled(name)
         if scheduled is function:
             self.unscheduled.add(name)
         return expand_math(scheduled)
@@ -123,15 +132,17 @@ class _Extractor:
     def _info(self, name: str) -> KernelInfo:
         info = self._described(name)
         known = info.predicted_us
-        return info if known is None else replace(info, predicted_us=known + ENTRY_US)
+        return info if known is None else replace(info, predicted_us=known + ENTRY_SECONDS * 1e6)
 
     def _described(self, name: str) -> KernelInfo:
         if name not in self.fused.calls:
             choice = "no schedule applies: one thread" if name in self.unscheduled else "fused loops"
+            if name in self.fused.reasons:
+                choice += f": {self.fused.reasons[name]}"
             unread = name in self.unscheduled
             known = None if unread else predicted_seconds(self.fused.module[name], self.hw)
             predicted = None if known is None else known * 1e6
-            return KernelInfo(name, name.removeprefix("fused_"), "generic", choice, predicted)
+            return KernelInfo(name, name, "generic", choice, predicted)
         call, target = self.fused.calls[name]
         seconds = call.predicted_seconds
         if seconds is None:
