@@ -42,7 +42,6 @@ _RESIZES = frozenset(
         aten.expand.default,
         aten.repeat.default,
         aten.constant_pad_nd.default,
-        aten.index_select.default,
     }
 )
 _MOVES = frozenset(
@@ -55,6 +54,7 @@ _MOVES = frozenset(
         aten.unbind.int,
         aten.roll.default,
         aten.flip.default,
+        aten.index_select.default,
         aten.pixel_shuffle.default,
         aten.pixel_unshuffle.default,
         aten.channel_shuffle.default,

@@ -24,7 +24,12 @@ from .fuse_reshape_transpose import fuse_reshape_transpose
 from .gather_rows import gather_rows
 from .merge_duplicates import merge_duplicates
 from .recognise_activations import recognise_activations
+from .recognise_attention import recognise_attention
+from .recognise_channel_moves import recognise_channel_moves
+from .recognise_norms import recognise_norms
 from .remove_dead import remove_dead
+from .route_channels import route_channels
+from .simplify import simplify
 from .sink_row_moves import sink_row_moves
 from .split_batch_norm import split_batch_norm
 
@@ -35,16 +40,21 @@ PASSES: tuple[Pass, ...] = (
     remove_dead,  # before every pattern: a dropout or a copy in the middle of one hides it
     merge_duplicates,  # before fold_constants: what is computed from one weight twice is stored once
     fold_constants,  # before fold_batch_norm: weights may be computed from parameters
+    simplify,  # after fold_constants: masks that are True everywhere, factors that are 1; before every pattern
     fold_batch_norm,
     fold_scale,  # after fold_constants, like fold_batch_norm; before the fusions, which it lets reach what follows
     split_batch_norm,  # after fold_batch_norm: what is left has no product to go into
     flatten_conv3d,  # after fold_batch_norm, which looks for the convolution itself
     recognise_activations,  # before the fusions, which take up single operators
+    recognise_norms,  # likewise; a layout is assigned to the operator, not to its parts
+    recognise_attention,  # before fuse_attention, which simplifies masks; before fuse_matmul_bias takes its products
     fuse_attention,  # before fuse_reshape_transpose, which would merge the repeats of grouped heads
     fuse_conv_activation,  # after fold_batch_norm: a batch norm in between stops it
     fuse_conv_transpose,  # likewise
     fuse_matmul_bias,  # before fuse_reshape_transpose: it takes up transposes and lifts reshapes
+    recognise_channel_moves,  # before assign_layout, which knows images of rank 4
     assign_layout,  # after fuse_conv_activation: what is fused needs no permutes of its own
+    route_channels,  # after assign_layout: channels are the last dim; before fuse_conv_depthwise, which hides products
     fuse_conv_depthwise,  # after assign_layout, and before its permutes are merged: it takes up the one at the input
     fuse_reshape_transpose,  # after assign_layout and the fusions, whose moves meet the model's own
     remove_dead,  # before fuse_matmul_bias: a move that layouts left unread counts as a reader of the product
@@ -80,6 +90,11 @@ FAMILIES: Mapping[str, Family] = {
     "matmul+relu": Family("an activation behind a product, of whatever kind the dialect has"),
     "scale": Family("constant factors of channels into the weights in front of them", (fold_scale,)),
     "activation": Family("activations that are written out, as one operator", (recognise_activations,)),
+    "norm": Family("layer and RMS norms that are written out, as one operator", (recognise_norms,)),
+    "attention": Family("attention that is written out, as one operator", (recognise_attention,)),
     "layout": Family("images in NHWC where that costs less", (assign_layout,)),
-    "moves": Family("chains of reshapes and transposes merged or dropped", (fuse_reshape_transpose, fuse_head_moves)),
+    "moves": Family(
+        "chains of reshapes, transposes and rolls merged, dropped, or done by what reads them",
+        (recognise_channel_moves, route_channels, fuse_reshape_transpose, gather_rows, sink_row_moves, fuse_head_moves),
+    ),
 }

@@ -13,6 +13,7 @@ apart), and at a copy that the graph returns. Elements are moved, never rounded:
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,16 @@ def map_of(node: fx.Node) -> IndexMap | None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return _moved(identity(rewrite.shape_of(source)), node)
+
+
+def compose(map: IndexMap, chain: Sequence[fx.Node]) -> IndexMap | None:
+    """`map` followed by the moves of `chain`; None where that is no single reshape-permute-reshape."""
+    for node in chain:
+        following = _moved(map, node)
+        if following is None:
+            return None
+        map = following
+    return map
 
 
 def _is_move(node: fx.Node) -> bool:

@@ -55,6 +55,10 @@ class IndexMap:
             return None
         return IndexMap(self.source, _merged([digit for d in dims for digit in runs[d]]), shape)
 
+    def runs(self, shape: Sequence[int]) -> list[list[Digit]] | None:
+        """The digits cut so that each dim of `shape` is a run of whole digits; None where a cut does not divide."""
+        return _grouped(self.digits, shape)
+
     def moves(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """(in_shape, dims, out_shape) such that reshape(in_shape).permute(dims).reshape(out_shape) is the map."""
         order = sorted(range(len(self.digits)), key=lambda i: -self.digits[i].stride)

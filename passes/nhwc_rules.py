@@ -12,6 +12,8 @@ import torch
 from torch import fx
 
 from . import dialect, rewrite
+from .fuse_reshape_transpose import map_of
+from .recognise_channel_moves import channel_digits
 from .rewrite import Operator
 
 aten = torch.ops.aten
@@ -254,6 +256,21 @@ def _permute(node: fx.Node, images: Images) -> fx.Node | None:
     return None
 
 
+def _channel_move(node: fx.Node, images: Images) -> fx.Node | None:
+    """Channels change places, and are what lies innermost then."""
+    source = node.args[0]
+    moved = map_of(node)
+    digits = None if moved is None else channel_digits(moved)
+    if digits is None or not isinstance(source, fx.Node) or not any(images.has(n) for n in (source,)):
+        return None
+    batch, channels, height, width = rewrite.shape_of(source)
+    order = sorted(range(len(digits)), key=lambda i: -digits[i].stride)
+    in_shape = [batch * height * width, *[digits[i].extent for i in order]]
+    dims = [0, *[1 + order.index(i) for i in range(len(digits))]]
+    twin = images.twin(source, node)
+    return images.call(node, dialect.permute, twin, in_shape, dims, [batch, height, width, channels])
+
+
 def wants_nhwc(node: fx.Node) -> bool:
     """Whether a node that stays as it is reads its image in NHWC at no cost: the model permutes it itself."""
     if rewrite.calls(node, aten.permute.default):
@@ -298,6 +315,7 @@ RULES: dict[Any, Rule] = {
     operator.getitem: _getitem,
     aten.constant_pad_nd.default: _constant_pad,
     aten.permute.default: _permute,
+    dialect.permute: _channel_move,
     aten.upsample_nearest2d.default: _upsample_nearest2d,
     aten.upsample_nearest2d.vec: _upsample_nearest2d,
 }

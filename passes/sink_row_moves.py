@@ -6,8 +6,8 @@
 `rows` is any permutation of rows (`row_moves`): the windows of Swin, rolled or not. A product computes each row from
 that row, so results are bit exact. `fuse_head_moves` then takes the move up.
 
-Refused where somebody else reads what is moved, for products that add a residual, and for rows that are dropped or
-repeated.
+Refused where somebody else reads what is moved, where q, k and v are of rows in different orders, for products that add
+a residual, and for rows that are dropped or repeated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, rewrite
 from .refusals import keep
-from .row_moves import RowMove, gathered, is_move, rows_moved
+from .row_moves import gathered, is_move, rows_moved
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -33,41 +33,43 @@ def sink_row_moves(graph: fx.GraphModule, hw: Hardware) -> int:
     """Bring moves of rows to the attentions that can do them; returns the number of products they passed."""
     count = 0
     for node in list(graph.graph.nodes):
-        if rewrite.calls(node, dialect.linear) and not node._erased:
-            count += _sink(graph, node) or _rise(graph, node)
+        if rewrite.calls(node, dialect.attention):
+            count += _sink(graph, node)
+        elif rewrite.calls(node, dialect.linear):
+            count += _rise(graph, node)
     return rewrite.finish(graph, count)
 
 
-def _sink(graph: fx.GraphModule, product: fx.Node) -> bool:
-    """linear(rows(x)) -> rows(linear(x))."""
-    moved = product.args[0]
-    assert isinstance(moved, fx.Node)
-    if not is_move(graph, moved) or not _only_attended(graph, product):
-        return False
-    siblings = _readers(graph, moved)
-    move = _row_move(graph, moved)
-    if move is None:
-        return False
-    reason = _refused(product)
-    if reason is None and any(not rewrite.calls(s, dialect.linear) or not _only_attended(graph, s) for s in siblings):
+def _sink(graph: fx.GraphModule, attention: fx.Node) -> int:
+    """linear(rows(x)) -> rows(linear(x)) for the products that are q, k and v."""
+    products = list(dict.fromkeys(_computed(graph, operand) for operand in attention.args[:3]))  # type: ignore[arg-type]
+    if not all(rewrite.calls(product, dialect.linear) for product in products):
+        return 0
+    inputs = [product.args[0] for product in products]
+    found = [rows_moved(graph, x) for x in inputs if isinstance(x, fx.Node) and is_move(graph, x)]
+    moves = [move for move in found if move is not None and not move.is_identity]
+    if not moves:
+        return 0
+    reason = next((r for product in products if (r := _refused(product)) is not None), None)
+    if len(moves) < len(products) or any(not torch.equal(move.table, moves[0].table) for move in moves):
+        reason = "q, k and v are of rows in different orders"
+    elif not all(_only_attended(graph, reader) for move in moves for reader in _readers(move.result)):
         reason = "somebody besides attention reads the rows that are moved"
     if reason is not None:
-        keep(log, product, "%s", reason)
-        return False
-    shape = rewrite.shape_of(product)
-    before = rewrite.shape_of(move.source)
-    args = (move.source, *product.args[1:])
-    new = rewrite.call(graph, dialect.linear, args, before=product)
-    assert rewrite.shape_of(new) == (*before[:-1], shape[-1])
-    rewrite.replace_chain(product, product, gathered(graph, new, move.table, shape, product))
-    return True
+        keep(log, attention, "%s", reason)
+        return 0
+    for product, move in zip(products, moves, strict=True):
+        shape = rewrite.shape_of(product)
+        new = rewrite.call(graph, dialect.linear, (move.source, *product.args[1:]), before=product)
+        rewrite.replace_chain(product, product, gathered(graph, new, move.table, shape, product))
+    return len(products)
 
 
 def _rise(graph: fx.GraphModule, product: fx.Node) -> bool:
     """rows(linear(x)) -> linear(rows(x)), where x is attention's."""
-    source = product.args[0]
-    user = rewrite.sole_user(product)
-    if user is None or not is_move(graph, user) or user.args[0] is not product or not _is_attention(graph, source):
+    source, user = product.args[0], rewrite.sole_user(product)
+    written = _attended(graph, source)
+    if user is None or not is_move(graph, user) or user.args[0] is not product or not written:
         return False
     last = user
     while (following := rewrite.sole_user(last)) is not None and is_move(graph, following):
@@ -77,7 +79,7 @@ def _rise(graph: fx.GraphModule, product: fx.Node) -> bool:
         return False
     assert isinstance(source, fx.Node)
     reason = _refused(product)
-    if reason is None and len(source.users) > 1:
+    if reason is None and any(len(node.users) > 1 for node in written):
         reason = "somebody else reads what attention wrote"
     if reason is not None:
         keep(log, product, "%s", reason)
@@ -94,37 +96,39 @@ def _refused(product: fx.Node) -> str | None:
     return "it adds a residual, which would have to move as well" if product.args[3] is not None else None
 
 
-def _row_move(graph: fx.GraphModule, moved: fx.Node) -> RowMove | None:
-    """The move of rows that ends in `moved`, where it is one."""
-    move = rows_moved(graph, moved)
-    return None if move is None or move.is_identity else move
+def _computed(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """What a value is a move or a part of."""
+    while is_move(graph, node) or rewrite.calls(node, *_CUTS) or node.target is operator.getitem:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
-def _readers(graph: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+def _readers(node: fx.Node) -> list[fx.Node]:
     """Who reads a value, in whatever shape."""
     readers: list[fx.Node] = []
     for user in node.users:
-        readers += _readers(graph, user) if rewrite.calls(user, aten.reshape.default) else [user]
+        readers += _readers(user) if rewrite.calls(user, aten.reshape.default) else [user]
     return readers
 
 
 def _only_attended(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether everybody who reads the node, moved or cut, is an attention that takes it for q, k or v."""
-    waiting, found = [node], False
+    """Whether everybody who reads the product, moved or cut, is an attention that takes it for q, k or v."""
+    waiting = [node]
     while waiting:
         current = waiting.pop()
         for user in current.users:
-            if rewrite.calls(user, dialect.attention) and current in user.args[:3] and current not in user.args[3:]:
-                found = True
-            elif is_move(graph, user) or rewrite.calls(user, *_CUTS) or user.target is operator.getitem:
-                waiting.append(user)
-            else:
+            if rewrite.calls(user, dialect.attention) and current not in user.args[3:]:
+                continue
+            if not (is_move(graph, user) or rewrite.calls(user, *_CUTS) or user.target is operator.getitem):
                 return False
-    return found
+            waiting.append(user)
+    return rewrite.calls(node, dialect.linear)
 
 
-def _is_attention(graph: fx.GraphModule, node: object) -> bool:
-    """Whether the node is attention's result, moved perhaps."""
+def _attended(graph: fx.GraphModule, node: object) -> list[fx.Node]:
+    """The chain of moves from `node` up to attention's result; nothing where it is something else's."""
+    chain = []
     while isinstance(node, fx.Node) and is_move(graph, node):
+        chain.append(node)
         node = node.args[0]
-    return rewrite.calls(node, dialect.attention)
+    return [*chain, node] if rewrite.calls(node, dialect.attention) else []

@@ -32,6 +32,8 @@ def place(op: Any, *args: Any, **kwargs: Any) -> tuple[fx.Node, dict[fx.Node, to
     graph, given = fx.Graph(), dict[fx.Node, torch.Tensor]()
 
     def node_of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [node_of(v) for v in value]
         if not isinstance(value, torch.Tensor | Constant):
             return value
         constant = isinstance(value, Constant)

@@ -1,0 +1,332 @@
+"""Channels are read where they were written: concats, splits and shuffles of the last dim become operands of products.
+
+    conv1x1(x)      -> joined_linear([a, b, ...], starts, widths, W')        x = pieces of a, b, ... in some order
+    linear(x, W)    -> the same
+    depthwise(x)    -> depthwise'(cat(pieces)), of which the result's channels are in another order as well
+
+Every value made by concats, splits, slices and moves of its last dim is a list of channels (source, number). Sorted by
+source they are few runs of neighbours, the pieces; the order goes into the weights W' = W[:, order], which
+`fold_constants` works out. A channel that a block passes on untouched is then never copied, however many blocks it
+passes (ShuffleNetV2's other half). A depthwise convolution has a weight a channel, and may have its channels in any
+order where all who read it are products with constant weights.
+
+Results are sums of the same terms in another order. Refused: weights that are computed, readers of a list of channels
+that want it as it is, lists of more than MOST_PIECES pieces, other dtypes than float32.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..hwdb import Hardware
+from . import dialect, rewrite
+from .dialect_joined import joined_linear
+from .fuse_reshape_transpose import map_of
+from .refusals import keep
+
+log = logging.getLogger(__name__)
+aten = torch.ops.aten
+
+MOST_PIECES = 8  # a piece costs every row tile a loop; with more of them copying is cheaper
+
+
+@dataclass(frozen=True)
+class Route:
+    """The channels of a value: channel i is channel number[i] of sources[which[i]]."""
+
+    sources: tuple[fx.Node, ...]
+    which: torch.Tensor
+    number: torch.Tensor
+
+    def taken(self, index: torch.Tensor) -> Route:
+        """The channels at `index`."""
+        return Route(self.sources, self.which[index], self.number[index])
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Runs of neighbouring channels, and the place that each of them has in the value: piece order -> value order."""
+
+    parts: tuple[tuple[fx.Node, int, int], ...]  # source, first channel, channels
+    order: torch.Tensor
+
+    @property
+    def whole(self) -> fx.Node | None:
+        """The one source of which the pieces are all channels, or None."""
+        (source, start, width), *others = self.parts
+        return source if not others and not start and width == rewrite.shape_of(source)[-1] else None
+
+
+def route_channels(graph: fx.GraphModule, hw: Hardware) -> int:
+    """Let products read channels where they lie; returns the number of values that they read in one piece before."""
+    routes: dict[fx.Node, Route] = {}
+    for node in graph.graph.nodes:
+        route = _route(node, routes)
+        if route is not None:
+            routes[node] = route
+    current: dict[fx.Node, fx.Node] = {}  # what stands for a product that was rewritten
+    count = sum(_read_in_pieces(graph, node, routes[node], current) for node in list(routes))
+    rewrite.erase_unused(*reversed(routes))
+    return rewrite.finish(graph, count)
+
+
+def _own(node: fx.Node, routes: dict[fx.Node, Route]) -> Route:
+    width = rewrite.shape_of(node)[-1]
+    return routes.get(node) or Route((node,), torch.zeros(width, dtype=torch.int64), torch.arange(width))
+
+
+def _route(node: fx.Node, routes: dict[fx.Node, Route]) -> Route | None:
+    """The channels of a value that is made of other values' channels; None for one that is computed."""
+    if node.op != "call_function" or not node.args:
+        return None
+    if rewrite.calls(node, aten.cat.default):
+        return _joined(node, routes)
+    if node.target is operator.getitem:
+        return _piece(node, routes)
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or rewrite.value_of(source) is None or rewrite.value_of(node) is None:
+        return None
+    if not rewrite.shape_of(source) or not rewrite.shape_of(node):
+        return None
+    if rewrite.calls(node, aten.slice.Tensor):
+        a = rewrite.arguments(node)
+        if a["dim"] % len(rewrite.shape_of(source)) != len(rewrite.shape_of(source)) - 1:
+            return None
+        own = _own(source, routes)
+        return own.taken(torch.arange(len(own.which))[a["start"] : a["end"] : a["step"]])
+    if (
+        rewrite.calls(node, dialect.permute, aten.reshape.default)
+        and rewrite.shape_of(node)[-1] == rewrite.shape_of(source)[-1]
+    ):
+        order = _order_of(node)
+        return None if order is None else _own(source, routes).taken(order)
+    return None
+
+
+def _joined(node: fx.Node, routes: dict[fx.Node, Route]) -> Route | None:
+    a = rewrite.arguments(node)
+    rank = len(rewrite.shape_of(node))
+    parts = a["tensors"]
+    if a["dim"] % rank != rank - 1 or any(
+        rewrite.value_of(p) is None or len(rewrite.shape_of(p)) != rank for p in parts
+    ):
+        return None
+    if any(p.meta["val"].dtype != node.meta["val"].dtype for p in parts):
+        return None
+    sources: dict[fx.Node, int] = {}
+    which, number = [], []
+    for part in parts:
+        own = _own(part, routes)
+        places = torch.tensor([sources.setdefault(s, len(sources)) for s in own.sources], dtype=torch.int64)
+        which.append(places[own.which])
+        number.append(own.number)
+    return Route(tuple(sources), torch.cat(which), torch.cat(number))
+
+
+def _piece(node: fx.Node, routes: dict[fx.Node, Route]) -> Route | None:
+    split, index = node.args
+    if not rewrite.calls(split, aten.split_with_sizes.default, aten.split.Tensor):
+        return None
+    a = rewrite.arguments(split)
+    whole = a["self"]
+    rank = len(rewrite.shape_of(whole))
+    if a["dim"] % rank != rank - 1:
+        return None
+    first = sum(a["split_sizes"][:index]) if "split_sizes" in a else a["split_size"] * index
+    return _own(whole, routes).taken(torch.arange(first, first + rewrite.shape_of(node)[-1]))
+
+
+def _order_of(node: fx.Node) -> torch.Tensor | None:
+    """Which channel of the operand each channel is, where a move leaves everything else in place."""
+    moved = map_of(node)
+    width = rewrite.shape_of(node)[-1]
+    count = rewrite.value_of(node).numel()  # type: ignore[union-attr]
+    if moved is None or not count:
+        return None
+    runs = moved.runs((count // width, width))
+    if runs is None or any(digit.stride >= width for digit in runs[1]):
+        return None
+    if [(d.extent, d.stride) for d in runs[0]] != ([(count // width, width)] if count > width else []):
+        return None
+    order = torch.zeros(1, dtype=torch.int64)
+    for digit in runs[1]:
+        order = (order[:, None] + torch.arange(digit.extent) * digit.stride).reshape(-1)
+    return order
+
+
+def _pieces(route: Route) -> Pieces:
+    """The route's channels sorted by source and number, neighbours as one piece."""
+    order = (route.which * (int(route.number.max()) + 1) + route.number).argsort(stable=True)
+    which, number = route.which[order], route.number[order]
+    first = torch.ones(len(order), dtype=torch.bool)
+    first[1:] = (which[1:] != which[:-1]) | (number[1:] != number[:-1] + 1)
+    starts = [*first.nonzero().flatten().tolist(), len(order)]
+    parts = [(route.sources[int(which[a])], int(number[a]), b - a) for a, b in pairwise(starts)]
+    return Pieces(tuple(parts), order)
+
+
+def _read_in_pieces(graph: fx.GraphModule, node: fx.Node, route: Route, current: dict[fx.Node, fx.Node]) -> bool:
+    """Rewrite the products that read `node`, if all who compute with it can take its channels in another order."""
+    readers = _computing(node)
+    if not readers or not rewrite.is_float(node) or node.meta["val"].dtype != torch.float32:
+        return False
+    pieces = _pieces(Route(tuple(current.get(s, s) for s in route.sources), route.which, route.number))
+    in_order = bool((pieces.order == torch.arange(len(pieces.order))).all())
+    if in_order and (pieces.whole is not None or any(_is_depthwise(reader) for reader in readers)):
+        return False  # a reshape, or pieces that are side by side for whom they have to be
+    reason = next((r for reader in readers if (r := _refused(graph, reader, node)) is not None), None)
+    if reason is None and len(pieces.parts) > MOST_PIECES:
+        reason = f"its channels lie in {len(pieces.parts)} pieces"
+    if reason is not None:
+        keep(log, node, "%s", reason)
+        return False
+    depthwise = [reader for reader in readers if _is_depthwise(reader)]
+    if depthwise:
+        joined = _materialised(graph, pieces, node)
+        pieces = Pieces(((joined, 0, len(pieces.order)),), pieces.order)
+    for reader in readers:
+        if reader in depthwise:
+            _reorder_depthwise(graph, reader, pieces, current)
+        else:
+            current[reader] = _reorder_product(graph, reader, pieces)
+    return True
+
+
+def _computing(node: fx.Node) -> list[fx.Node]:
+    """Who reads the value and does not pass channels on."""
+    return [user for user in node.users if not _passes_on(user)]
+
+
+def _passes_on(user: fx.Node) -> bool:
+    if rewrite.calls(user, aten.cat.default):
+        a = rewrite.arguments(user)
+        return bool(a["dim"] % len(rewrite.shape_of(user)) == len(rewrite.shape_of(user)) - 1)
+    if rewrite.calls(user, aten.split_with_sizes.default, aten.split.Tensor, aten.slice.Tensor):
+        a = rewrite.arguments(user)
+        rank = len(rewrite.shape_of(a["self"]))
+        return bool(a["dim"] % rank == rank - 1)
+    if rewrite.calls(user, dialect.permute, aten.reshape.default):
+        source = user.args[0]
+        assert isinstance(source, fx.Node)
+        return rewrite.shape_of(user)[-1:] == rewrite.shape_of(source)[-1:] and _order_of(user) is not None
+    return False
+
+
+def _refused(graph: fx.GraphModule, reader: fx.Node, value: fx.Node) -> str | None:
+    """Why the reader cannot take the channels of `value` in another order."""
+    if not rewrite.calls(reader, dialect.conv2d, dialect.linear) or reader.args[0] is not value:
+        return f"{reader.name} reads it as it is"
+    if value in reader.args[1:]:
+        return f"{reader.name} adds it as well"
+    if rewrite.constant(graph, reader.args[1]) is None:
+        return f"the weight of {reader.name} is computed"
+    if rewrite.calls(reader, dialect.linear) or _is_pointwise(reader):
+        return None
+    if not _is_depthwise(reader):
+        return f"{reader.name} is neither 1x1 nor depthwise"
+    a = rewrite.arguments(reader)
+    if a["residual"] is not None:
+        return f"{reader.name} adds a residual"
+    if a["bias"] is not None and rewrite.constant(graph, a["bias"]) is None:
+        return f"the bias of {reader.name} is computed"
+    for user in reader.users:
+        if not (rewrite.calls(user, dialect.conv2d) and _is_pointwise(user) and user.args[0] is reader):
+            return f"what {reader.name} computes is read by {user.name} as it is"
+        if reader in user.args[1:] or rewrite.constant(graph, user.args[1]) is None:
+            return f"{user.name} adds it as well, or its weight is computed"
+    return None
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    a = rewrite.arguments(node)
+    taps = rewrite.shape_of(a["weight"])[2:]
+    return bool(
+        a["layout"] == "NHWC"
+        and tuple(taps) == (1, 1)
+        and a["groups"] == 1
+        and list(a["stride"]) == [1, 1]
+        and not any(a["padding"])
+    )
+
+
+def _is_depthwise(node: fx.Node) -> bool:
+    if not rewrite.calls(node, dialect.conv2d):
+        return False
+    a = rewrite.arguments(node)
+    return bool(
+        a["layout"] == "NHWC" and a["groups"] == rewrite.shape_of(node)[-1] == rewrite.shape_of(a["input"])[-1] > 1
+    )
+
+
+def _materialised(graph: fx.GraphModule, pieces: Pieces, node: fx.Node) -> fx.Node:
+    """The pieces side by side, in front of the first reader; the source itself where it is all of them."""
+    if pieces.whole is not None:
+        return pieces.whole
+    before = node.next
+    cut = [
+        source
+        if (start, width) == (0, rewrite.shape_of(source)[-1])
+        else rewrite.call(graph, aten.slice.Tensor, (source, -1, start, start + width, 1), before=before)
+        for source, start, width in pieces.parts
+    ]
+    return cut[0] if len(cut) == 1 else rewrite.call(graph, aten.cat.default, (cut, -1), before=before)
+
+
+def _reordered(graph: fx.GraphModule, weight: Any, dim: int, order: torch.Tensor, before: fx.Node) -> Any:
+    """A constant with its dim in another order."""
+    if weight is None or bool((order == torch.arange(len(order))).all()):
+        return weight
+    index = rewrite.add_constant(graph, "order", order, before)
+    return rewrite.call(graph, aten.index_select.default, (weight, dim, index), before=before)
+
+
+def _reorder_product(graph: fx.GraphModule, reader: fx.Node, pieces: Pieces) -> fx.Node:
+    a = rewrite.arguments(reader)
+    weight = _reordered(graph, a["weight"], 1, pieces.order, reader)
+    rest = (a["bias"], a["residual"], a["activation"], a["activation_args"])
+    value = rewrite.packed(reader.meta["val"])
+    if pieces.whole is not None:
+        middle = (a["stride"], a["padding"], a["dilation"], a["groups"]) if "stride" in a else ()
+        last = (a["layout"],) if "layout" in a else ()
+        args: tuple[Any, ...] = (pieces.whole, weight, *rest[:2], *middle, *rest[2:], *last)
+        assert isinstance(reader.target, rewrite.Operator)
+        new = rewrite.call(graph, reader.target, args, before=reader, value=value)
+    else:
+        matrix = weight
+        if len(rewrite.shape_of(weight)) > 2:
+            matrix = rewrite.call(
+                graph, aten.reshape.default, (weight, list(rewrite.shape_of(weight)[:2])), before=reader
+            )
+        sources, starts, widths = (list(part) for part in zip(*pieces.parts, strict=True))
+        lead = rewrite.shape_of(reader)[:-1]
+        shaped = [
+            s
+            if rewrite.shape_of(s)[:-1] == lead
+            else rewrite.call(graph, aten.reshape.default, (s, [*lead, rewrite.shape_of(s)[-1]]), before=reader)
+            for s in sources
+        ]
+        new = rewrite.call(graph, joined_linear, (shaped, starts, widths, matrix, *rest), before=reader, value=value)
+    rewrite.replace(reader, new)
+    return new
+
+
+def _reorder_depthwise(graph: fx.GraphModule, reader: fx.Node, pieces: Pieces, current: dict[fx.Node, fx.Node]) -> None:
+    a = rewrite.arguments(reader)
+    a["input"] = pieces.parts[0][0]
+    for name in ("weight", "bias"):
+        a[name] = _reordered(graph, a[name], 0, pieces.order, reader)
+    new = rewrite.call(graph, dialect.conv2d, tuple(a.values()), before=reader, value=reader.meta["val"])
+    for user in list(reader.users):
+        b = rewrite.arguments(user)
+        b["input"], b["weight"] = new, _reordered(graph, b["weight"], 1, pieces.order, user)
+        product = rewrite.call(graph, dialect.conv2d, tuple(b.values()), before=user, value=user.meta["val"])
+        rewrite.replace(user, product)
+        current[user] = product
+    rewrite.replace(reader, new)
