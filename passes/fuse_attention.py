@@ -2,7 +2,7 @@
 
     scaled_dot_product_attention(q, k, v, mask, 0, causal, scale) -> attention(q, k, v, mask, causal, scale)
     the same with k and v repeated for groups of heads            -> attention of k and v as they are
-    a constant mask that hides nothing, or what is_causal hides   -> no mask, or is_causal
+    a constant mask that hides nothing, or what is_causal hides   -> no mask, or is_causal; in the dialect's too
 
 The scale torch leaves open is 1 / sqrt(depth). Three-dimensional operands get a batch of one head. A row whose
 mask is False everywhere gives 0, as torch has it.
@@ -33,6 +33,8 @@ def fuse_attention(graph: fx.GraphModule, hw: Hardware) -> int:
     """Rewrite every attention the dialect can express; returns how many."""
     count = 0
     for node in list(graph.graph.nodes):
+        if rewrite.calls(node, dialect.attention, dialect.strided_attention):
+            count += _simplify(graph, node)
         if not rewrite.calls(node, aten.scaled_dot_product_attention.default):
             continue
         a = rewrite.arguments(node)
@@ -41,7 +43,9 @@ def fuse_attention(graph: fx.GraphModule, hw: Hardware) -> int:
         if reason is not None:
             keep(log, node, "%s", reason)
             continue
-        a |= _simpler_mask(graph, a)
+        a |= _simpler_mask(
+            graph, a["attn_mask"], (rewrite.shape_of(a["query"])[-2], rewrite.shape_of(a["key"])[-2]), -math.inf
+        )
         _rewrite(graph, node, a)
         count += 1
     return rewrite.finish(graph, count)
@@ -76,22 +80,44 @@ def _without_repeats(a: dict[str, Any]) -> tuple[fx.Node, fx.Node]:
     return key, value
 
 
-def _simpler_mask(graph: fx.GraphModule, a: dict[str, Any]) -> dict[str, Any]:
-    """What replaces a constant mask, where that can be said without one."""
-    mask = a["attn_mask"]
+def _simplify(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Say without a mask what a constant one says, in an attention of the dialect."""
+    a = rewrite.arguments(node)
+    if a["mask"] is None or a["is_causal"]:
+        return False
+    if node.target is dialect.attention:
+        extents = (rewrite.shape_of(a["q"])[-2], rewrite.shape_of(a["k"])[-2])
+    else:
+        extents = (a["extents"][3], a["extents"][4])
+    simpler = _simpler_mask(graph, a["mask"], extents, -math.inf if a["fill"] is None else a["fill"])
+    if not simpler:
+        return False
+    a |= {"mask": None, "is_causal": simpler.get("is_causal", False)}
+    node.args, node.kwargs = tuple(a.values()), {}
+    return True
+
+
+def _simpler_mask(graph: fx.GraphModule, mask: object, extents: tuple[int, int], fill: float) -> dict[str, Any]:
+    """What replaces a constant mask, where that can be said without one.
+
+    In a row that sees a key, one whose score is the least of all numbers weighs nothing, like one of -inf.
+    """
     spread = mask
     while rewrite.calls(spread, aten.expand.default):
         spread = spread.args[0]
     stored = rewrite.constant(graph, spread)
     if stored is None:
         return {}
-    hidden = ~stored if stored.dtype == torch.bool else stored == -math.inf
-    if stored.dtype != torch.bool and bool(((stored != 0) & ~hidden).any()):
+    is_bool = stored.dtype == torch.bool
+    least = torch.finfo(torch.float32 if is_bool else stored.dtype).min
+    if is_bool and fill > least:
+        return {}
+    hidden = ~stored if is_bool else stored <= least
+    if not is_bool and bool(((stored != 0) & ~hidden).any()):
         return {}
     if not hidden.any():
         return {"attn_mask": None}
-    queries, keys = rewrite.shape_of(a["query"])[-2], rewrite.shape_of(a["key"])[-2]
-    causal = torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    causal = torch.ones(extents, dtype=torch.bool).triu(1)
     if hidden.shape[-2:] == causal.shape and bool((hidden == causal).all()):
         return {"attn_mask": None, "is_causal": True}
     return {}
