@@ -6,8 +6,8 @@
 All kernels, layouts and fusions of images then serve volumes as well. What it costs is a copy of x for every tap in
 depth, none for a depth of one. Channels lie (channel, tap), so that groups and the weight's order stay as they are.
 
-Refused for unbatched input, dtypes that are not floating point, weights that are not constants, and convolutions of
-each channel by itself: their taps would become channels that no other filter reads.
+Refused for unbatched input, dtypes that are not floating point, and convolutions of each channel by itself: their taps
+would become channels that no other filter reads.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ def _refusal(graph: fx.GraphModule, conv: fx.Node, a: dict[str, Any]) -> str:
         return "not in floating point"
     if len(rewrite.shape_of(x)) != 5:
         return "not a batch"
-    if rewrite.constant(graph, weight) is None:
-        return "its weight is computed"
     if rewrite.shape_of(weight)[1] == 1 and a["groups"] > 1:
         return "each channel is convolved by itself"
     if 0 in rewrite.shape_of(conv):

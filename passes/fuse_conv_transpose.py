@@ -4,7 +4,7 @@
     activation(add(add(conv_transpose2d(x, W), b), y))  -> the same with bias, residual y and activation
     conv_transpose1d(x, W)                              -> the same on an image of one row, reshaped back
 
-Refused for unbatched input, dtypes that are not floating point, and weights that are not constants. Where the chain
+Refused for unbatched input and dtypes that are not floating point. Where the chain
 behind it stops is said in `epilogue`.
 """
 
@@ -41,9 +41,6 @@ def _fuse(graph: fx.GraphModule, conv: fx.Node) -> bool:
         rewrite.shape_of(weight)
     ):
         keep(log, conv, "not a batch in floating point")
-        return False
-    if rewrite.constant(graph, weight) is None:
-        keep(log, conv, "its weight is computed")
         return False
     shape = rewrite.shape_of(conv)
     wanted = [1, shape[1], *[1] * (rank - 2)]

@@ -16,6 +16,8 @@ registers: MR * V + V + 1 <= vector registers
 border     a tile that touches the left or right edge has its own code, in which each kw covers only the pixels
            whose input exists: no padding is stored, and no zero is multiplied
 tasks      row blocks x panels (or groups): equal shares for the cores, a block's input rows stay in L2
+groups     one after the other while the block's input stays in L2, else row by row: a narrow group alone would fetch
+           parts of the cache lines of every pixel again and again
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from .conv_plan import Conv, Plan
 from .epilogue import apply_activation, is_heavy
 from .loops import between, flat, kernel_function, share, span
 from .register_tile import clear, multiply_add
-from .window import Axis, Run, Span, pieces, runs
+from .window import Axis, Placement, Run, Span, pieces, runs
 
 
 def conv2d(conv: Conv, plan: Plan) -> Any:
@@ -74,16 +76,6 @@ def emit_conv2d(
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where the outputs lie in the image that is written: output (r, c) at start + (r, c) * step."""
-
-    height: int
-    width: int
-    start: tuple[int, int] = (0, 0)
-    step: tuple[int, int] = (1, 1)
-
-
-@dataclass(frozen=True)
 class _Panel:
     """One panel being emitted: its width and where it lies (loop variables allowed)."""
 
@@ -122,6 +114,9 @@ class _Nest:
             rows, first, last = (T.bind(rows[0]), T.bind(rows[1])), T.bind(first), T.bind(last)
             if conv.groups == 1:
                 self._panels(acc, image, rows, 0, first, last)
+            elif plan.row_by_row:
+                with between(*rows) as row, between(first, last) as group:
+                    self._panels(acc, image, (row, row + 1), group, 0, units)
             else:
                 with between(first, last) as group:
                     self._panels(acc, image, rows, group, 0, units)

@@ -14,6 +14,7 @@ from ..tiling import ALIAS_BYTES, TILE_CYCLES, core_l2_bytes, step_cycles
 from .epilogue import is_heavy
 from .window import Axis, runs
 
+SHORT_RUN_BYTES = 1024  # of neighbouring channels, which cost twice what they would as part of a stream: an estimate
 TAIL_GAIN = 0.03  # a narrower last panel is a second copy of the code: taken for a gain beyond this
 
 
@@ -132,6 +133,7 @@ class Plan:
     row_blocks: int
     unit_blocks: int  # a unit is a panel, or with groups > 1 a group
     merged: int  # groups computed as one because each is narrower than a vector
+    row_by_row: bool  # all groups of a row before the next row: a group alone reads and writes parts of cache lines
     efficiency: float  # share of a core's peak that the register tiles are predicted to reach
     cycles: float  # predicted, of the busiest core
 
@@ -144,6 +146,8 @@ class Plan:
             text += f" and one {self.tail_pixels}x{self.tail_vectors * self.lanes}"
         if self.merged > 1:
             text += f", {self.merged} groups as one"
+        if self.row_by_row:
+            text += ", row by row"
         blocks = f"{self.row_blocks} row x {self.unit_blocks} channel blocks"
         return f"{text}, {blocks}, predicted {self.efficiency:.0%} of peak"
 
@@ -211,6 +215,7 @@ def _plan_of(
     turns = -(-conv.batch * row_blocks * unit_blocks // hw.cores)
     busiest = turns * -(-conv.rows.out // row_blocks) * -(-units // unit_blocks) / units
     weights = 4 * conv.filters * conv.group_channels * conv.kernel[0] * conv.kernel[1]
+    block_input = _input_bytes(conv, -(-conv.rows.out // row_blocks))
     busiest_cycles = max(cycles * conv.groups * busiest, memory_cycles(hw, weights)) + launch
     return Plan(
         conv.batch,
@@ -223,6 +228,7 @@ def _plan_of(
         row_blocks,
         unit_blocks,
         merged,
+        conv.groups > 1 and block_input > core_l2_bytes(hw) / 2 >= weights / unit_blocks,
         efficiency,
         busiest_cycles,
     )
@@ -276,6 +282,12 @@ def _row_cycles(conv: Conv, hw: Hardware, vectors: int, pixels: int) -> float:
     return cycles
 
 
+def _input_bytes(conv: Conv, out_rows: int) -> int:
+    """Bytes of the input rows that so many neighbouring output rows read."""
+    reach = (out_rows - 1) * conv.stride[0] + conv.dilation[0] * (conv.kernel[0] - 1) + 1
+    return 4 * min(conv.height, reach) * conv.width * conv.channels
+
+
 def _blocks(conv: Conv, hw: Hardware, units: int) -> tuple[int, int]:
     """Row blocks and unit blocks: even work for the cores, input rows and weights fetched seldom."""
     cores = hw.cores
@@ -290,10 +302,15 @@ def _blocks(conv: Conv, hw: Hardware, units: int) -> tuple[int, int]:
         block_rows, block_units = -(-rows.out // row_blocks), -(-units // unit_blocks)
         turns = -(-tasks // cores)
         flops = turns * block_rows * block_units * step_flops
-        input_rows = min(conv.height, (block_rows - 1) * conv.stride[0] + conv.dilation[0] * (conv.kernel[0] - 1) + 1)
-        block_input = 4 * input_rows * conv.width * conv.channels
         blocks_seen = -(-turns // unit_blocks)
-        fetched: float = blocks_seen * block_input * (1 if block_input <= fits else block_units)
+        block_input = _input_bytes(conv, block_rows)
+        if conv.groups > 1:
+            # Every group reads channels of its own: runs too short for a prefetcher unless they are neighbours.
+            run_bytes = 4 * block_units * conv.group_channels
+            again = block_units / units * (1 if block_input <= fits else 1 + SHORT_RUN_BYTES / run_bytes)
+        else:
+            again = 1 if block_input <= fits else block_units
+        fetched: float = blocks_seen * block_input * again
         share_of_weights = weights * min(1.0, turns / unit_blocks)
         fetched += share_of_weights * (1 if share_of_weights <= fits else blocks_seen)
         return flops + flops_per_byte * fetched

@@ -9,7 +9,7 @@ is a convolution of stride 1 over x itself; nothing is spread out with zeros, an
                                             y    01234567        phase 1: taps 2, 0 on x[q], x[q + 1]
 
 Each phase is the nest of `conv2d` (its tile and register budget are there), which writes every stride-th pixel of
-every stride-th row; its taps are a packed weight of their own.
+every stride-th row; its taps are a packed weight of their own. With one filter a channel it is the nest of `depthwise`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ from typing import Any
 import torch
 
 from ...hwdb import Hardware
-from .conv2d import Placement, emit_conv2d, packed_elements
+from .conv2d import emit_conv2d, packed_elements
 from .conv_plan import Conv, Plan, choose_plan, pack_weight
+from .depthwise import emit_depthwise
+from .depthwise import pack_weight as pack_depthwise
 from .loops import kernel_function
+from .sweep import SweepPlan, Windows, choose_sweep
+from .window import Placement
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Phase:
     """An ordinary convolution that computes one phase of both axes."""
 
     conv: Conv
-    plan: Plan
+    plan: Plan | SweepPlan
     place: Placement
     taps: tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -91,7 +95,25 @@ class Phase:
     def layout(self) -> str:
         """A name of the packed taps' arrangement."""
         rows, columns = ("_".join(map(str, t)) for t in self.taps)
-        return f"transposed_{rows}_by_{columns}_{self.plan.layout}"
+        panels = "depthwise" if isinstance(self.plan, SweepPlan) else self.plan.layout
+        return f"transposed_{rows}_by_{columns}_{panels}"
+
+    @property
+    def windows(self) -> Windows:
+        """The problem where each channel is by itself."""
+        return Windows(self.conv.batch, self.conv.rows, self.conv.columns, self.conv.channels)
+
+    @property
+    def weights(self) -> int:
+        """Floats of the packed taps."""
+        if isinstance(self.plan, SweepPlan):
+            return self.conv.kernel[0] * self.conv.kernel[1] * self.conv.channels
+        return packed_elements(self.conv, self.plan)
+
+    @property
+    def tasks(self) -> int:
+        """Pieces of work that may run at once."""
+        return self.conv.batch * self.plan.tasks if isinstance(self.plan, SweepPlan) else self.plan.tasks
 
 
 def axis_phases(size: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> list[AxisPhase]:
@@ -130,14 +152,20 @@ def choose_phases(problem: Transposed, hw: Hardware) -> tuple[Phase, ...]:
             args=problem.args,
         )
         place = Placement(rows, columns, (down.start, across.start), problem.stride)
-        found.append(Phase(conv, choose_plan(conv, hw), place, (down.taps, across.taps)))
+        found.append(Phase(conv, _plan(conv, hw), place, (down.taps, across.taps)))
     return tuple(found)
+
+
+def _plan(conv: Conv, hw: Hardware) -> Plan | SweepPlan:
+    if conv.groups == conv.channels == conv.filters and conv.groups > 1:
+        return choose_sweep(Windows(conv.batch, conv.rows, conv.columns, conv.channels), hw)
+    return choose_plan(conv, hw)
 
 
 def conv_transpose2d(problem: Transposed, phases: Sequence[Phase]) -> Any:
     """Return the kernel (x, the packed taps of each phase...[, bias][, residual], out)."""
     operands: list[tuple[int, ...]] = [problem.input_shape]
-    operands += [(packed_elements(p.conv, p.plan),) for p in phases]
+    operands += [(p.weights,) for p in phases]
     operands += [(problem.filters,)] * problem.bias + [problem.output_shape] * problem.residual
 
     def body(x: Any, *rest: Any) -> None:
@@ -145,7 +173,11 @@ def conv_transpose2d(problem: Transposed, phases: Sequence[Phase]) -> Any:
         bias = extra[0] if problem.bias else None
         residual = extra[-1] if problem.residual else None
         for phase, weight in zip(phases, weights, strict=True):
-            emit_conv2d(phase.conv, phase.plan, x, weight, bias, residual, out, phase.place)
+            if isinstance(phase.plan, SweepPlan):
+                buffers = (x, weight, bias, residual, out)
+                emit_depthwise(phase.windows, phase.plan, buffers, problem.activation, problem.args, phase.place)
+            else:
+                emit_conv2d(phase.conv, phase.plan, x, weight, bias, residual, out, phase.place)
 
     return kernel_function("conv_transpose2d", operands, [problem.output_shape], body)
 
@@ -156,6 +188,5 @@ def pack_phase(weight: torch.Tensor, phase: Phase) -> torch.Tensor:
     w = weight.reshape(conv.groups, conv.group_channels, conv.group_filters, *weight.shape[2:])
     w = w.transpose(1, 2).reshape(conv.filters, conv.group_channels, *weight.shape[2:])
     rows, columns = phase.taps
-    if not rows or not columns:
-        return pack_weight(w.new_zeros((*w.shape[:2], *conv.kernel)), conv, phase.plan)
-    return pack_weight(w[:, :, list(rows)][..., list(columns)], conv, phase.plan)
+    taps = w[:, :, list(rows)][..., list(columns)] if rows and columns else w.new_zeros((*w.shape[:2], *conv.kernel))
+    return pack_depthwise(taps).flatten() if isinstance(phase.plan, SweepPlan) else pack_weight(taps, conv, phase.plan)

@@ -22,7 +22,7 @@ from tvm.tirx.script import builder as T
 from .epilogue import apply_activation, is_heavy
 from .loops import constant, flat, kernel_function, span
 from .sweep import SweepPlan, Tile, Windows, each_tap, sweep
-from .window import pieces
+from .window import Placement, pieces
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -89,14 +89,27 @@ def depthwise(
     operands += [(channels,)] * bias + [windows.output_shape] * residual
 
     def body(x: Any, weight: Any, *rest: Any) -> None:
-        x, weight, out = flat(x), flat(weight), flat(rest[-1])
-        given = rest[0] if bias else None
-        added = flat(rest[-2]) if residual else None
-
-        def emit(acc: Any, tile: Tile) -> None:
-            sum_ = Sum(weight, tile.channel, channels, windows.columns.kernel, given, added, activation, args)
-            emit_tile(acc, tile, x, sum_, out)
-
-        sweep(windows, plan, emit)
+        given, added = rest[0] if bias else None, rest[-2] if residual else None
+        emit_depthwise(windows, plan, (x, weight, given, added, rest[-1]), activation, args)
 
     return kernel_function("depthwise", operands, [windows.output_shape], body)
+
+
+def emit_depthwise(
+    windows: Windows,
+    plan: SweepPlan,
+    buffers: tuple[Any, Any, Any | None, Any | None, Any],
+    activation: str,
+    args: tuple[float, ...],
+    place: Placement | None = None,
+) -> None:
+    """Emit the nest over x, packed weight, bias, residual and out; `place` puts the outputs into a larger image."""
+    x, weight, bias, residual, out = buffers
+    x, weight, out = flat(x), flat(weight), flat(out)
+    added = None if residual is None else flat(residual)
+
+    def emit(acc: Any, tile: Tile) -> None:
+        sum_ = Sum(weight, tile.channel, windows.channels, windows.columns.kernel, bias, added, activation, args)
+        emit_tile(acc, tile, x, sum_, out)
+
+    sweep(windows, plan, emit, place)

@@ -20,7 +20,7 @@ from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
 from .loops import between, share
-from .window import Axis, Run, runs
+from .window import Axis, Placement, Run, runs
 
 WRITTEN_TAPS = 16  # of one row; of a whole window four times as many
 
@@ -120,9 +120,13 @@ class Tile:
     out_pixel: int
 
 
-def sweep(windows: Windows, plan: SweepPlan, emit: Callable[[Any, Tile], None]) -> None:
-    """Emit the nest; emit(accumulators, tile) is called where a tile's code belongs."""
+def sweep(windows: Windows, plan: SweepPlan, emit: Callable[[Any, Tile], None], place: Placement | None = None) -> None:
+    """Emit the nest; emit(accumulators, tile) is called where a tile's code belongs.
+
+    `place` puts the outputs into a larger image.
+    """
     rows, columns, channels = windows.rows, windows.columns, windows.channels
+    place = place or Placement(rows.out, columns.out)
     lanes = plan.lanes
     vectors = -(-channels // lanes)
     tasks = windows.batch * plan.tasks
@@ -137,7 +141,8 @@ def sweep(windows: Windows, plan: SweepPlan, emit: Callable[[Any, Tile], None]) 
             channel = T.bind(vector * lanes if channels % lanes == 0 else tirx.min(vector * lanes, channels - lanes))
             first_tap, row_taps = rows.dynamic_taps(row)
             in_row = image * rows.size + rows.first(row)
-            out_row = image * rows.out + row
+            out_row = image * place.height + place.start[0] + row * place.step[0]
+            out_column = place.start[1] + column * place.step[1]
             emit(
                 acc,
                 Tile(
@@ -147,13 +152,13 @@ def sweep(windows: Windows, plan: SweepPlan, emit: Callable[[Any, Tile], None]) 
                     row,
                     column,
                     T.bind((in_row * columns.size + columns.first(column)) * channels + channel),
-                    T.bind((out_row * columns.out + column) * channels + channel),
+                    T.bind((out_row * place.width + out_column) * channels + channel),
                     first_tap,
                     row_taps,
                     rows.dilation * columns.size * channels,
                     columns.dilation * channels,
                     columns.stride * channels,
-                    channels,
+                    place.step[1] * channels,
                 ),
             )
 

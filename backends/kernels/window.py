@@ -74,6 +74,16 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Where the outputs lie in the image that is written: output (r, c) at start + (r, c) * step."""
+
+    height: int
+    width: int
+    start: tuple[int, int] = (0, 0)
+    step: tuple[int, int] = (1, 1)
+
+
+@dataclass(frozen=True)
 class Span:
     """Taps [tap, tap + taps) that read an input for exactly the tile's pixels [low, high)."""
 

@@ -1,7 +1,8 @@
 """Kernels of convolution and pooling in NHWC: pointwise, direct, Winograd, depthwise.
 
-Refused: NCHW (the layout pass decides where NHWC pays), other dtypes than float32, weights that are not constants,
-images whose elements a 32-bit index cannot count. The TE definition serves those.
+Refused: NCHW (the layout pass decides where NHWC pays), other dtypes than float32, computed weights of so few pixels
+that rearranging them would cost more than the sums, images whose elements a 32-bit index cannot count. The TE
+definition serves those.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from ..kernels.winograd import winograd
 from ..kernels.winograd_plan import WinogradPlan, rank_winograd
 from ..kernels.winograd_plan import pack_weight as pack_winograd
 from ..tiling import predicted_seconds, rank_tilings
-from .kernels_matmul import bind, refuse_dtypes
+from .kernels_matmul import bind, refuse_dtypes, refuse_large
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
+FEWEST_PIXELS = 8  # that share a rearranged weight: an element costs about as much as some multiply-adds
 WINOGRAD_GAIN = 0.8  # its weights are up to 4 times as large: taken for a predicted gain beyond a fifth
 SWEEP_EFFICIENCY = 0.6  # of peak multiply-adds, measured on MobileNetV2's depthwise layers while in cache
 # A tap of a NaN-keeping maximum is two compares, two blends and an or: 2.4 cycles, measured, for what counts as one
@@ -51,8 +53,9 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     refusal = refuse_image(layout, *tensors)
     if refusal is not None:
         return refusal
-    if weight.op != "get_attr":
-        return Refusal(f"the weight {weight.name} is computed, not a constant")
+    computed = weight.op != "get_attr"
+    if computed and prod(shape_of(node)[:3]) < FEWEST_PIXELS:
+        return Refusal(f"the weight {weight.name} is computed, and rearranging it would cost more than the sums")
     if bias is not None and shape_of(bias) != shape_of(node)[3:]:
         return Refusal(f"the bias has shape {shape_of(bias)}, not one value a channel")
     if residual is not None and shape_of(residual) != shape_of(node):
@@ -69,7 +72,7 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         return _depthwise(problem, x, weight, extra, hw)
     if problem.pointwise:
         return _pointwise(problem, x, weight, extra, hw)
-    func, plan = _spatial(problem, hw)
+    func, plan = _spatial(problem, hw, computed)
     if isinstance(plan, WinogradPlan):
         algorithm, pack = "winograd conv", partial(pack_winograd, plan=plan)
     else:
@@ -80,17 +83,17 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return KernelCall(func, (x, Packed(weight, plan.layout, pack), *extra), algorithm, plan.reason, work)
 
 
-def _spatial(problem: Conv, hw: Hardware) -> tuple[Any, Plan | WinogradPlan]:
-    """The kernel of a convolution whose taps overlap, and its plan."""
+def _spatial(problem: Conv, hw: Hardware, computed: bool) -> tuple[Any, Plan | WinogradPlan]:
+    """The kernel of a convolution whose taps overlap, and its plan; Winograd transforms constant weights only."""
     direct = rank_plans(staged(problem) if wants_staging(problem) else problem, hw)
-    fast = rank_winograd(problem, hw)
+    fast = () if computed else rank_winograd(problem, hw)
     ranked: tuple[Plan | WinogradPlan, ...]
     if fast and fast[0].cycles < WINOGRAD_GAIN * direct[0].cycles:
         ranked = (*fast[:2], direct[0])
     else:
         ranked = (*direct[:2], *fast[:1])
     shape = replace(problem, bias=False, residual=False, activation="none", args=())
-    plan = pick(f"convolution {shape}", ranked)
+    plan = pick(f"convolution {shape}{' of computed weights' if computed else ''}", ranked)
     return _nest(problem, plan), plan
 
 
@@ -224,9 +227,6 @@ def refuse_image(layout: str, *tensors: fx.Node) -> Refusal | None:
     if layout != "NHWC":
         return Refusal(f"the layout is {layout}")
     for tensor in tensors:
-        elements = prod(shape_of(tensor))
-        if not elements:
+        if not prod(shape_of(tensor)):
             return Refusal(f"{tensor.name} has no elements")
-        if elements >= 2**31:
-            return Refusal(f"{tensor.name} has {elements} elements, more than a 32-bit index counts")
-    return refuse_dtypes(*tensors)
+    return refuse_large(*tensors) or refuse_dtypes(*tensors)

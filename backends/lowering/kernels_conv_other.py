@@ -1,8 +1,8 @@
 """Kernels of transposed convolution in NHWC.
 
-Refused: NCHW, other dtypes than float32, weights that are not constants, images whose elements a 32-bit index cannot
-count, and strides with so many phases that a loop nest for each would be more code than work. The TE definition serves
-those.
+Refused: NCHW, other dtypes than float32, computed weights of so few pixels that rearranging them would cost more than
+the sums, images whose elements a 32-bit index cannot count, and strides with so many phases that a loop nest for each
+would be more code than work. The TE definition serves those.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from ...hwdb.cost import Work
 from ...passes import dialect
 from ...passes.rewrite import shape_of
 from ..kernels.conv_transpose import Phase, Transposed, choose_phases, conv_transpose2d, pack_phase
-from .kernels_conv import refuse_image
+from ..kernels.sweep import SweepPlan
+from .kernels_conv import FEWEST_PIXELS, SWEEP_EFFICIENCY, refuse_image
 from .kernels_matmul import bind
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
@@ -33,8 +34,8 @@ def conv_transpose(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     refusal = refuse_image(layout, *tensors)
     if refusal is not None:
         return refusal
-    if weight.op != "get_attr":
-        return Refusal(f"the weight {weight.name} is computed, not a constant")
+    if weight.op != "get_attr" and prod(shape_of(x)[:3]) < FEWEST_PIXELS:
+        return Refusal(f"the weight {weight.name} is computed, and rearranging it would cost more than the sums")
     if prod(stride) > MOST_PHASES:
         return Refusal(f"a stride of {list(stride)} has {prod(stride)} phases, a loop nest each")
     if residual is not None and shape_of(residual) != shape_of(node):
@@ -78,12 +79,16 @@ def _transposed(problem: Transposed, hw: Hardware) -> tuple[Any, tuple[Phase, ..
 
 def _work(problem: Transposed, phases: tuple[Phase, ...], read: list[fx.Node]) -> Work:
     flops = sum(p.conv.flops for p in phases)
-    cycles = sum(p.conv.flops / max(0.01, p.plan.efficiency) for p in phases)
+    cycles = sum(p.conv.flops / max(0.01, _efficiency(p)) for p in phases)
     return Work(
         flops={"float32": flops},
         bytes_read=4.0 * sum(prod(shape_of(t)) for t in read),
         bytes_written=4.0 * prod(problem.output_shape),
-        launches=sum(p.plan.tasks > 1 for p in phases),
-        tasks=max(p.plan.tasks for p in phases),
+        launches=sum(p.tasks > 1 for p in phases),
+        tasks=max(p.tasks for p in phases),
         efficiency=max(0.01, flops / max(1.0, cycles)),
     )
+
+
+def _efficiency(phase: Phase) -> float:
+    return SWEEP_EFFICIENCY if isinstance(phase.plan, SweepPlan) else phase.plan.efficiency

@@ -44,7 +44,8 @@ class Lowering:
 class Packed:
     """A constant operand rearranged at compile time: `pack` maps the stored tensor to the one the kernel reads.
 
-    `layout` names the arrangement; two uses of one constant with equal layouts share the packed copy.
+    An operand that is computed, not constant, is rearranged at run time (`repack`); `pack` then only moves elements and
+    pads with zeros. `layout` names the arrangement; two uses of one constant with equal layouts share the packed copy.
     """
 
     constant: fx.Node
