@@ -1,26 +1,27 @@
 """A region of the fx graph -> Relax -> fused PrimFuncs -> the program that the ahead-of-time path compiles.
 
-Operators with a kernel of ours become opaque calls; the others become tensor expressions that TVM's FuseOps and
-FuseTIR join, and that the generic schedule turns into parallel, vectorised loops.
+Operators with a kernel of ours become opaque calls; the others become tensor expressions, joined as `passes.regions`
+decides, which the generic schedule turns into parallel, vectorised loops.
 """
 
 from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import fx
-from tvm import ir, relax, te
+from tvm import relax, te
 
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
 from ..choices import noting
-from .extract import Fused, Lowered, extract
+from .extract import Fused, Lowered, Unscheduled, extract
+from .fusion import Fusion, apart, fuse, outs_of, source_of
 from .operators import KERNELS, LOWERINGS
 from .registry import KernelCall, Out, Packed
 from .repack import gather, order_of
@@ -46,6 +47,8 @@ RESHAPES = {
 }
 # Also reshapes, unless they change the dtype.
 COPIES = {aten.clone.default, aten._to_copy.default}
+
+_NAME_LENGTH = 48  # of a kernel of several operators
 
 _DTYPES = {
     torch.float32: "float32",
@@ -143,32 +146,31 @@ def is_reshape(node: fx.Node) -> bool:
 
 def lower(region: Region, graph: fx.GraphModule, hw: Hardware) -> Lowered:
     """Compile the region's operators to scheduled PrimFuncs and the order of their calls."""
-    builder = _Builder(region, graph, hw)
-    fused = ir.transform.Sequential(
-        [
-            relax.transform.AnnotateTIROpPattern(),
-            relax.transform.FuseOps(),
-            relax.transform.FuseTIR(),
-            relax.transform.DeadCodeElimination(),
-        ]
-    )(builder.build())
-    return extract(
-        Fused(
-            region.name,
-            fused,
-            tuple(builder.input_names),
-            builder.weights,
-            {str(var.name): name for name, var in builder.weight_vars.items()},
-            builder.calls,
-        ),
-        hw,
-    )
+    single: set[fx.Node] = set()
+    while True:
+        builder = _Builder(region, graph, hw, single)
+        module = relax.transform.DeadCodeElimination()(builder.build())
+        parameters = {str(var.name): name for name, var in builder.weight_vars.items()}
+        reasons = {name: fusion.reason for name, fusion in builder.fusions.items() if len(fusion.nodes) > 1}
+        inputs = tuple(builder.input_names)
+        fused = Fused(region.name, module, inputs, builder.weights, parameters, builder.calls, reasons)
+        try:
+            return extract(fused, hw)
+        except Unscheduled as error:
+            log.warning("%s: its operators become kernels of their own", error)
+            single.update(builder.fusions[error.function].nodes)
 
 
 def _out(value: torch.Tensor) -> Out:
     name = dtype_name(value.dtype)
     assert name is not None, value.dtype
     return Out(tuple(int(d) for d in value.shape), name)
+
+
+def _single(node: fx.Node) -> Out:
+    out = out_of(node)
+    assert isinstance(out, Out), node
+    return out
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -188,8 +190,12 @@ def _type(out: Out) -> Any:
 class _Builder:
     """Builds the Relax function of one region; parameters are the region's inputs, then the constants it reads."""
 
-    def __init__(self, region: Region, graph: fx.GraphModule, hw: Hardware) -> None:
+    def __init__(self, region: Region, graph: fx.GraphModule, hw: Hardware, single: Set[fx.Node]) -> None:
         self.region, self.graph, self.hw = region, graph, hw
+        reshapes = frozenset(n for n in region.nodes if is_reshape(n))
+        fusions = fuse(region.nodes, region.outputs, reshapes, hw)
+        self.plan = [part for f in fusions for part in ([f] if single.isdisjoint(f.nodes) else apart(f))]
+        self.fusions: dict[str, Fusion] = {}  # function -> what it computes
         self.block = relax.BlockBuilder()
         self.values: dict[fx.Node, Any] = {}
         self.parameters: list[Any] = []
@@ -210,11 +216,7 @@ class _Builder:
         self._declare_constants()
         with self.block.function("main", list(self.parameters)):
             with self.block.dataflow():
-                for node in self.region.nodes:
-                    try:
-                        self.values[node] = self._node(node)
-                    except Exception as error:
-                        raise LoweringError(node, error) from error
+                self._emit_all()
                 results = [self._value(n) for n in self.region.outputs]
                 result = self.block.emit_output(relax.Tuple(results))
             self.block.emit_func_output(result)
@@ -255,6 +257,41 @@ class _Builder:
     def _value(self, node: fx.Node) -> Any:
         return self.values[node]
 
+    def _emit_all(self) -> None:
+        """Every operator in order; a kernel of several comes with its last, or where its first reader is."""
+        writers = {node: fusion for fusion in self.plan for node in fusion.results}
+        last = {fusion.nodes[-1]: fusion.results[0] for fusion in self.plan}
+        fused = {node for fusion in self.plan for node in fusion.nodes}
+        for node in self.region.nodes:
+            if node in last:
+                self._emit(last[node], writers)
+            elif node not in fused and not is_reshape(node) and node.target is not operator.getitem:
+                self._emit(node, writers)
+        for node in self.region.outputs:
+            self._emit(node, writers)
+
+    def _emit(self, wanted: fx.Node, writers: Mapping[fx.Node, Fusion]) -> None:
+        """The value of `wanted`, and before it what it needs."""
+        waiting = [wanted]
+        while waiting:
+            node = waiting[-1]
+            if node in self.values:
+                waiting.pop()
+                continue
+            fusion = writers.get(node)
+            needed = fusion.inputs if fusion is not None else _read_by(node)
+            missing = [n for n in needed if n not in self.values]
+            if missing:
+                waiting += missing
+                continue
+            try:
+                if fusion is not None:
+                    self._fused(fusion)
+                else:
+                    self.values[node] = self._node(node)
+            except Exception as error:
+                raise LoweringError(node, error) from error
+
     def _node(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             source, index = node.args
@@ -291,18 +328,38 @@ class _Builder:
         return self.block.emit_te(gather, line, order, primfunc_name_hint="repack")
 
     def _tensor_expression(self, node: fx.Node) -> Any:
+        """A definition with several results and loops of its own."""
         lowering = LOWERINGS[node.target]  # type: ignore[index]
-        out = out_of(node)
         tensors = list(dict.fromkeys(node.all_input_nodes))
 
         def compute(*operands: Any) -> Any:
             given = dict(zip(tensors, operands, strict=True))
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
-            result = lowering.compute(out, *args, **kwargs)
-            # TVM names a value by its producer, and refuses to return a placeholder.
-            if isinstance(result, te.Tensor) and any(result.same_as(o) for o in operands):
-                result = te.compute(result.shape, lambda *i: operands[0](*i), name="copy")
-            return tuple(result) if isinstance(result, list) else result
+            return tuple(lowering.compute(outs_of(node), *args, **kwargs))
 
         hint = str(node.target).split(".")[1]
         return self.block.emit_te(compute, *[self._value(t) for t in tensors], primfunc_name_hint=hint)
+
+    def _fused(self, fusion: Fusion) -> None:
+        """One kernel for all nodes of `fusion`; where that fails, one for each."""
+        names = dict.fromkeys(str(source_of(n).target).split(".")[1] for n in fusion.nodes if not is_reshape(n))
+        try:
+            tensors = [te.placeholder(o.shape, o.dtype, f"x{i}") for i, o in enumerate(map(_single, fusion.inputs))]
+            function = te.create_prim_func([*tensors, *fusion.compute(*tensors)], "int64")
+        except Exception as error:
+            if len(fusion.nodes) == 1:
+                raise
+            log.warning("%d operators become kernels of their own: %s", len(fusion.nodes), error)
+            for part in apart(fusion):
+                self._fused(part)
+            return
+        variable = self.block.add_func(function, "_".join(names)[:_NAME_LENGTH] or "copy")
+        self.fusions[variable.name_hint] = fusion
+        types = [_type(_single(n)) for n in fusion.results]
+        operands = [self._value(n) for n in fusion.inputs]
+        value = self.block.emit(relax.call_tir(variable, operands, types if len(types) > 1 else types[0]))
+        if len(types) == 1:
+            self.values[fusion.results[0]] = value
+            return
+        for i, node in enumerate(fusion.results):
+            self.values[node] = self.block.emit(relax.TupleGetItem(value, i))
