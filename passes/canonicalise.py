@@ -10,6 +10,7 @@
     _native_batch_norm_legit_no_training(x)[0]  -> batch_norm(x)
     native_layer_norm(x)[0]                     -> layer_norm(x)
     max_pool2d_with_indices(x)[0]               -> max_pool2d(x)
+    instance_norm(x)                            -> group_norm(x, channels), or batch_norm(x) by running statistics
 
 An operator with several results is respelt only where the first one alone is read.
 """
@@ -135,6 +136,8 @@ def _respelt(graph: fx.GraphModule, node: fx.Node) -> Spelling | None:
         return _SOFTMAX[target], (source, node.args[1]), {}
     if target is aten._adaptive_avg_pool2d.default:
         return aten.adaptive_avg_pool2d.default, (source, node.args[1]), {}
+    if target is aten.instance_norm.default:
+        return _instance_norm(node)
     if target is aten.convolution.default:
         return _convolution(node)
     if target in _PADDED_BY_NAME:
@@ -160,6 +163,18 @@ def _convolution(node: fx.Node) -> Spelling | None:
         output_padding = rewrite.repeated(a["output_padding"], spatial)
         return _CONV_TRANSPOSE[spatial], (*head, output_padding, a["groups"], dilation), {}
     return _CONV[spatial], (*head, dilation, a["groups"]), {}
+
+
+def _instance_norm(node: fx.Node) -> Spelling | None:
+    a = rewrite.arguments(node)
+    affine, source = (a["weight"], a["bias"]), a["input"]
+    if not a["use_input_stats"]:
+        statistics = (a["running_mean"], a["running_var"], False, a["momentum"], a["eps"], False)
+        return aten.batch_norm.default, (source, *affine, *statistics), {}
+    if a["running_mean"] is not None:
+        keep(log, node, "it changes its running statistics")
+        return None
+    return aten.group_norm.default, (source, rewrite.shape_of(source)[1], *affine, a["eps"]), {}
 
 
 def _padded_by_name(graph: fx.GraphModule, node: fx.Node) -> Spelling | None:

@@ -26,6 +26,7 @@ from .merge_duplicates import merge_duplicates
 from .recognise_activations import recognise_activations
 from .recognise_attention import recognise_attention
 from .recognise_channel_moves import recognise_channel_moves
+from .recognise_norms import recognise_norms
 from .remove_dead import remove_dead
 from .route_channels import route_channels
 from .simplify import simplify
@@ -45,6 +46,7 @@ PASSES: tuple[Pass, ...] = (
     split_batch_norm,  # after fold_batch_norm: what is left has no product to go into
     flatten_conv3d,  # after fold_batch_norm, which looks for the convolution itself
     recognise_activations,  # before the fusions, which take up single operators
+    recognise_norms,  # likewise; a layout is assigned to the operator, not to its parts
     recognise_attention,  # before fuse_attention, which simplifies masks; before fuse_matmul_bias takes its products
     fuse_attention,  # before fuse_reshape_transpose, which would merge the repeats of grouped heads
     fuse_conv_activation,  # after fold_batch_norm: a batch norm in between stops it

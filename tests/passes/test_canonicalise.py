@@ -130,6 +130,27 @@ def test_first_results():
     assert found == ["aten.batch_norm.default", "aten.max_pool2d.default", "aten.layer_norm.default"]
 
 
+def test_instance_norm_is_a_norm_of_groups_or_by_running_statistics(caplog):
+    x, w, b = torch.randn(2, 3, 4, 5), torch.randn(3), torch.randn(3)
+
+    def plain(x, w, b):
+        return aten.instance_norm(x, w, b, None, None, True, 0.1, 1e-5, False)
+
+    def tracked(x, w, b):
+        return aten.instance_norm(x, w, b, b, w.abs(), False, 0.1, 1e-5, False)
+
+    def training(x, w, b):
+        return aten.instance_norm(x, w, b, b + 0.0, w.abs(), True, 0.1, 1e-5, False)
+
+    for model, wanted in ((plain, "group_norm"), (tracked, "batch_norm"), (training, "instance_norm")):
+        graph = trace_core(model, [x, w, b], pre_dispatch=True)
+        assert f"aten.{wanted}.default" in targets(graph)
+        torch.testing.assert_close(graph(x, w, b)[0], model(x, w, b), rtol=1e-5, atol=1e-6)  # other sums
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        canonicalise(graph, HW)
+    assert "it changes its running statistics" in caplog.text
+
+
 def test_both_results_are_kept(caplog):
     with caplog.at_level("DEBUG", logger="graphwright.passes"):
         found = respell(lambda x: tuple(aten.max_pool2d_with_indices(x, [2, 2])), [torch.randn(1, 3, 4, 4)])
