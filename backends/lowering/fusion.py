@@ -206,7 +206,11 @@ def _read(node: fx.Node, memo: dict[Any, _Read | None]) -> _Read | None:
     index = None if source is node else node.args[1]
     key = (source.target, text, tuple(outs.values()), outs_of(node), index)
     if key not in memo:
-        memo[key] = _analysed(node, tensors, outs)
+        try:
+            memo[key] = _analysed(node, tensors, outs)
+        except Exception as error:  # whoever lowers the node meets it again, and knows what to do
+            log.debug("nothing is known of %s: %s", node, error)
+            memo[key] = None
     return memo[key]
 
 

@@ -167,12 +167,6 @@ def _out(value: torch.Tensor) -> Out:
     return Out(tuple(int(d) for d in value.shape), name)
 
 
-def _single(node: fx.Node) -> Out:
-    out = out_of(node)
-    assert isinstance(out, Out), node
-    return out
-
-
 def _shape(node: fx.Node) -> tuple[int, ...]:
     out = out_of(node)
     assert isinstance(out, Out)
@@ -181,6 +175,21 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 
 def _order_name(operand: Packed) -> str:
     return f"order of {_shape(operand.constant)}.{operand.layout}"
+
+
+def _read_by(node: fx.Node) -> Sequence[fx.Node]:
+    """The nodes whose values a node of its own reads; packed weights are not among them."""
+    call: KernelCall | None = node.meta.get("kernel_call")
+    if call is None:
+        return node.all_input_nodes
+    read = [o.constant if isinstance(o, Packed) else o for o in call.operands]
+    return [n for n in read if n.op != "get_attr" or n in call.operands]
+
+
+def _single(node: fx.Node) -> Out:
+    out = out_of(node)
+    assert isinstance(out, Out), node
+    return out
 
 
 def _type(out: Out) -> Any:
@@ -328,14 +337,15 @@ class _Builder:
         return self.block.emit_te(gather, line, order, primfunc_name_hint="repack")
 
     def _tensor_expression(self, node: fx.Node) -> Any:
-        """A definition with several results and loops of its own."""
+        """A definition with loops of its own, which is never part of a kernel of several."""
         lowering = LOWERINGS[node.target]  # type: ignore[index]
         tensors = list(dict.fromkeys(node.all_input_nodes))
 
         def compute(*operands: Any) -> Any:
             given = dict(zip(tensors, operands, strict=True))
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: given[n])
-            return tuple(lowering.compute(outs_of(node), *args, **kwargs))
+            result = lowering.compute(outs_of(node), *args, **kwargs)
+            return tuple(result) if isinstance(result, list) else result
 
         hint = str(node.target).split(".")[1]
         return self.block.emit_te(compute, *[self._value(t) for t in tensors], primfunc_name_hint=hint)
