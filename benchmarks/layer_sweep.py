@@ -1,6 +1,6 @@
 """Random layers against eager PyTorch: how much slower are we where nothing was tuned?
 
-    python benchmarks/layer_sweep.py [--count 200] [--seed 0] [--only conv1d,linear] [--json F]
+    python benchmarks/layer_sweep.py [--set kernels|models] [--count 200] [--seed 0] [--only conv1d,linear] [--json F]
                                      [--artifacts DIR] [--seconds S] [--compile-only]
 
 Medians of interleaved calls with equal threads. A call that takes less than 20 us is judged by the time in its kernels:
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import model_layers
 import torch
 from random_layers import Case, draw
 
@@ -34,13 +35,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", default="kernels", choices=["kernels", "models"], help="which kinds are drawn")
     parser.add_argument("--only", default="", help="kinds, separated by commas")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--artifacts", type=Path)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
-    cases = [draw(options.seed, i) for i in range(options.count)]
+    kinds = model_layers.KINDS if options.set == "models" else None
+    cases = [draw(options.seed, i, kinds) for i in range(options.count)]
     if options.only:
         cases = [c for c in cases if c.kind in options.only.split(",")]
     rows: dict[str, dict[str, Any]] = {}

@@ -7,7 +7,7 @@ an eager call should take between 0.05 and 50 ms.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,7 @@ class Drawn:
     flops: float
     elements: float  # read and written
     high: int = 0  # inputs are integers below this; 0: floats
+    floats: int = 0  # of integer inputs, how many in front are floats all the same
 
     @property
     def milliseconds(self) -> float:
@@ -55,9 +56,9 @@ class Drawn:
     def inputs(self, seed: int) -> tuple[torch.Tensor, ...]:
         """Random inputs."""
         generator = torch.Generator().manual_seed(seed)
-        if self.high:
-            return tuple(torch.randint(0, self.high, s, generator=generator) for s in self.shapes)
-        return tuple(torch.randn(s, generator=generator) for s in self.shapes)
+        floats = self.floats if self.high else len(self.shapes)
+        made = [torch.randn(s, generator=generator) for s in self.shapes[:floats]]
+        return (*made, *[torch.randint(0, self.high, s, generator=generator) for s in self.shapes[floats:]])
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,19 @@ class Case:
         return f"{self.index:03d} {self.kind} {self.layer.text}"
 
 
-def draw(seed: int, index: int) -> Case:
+def draw(seed: int, index: int, kinds: Kinds | None = None) -> Case:
     """The index-th layer of `seed`."""
-    kind = list(KINDS)[index % len(KINDS)]
+    kinds = kinds or KINDS
+    kind = list(kinds)[index % len(kinds)]
     rng = random.Random(seed * 1_000_003 + index)
     while True:
-        layer = KINDS[kind](rng)
+        layer = kinds[kind](rng)
         if layer is not None and LEAST_MS <= layer.milliseconds <= MOST_MS:
             return Case(index, kind, layer)
 
 
 Rng = random.Random
+Kinds = Mapping[str, Callable[[Rng], "Drawn | None"]]
 
 
 def _count(shape: Sequence[int]) -> int:
@@ -361,7 +364,7 @@ def _grid_sample(rng: Rng) -> Drawn:
     )
 
 
-KINDS: dict[str, Callable[[Rng], Drawn | None]] = {
+KINDS: Kinds = {
     "linear": _linear,
     "conv2d": lambda r: _conv(r, 2, (1, 2, 3, 3, 3, 5, 7), "none"),
     "matmul": _matmul,

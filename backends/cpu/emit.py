@@ -10,6 +10,7 @@ from tvm import tirx
 from tvm.ir import TensorLoad
 
 from ...hwdb import Hardware
+from ..tiling import ALIAS_BYTES
 from .access import Nest, combiner, element_bits, stride, vectorisable_calls
 from .guards import Piece, merge, pieces
 from .loops import Plan, constant, injective, loop, loops, sequence, vector_loop
@@ -38,10 +39,12 @@ def choose_plan(nest: Nest, candidates: Sequence[Axis], hw: Hardware) -> Plan:
         if lanes < 2:
             continue
         cycles = work / (2 * lanes)
-        for step, _, store in steps:
+        for step, dtype, store in steps:
             if step == 0 and not store:
                 continue
             one = 1.0 / lanes if step == 1 else 2.0
+            if step not in (None, 0, 1) and step * element_bits(dtype) // 8 % ALIAS_BYTES == 0:
+                one = 4.0  # all lanes fall on one set of L1
             # A reduction keeps its result in registers: it is stored (and loaded) once for all reduce points.
             cycles += one / depth if store and nest.reduce else one
         if is_reduce:

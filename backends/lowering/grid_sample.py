@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import fx
 from tvm import te, tirx
 
 from . import expressions as ex
-from .index_math import Expr, argument, define, guarded, sizes
+from .index_math import Expr, argument, define, sizes
 from .registry import Out, lowers
 from .resize import cubic_weights
 
@@ -107,6 +108,19 @@ def _taps(
     return places(4, at), _stage((4, *shape), cubic, "weight")
 
 
+def _there(place: te.Tensor, extent: int) -> te.Tensor:
+    """1 where a place lies in the input, 0 outside."""
+
+    def value(*i: Expr) -> Expr:
+        return ex.cast(tirx.all(place(*i) >= 0, place(*i) < extent), "int32")
+
+    return _stage(sizes(place), value, "there")
+
+
+def _clamped(place: te.Tensor, extent: int) -> te.Tensor:
+    return _stage(sizes(place), lambda *i: tirx.max(tirx.min(place(*i), extent - 1), 0), "clamped")
+
+
 def _can(node: fx.Node) -> str | None:
     if argument(node, "input").meta["val"].dtype not in (torch.float32, torch.float64):
         return "grid_sampler of a half-precision tensor, whose positions torch rounds its own way"
@@ -137,16 +151,18 @@ def grid_sampler(
         return _taps(x, extent, interpolation_mode, padding_mode, align_corners, dtype)
 
     along = [taps(d, extent) for d, extent in enumerate(extents)]
+    if padding_mode == ZEROS:
+        there_along = [_there(place, extent) for (place, _), extent in zip(along, extents, strict=True)]
+        along = [(_clamped(place, extent), weight) for (place, weight), extent in zip(along, extents, strict=True)]
 
     def value(n: Expr, c: Expr, *at: Expr) -> Expr:
         def element(corner: Sequence[int]) -> Expr:
             places = [place(k, n, *at) for k, (place, _) in zip(corner, along, strict=True)]
-            inside = [t for p, extent in zip(places, extents, strict=True) for t in (p >= 0, p < extent)]
-            return guarded(
-                inside if padding_mode == ZEROS else [],
-                source(n, c, *places),
-                ex.constant(0, dtype),
-            )
+            if padding_mode != ZEROS:
+                return source(n, c, *places)
+            # Read at the border and dropped, rather than not read: a branch for every corner costs more.
+            inside = [there(k, n, *at) for k, there in zip(corner, there_along, strict=True)]
+            return tirx.Select(reduce(tirx.bitwise_and, inside) != 0, source(n, c, *places), ex.constant(0, dtype))
 
         def mix(corner: tuple[int, ...]) -> Expr:
             if len(corner) == len(extents):
