@@ -73,7 +73,7 @@ def plan(program: Program, weight_offsets: Mapping[str, int]) -> Plan:
         root = program.root(name)
         if root in places:  # a buffer that no step names has no place
             places[name] = places[root]
-    total = sum(_rounded(life.nbytes) for life in alive)
+    total = sum(rounded(life.nbytes) for life in alive)
     return Plan(places, tuple(copies), peak, lower_bound(alive), total)
 
 
@@ -94,8 +94,8 @@ def lower_bound(alive: Sequence[Lifetime]) -> int:
     """The most bytes (in multiples of 64) alive at one step."""
     change: dict[int, int] = {}
     for life in alive:
-        change[life.first] = change.get(life.first, 0) + _rounded(life.nbytes)
-        change[life.last + 1] = change.get(life.last + 1, 0) - _rounded(life.nbytes)
+        change[life.first] = change.get(life.first, 0) + rounded(life.nbytes)
+        change[life.last + 1] = change.get(life.last + 1, 0) - rounded(life.nbytes)
     most = now = 0
     for step in sorted(change):
         now += change[step]
@@ -111,7 +111,7 @@ def assign(alive: Sequence[Lifetime]) -> tuple[dict[str, int], int]:
     attempts += [partial(_by_order, alive, key) for key in _orders(alive)]
     for attempt in attempts:
         offsets = attempt()
-        peak = max((offsets[life.name] + _rounded(life.nbytes) for life in alive), default=0)
+        peak = max((offsets[life.name] + rounded(life.nbytes) for life in alive), default=0)
         if best is None or peak < best[1]:
             best = offsets, peak
         if peak <= bound * 1.01:  # the rest is not worth the seconds in a graph of thousands of steps
@@ -124,7 +124,7 @@ def _orders(alive: Sequence[Lifetime]) -> list[Callable[[Lifetime], tuple[float,
     load: dict[int, int] = {}
     for life in alive:
         for step in range(life.first, life.last + 1):
-            load[step] = load.get(step, 0) + _rounded(life.nbytes)
+            load[step] = load.get(step, 0) + rounded(life.nbytes)
     fullest = {life.name: max(load[step] for step in range(life.first, life.last + 1)) for life in alive}
     return [
         lambda life: (-life.nbytes, life.first),
@@ -139,7 +139,7 @@ def _by_order(alive: Sequence[Lifetime], key: Callable[[Lifetime], tuple[float, 
     offsets: dict[str, int] = {}
     placed: list[tuple[int, int, int, int]] = []  # first and last step, start and end in the arena
     for life in sorted(alive, key=key):
-        size = _rounded(life.nbytes)
+        size = rounded(life.nbytes)
         taken = sorted(
             (start, stop) for first, last, start, stop in placed if first <= life.last and life.first <= last
         )
@@ -164,9 +164,9 @@ def _by_time(alive: Sequence[Lifetime], capacity: int) -> dict[str, int]:
     placed: list[Lifetime] = []
     for life in sorted(alive, key=lambda life: (life.first, -life.nbytes, -life.last)):
         placed = [other for other in placed if other.last >= life.first]
-        size = _rounded(life.nbytes)
+        size = rounded(life.nbytes)
         ends = [(0, 0, _FOREVER)]
-        ends += sorted((offsets[o.name], offsets[o.name] + _rounded(o.nbytes), o.last) for o in placed)
+        ends += sorted((offsets[o.name], offsets[o.name] + rounded(o.nbytes), o.last) for o in placed)
         ends.append((max(capacity, ends[-1][1]), 0, _FOREVER))
         chosen, slack = ends[-2][1], None
         for (_, start, below), (stop, _, above) in pairwise(ends):
@@ -178,5 +178,6 @@ def _by_time(alive: Sequence[Lifetime], capacity: int) -> dict[str, int]:
     return offsets
 
 
-def _rounded(nbytes: int) -> int:
+def rounded(nbytes: int) -> int:
+    """Bytes that a buffer takes in the arena."""
     return (nbytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
