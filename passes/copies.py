@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from . import dialect, rewrite
+from .dialect_joined import joined_rows
 
 aten = torch.ops.aten
 
@@ -60,6 +61,7 @@ _MOVES = frozenset(
         aten.channel_shuffle.default,
         aten.im2col.default,
         aten.unfold.default,
+        joined_rows,
     }
 )
 

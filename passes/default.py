@@ -22,7 +22,10 @@ from .fuse_head_moves import fuse_head_moves
 from .fuse_matmul_bias import fuse_matmul_bias
 from .fuse_reshape_transpose import fuse_reshape_transpose
 from .gather_rows import gather_rows
+from .join_slices import join_slices
 from .merge_duplicates import merge_duplicates
+from .merge_products import merge_products
+from .read_planar_images import read_planar_images
 from .recognise_activations import recognise_activations
 from .recognise_attention import recognise_attention
 from .recognise_channel_moves import recognise_channel_moves
@@ -30,6 +33,7 @@ from .recognise_norms import recognise_norms
 from .remove_dead import remove_dead
 from .route_channels import route_channels
 from .simplify import simplify
+from .sink_moves import sink_moves
 from .sink_row_moves import sink_row_moves
 from .split_batch_norm import split_batch_norm
 
@@ -49,15 +53,19 @@ PASSES: tuple[Pass, ...] = (
     recognise_norms,  # likewise; a layout is assigned to the operator, not to its parts
     recognise_attention,  # before fuse_attention, which simplifies masks; before fuse_matmul_bias takes its products
     fuse_attention,  # before fuse_reshape_transpose, which would merge the repeats of grouped heads
+    merge_products,  # after fuse_attention, whose operands read slices; before the fusions, which change readers
     fuse_conv_activation,  # after fold_batch_norm: a batch norm in between stops it
     fuse_conv_transpose,  # likewise
     fuse_matmul_bias,  # before fuse_reshape_transpose: it takes up transposes and lifts reshapes
+    join_slices,  # before fuse_reshape_transpose: what it makes is a move like others
     recognise_channel_moves,  # before assign_layout, which knows images of rank 4
     assign_layout,  # after fuse_conv_activation: what is fused needs no permutes of its own
     route_channels,  # after assign_layout: channels are the last dim; before fuse_conv_depthwise, which hides products
     fuse_conv_depthwise,  # after assign_layout, and before its permutes are merged: it takes up the one at the input
     fuse_reshape_transpose,  # after assign_layout and the fusions, whose moves meet the model's own
     remove_dead,  # before fuse_matmul_bias: a move that layouts left unread counts as a reader of the product
+    read_planar_images,  # after assign_layout, and fuse_conv_depthwise, which does it for pairs
+    sink_moves,  # after fuse_reshape_transpose: equal moves are spelt alike; what meets is merged in the next round
     gather_rows,  # after fuse_reshape_transpose, which has a form for chains without wrap-around
     fuse_matmul_bias,  # again: operands that became plain transposes, values whose reshapes are gone
     sink_row_moves,  # before fuse_head_moves, which takes up what reaches attention
@@ -92,9 +100,13 @@ FAMILIES: Mapping[str, Family] = {
     "activation": Family("activations that are written out, as one operator", (recognise_activations,)),
     "norm": Family("layer and RMS norms that are written out, as one operator", (recognise_norms,)),
     "attention": Family("attention that is written out, as one operator", (recognise_attention,)),
+    "qkv": Family("products of one input, as one product of all their weights", (merge_products,)),
     "layout": Family("images in NHWC where that costs less", (assign_layout,)),
     "moves": Family(
         "chains of reshapes, transposes and rolls merged, dropped, or done by what reads them",
-        (recognise_channel_moves, route_channels, fuse_reshape_transpose, gather_rows, sink_row_moves, fuse_head_moves),
+        (
+            *(join_slices, recognise_channel_moves, route_channels, fuse_reshape_transpose, read_planar_images),
+            *(sink_moves, gather_rows, sink_row_moves, fuse_head_moves),
+        ),
     ),
 }

@@ -18,6 +18,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Digit:
@@ -80,6 +82,39 @@ def from_moves(
     permuted = identity(source).reshape(in_shape).permute(dims)
     assert permuted is not None  # the digits of a source in order can be grouped in every way
     return permuted.reshape(out_shape)
+
+
+def factored(order: torch.Tensor) -> tuple[Digit, ...] | None:
+    """The digits of the map whose element i is the source's element order[i]; None where it has none.
+
+    From the innermost digit outwards: a digit is the longest run of equal steps, and must repeat.
+    """
+    digits: list[Digit] = []
+    rest = order
+    while len(rest) > 1:
+        step = int(rest[1] - rest[0])
+        apart = (rest != rest[0] + step * torch.arange(len(rest))).nonzero()
+        extent = int(apart[0]) if len(apart) else len(rest)
+        if step < 1 or len(rest) % extent:
+            return None
+        runs = rest.reshape(-1, extent)
+        if bool((runs != runs[:, :1] + step * torch.arange(extent)).any()):
+            return None
+        digits.insert(0, Digit(extent, step))
+        rest = runs[:, 0]
+    if rest.tolist() not in ([], [0]) or not _covers(digits):
+        return None
+    return _merged(digits)
+
+
+def _covers(digits: Sequence[Digit]) -> bool:
+    """Whether every index of the source has one place: each stride is what the smaller ones span."""
+    span = 1
+    for digit in sorted(digits, key=lambda digit: digit.stride):
+        if digit.stride != span:
+            return False
+        span *= digit.extent
+    return True
 
 
 def _merged(digits: Sequence[Digit]) -> tuple[Digit, ...]:

@@ -2,7 +2,7 @@
 
     conv1x1(x)      -> joined_linear([a, b, ...], starts, widths, W')        x = pieces of a, b, ... in some order
     linear(x, W)    -> the same
-    depthwise(x)    -> depthwise'(cat(pieces)), of which the result's channels are in another order as well
+    depthwise(x)    -> depthwise'(joined_rows(pieces)), of which the result's channels are in another order as well
 
 Every value made by concats, splits, slices and moves of its last dim is a list of channels (source, number). Sorted by
 source they are few runs of neighbours, the pieces; the order goes into the weights W' = W[:, order], which
@@ -10,8 +10,9 @@ source they are few runs of neighbours, the pieces; the order goes into the weig
 passes (ShuffleNetV2's other half). A depthwise convolution has a weight a channel, and may have its channels in any
 order where all who read it are products with constant weights.
 
-Results are sums of the same terms in another order. Refused: weights that are computed, readers of a list of channels
-that want it as it is, lists of more than MOST_PIECES pieces, other dtypes than float32.
+Results are sums of the same terms in another order. More than MOST_PIECES pieces are put side by side first, in one
+copy whatever they came through. Refused: weights that are computed, readers of a list of channels that want it as it
+is, other dtypes than float32.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
-from .dialect_joined import joined_linear
+from .dialect_joined import joined_linear, joined_rows
 from .fuse_reshape_transpose import map_of
 from .refusals import keep
+from .row_moves import reshaped
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -180,15 +182,13 @@ def _read_in_pieces(graph: fx.GraphModule, node: fx.Node, route: Route, current:
     pieces = _pieces(Route(tuple(current.get(s, s) for s in route.sources), route.which, route.number))
     in_order = bool((pieces.order == torch.arange(len(pieces.order))).all())
     if in_order and (pieces.whole is not None or any(_is_depthwise(reader) for reader in readers)):
-        return False  # a reshape, or pieces that are side by side for whom they have to be
+        return False  # a reshape, or pieces that are side by side for those who need them so
     reason = next((r for reader in readers if (r := _refused(graph, reader, node)) is not None), None)
-    if reason is None and len(pieces.parts) > MOST_PIECES:
-        reason = f"its channels lie in {len(pieces.parts)} pieces"
     if reason is not None:
         keep(log, node, "%s", reason)
         return False
     depthwise = [reader for reader in readers if _is_depthwise(reader)]
-    if depthwise:
+    if depthwise or len(pieces.parts) > MOST_PIECES:
         joined = _materialised(graph, pieces, node)
         pieces = Pieces(((joined, 0, len(pieces.order)),), pieces.order)
     for reader in readers:
@@ -266,17 +266,19 @@ def _is_depthwise(node: fx.Node) -> bool:
 
 
 def _materialised(graph: fx.GraphModule, pieces: Pieces, node: fx.Node) -> fx.Node:
-    """The pieces side by side, in front of the first reader; the source itself where it is all of them."""
+    """The pieces side by side, behind `node`; the source itself where it is all of them."""
     if pieces.whole is not None:
         return pieces.whole
-    before = node.next
-    cut = [
-        source
-        if (start, width) == (0, rewrite.shape_of(source)[-1])
-        else rewrite.call(graph, aten.slice.Tensor, (source, -1, start, start + width, 1), before=before)
-        for source, start, width in pieces.parts
-    ]
-    return cut[0] if len(cut) == 1 else rewrite.call(graph, aten.cat.default, (cut, -1), before=before)
+    lead = rewrite.shape_of(node)[:-1]
+    return rewrite.call(graph, joined_rows, _parts(graph, pieces, lead, node.next), before=node.next)
+
+
+def _parts(
+    graph: fx.GraphModule, pieces: Pieces, lead: tuple[int, ...], before: fx.Node
+) -> tuple[list[fx.Node], list[int], list[int]]:
+    """Sources (with those leading dims), first channels and widths."""
+    sources, starts, widths = (list(part) for part in zip(*pieces.parts, strict=True))
+    return [reshaped(graph, s, [*lead, rewrite.shape_of(s)[-1]], before) for s in sources], starts, widths
 
 
 def _reordered(graph: fx.GraphModule, weight: Any, dim: int, order: torch.Tensor, before: fx.Node) -> Any:
@@ -301,18 +303,9 @@ def _reorder_product(graph: fx.GraphModule, reader: fx.Node, pieces: Pieces) -> 
     else:
         matrix = weight
         if len(rewrite.shape_of(weight)) > 2:
-            matrix = rewrite.call(
-                graph, aten.reshape.default, (weight, list(rewrite.shape_of(weight)[:2])), before=reader
-            )
-        sources, starts, widths = (list(part) for part in zip(*pieces.parts, strict=True))
-        lead = rewrite.shape_of(reader)[:-1]
-        shaped = [
-            s
-            if rewrite.shape_of(s)[:-1] == lead
-            else rewrite.call(graph, aten.reshape.default, (s, [*lead, rewrite.shape_of(s)[-1]]), before=reader)
-            for s in sources
-        ]
-        new = rewrite.call(graph, joined_linear, (shaped, starts, widths, matrix, *rest), before=reader, value=value)
+            matrix = reshaped(graph, weight, rewrite.shape_of(weight)[:2], reader)
+        parts = _parts(graph, pieces, rewrite.shape_of(reader)[:-1], reader)
+        new = rewrite.call(graph, joined_linear, (*parts, matrix, *rest), before=reader, value=value)
     rewrite.replace(reader, new)
     return new
 

@@ -1,6 +1,7 @@
 """Direct 2-D convolution, NHWC, weights packed at compile time: out = act(conv(x, w) + bias + residual).
 
-x, out     [N, H, W, C], no padded copy, no blocked channels
+x, out     [N, H, W, C], no padded copy, no blocked channels; x of few channels [N, C, H, W] on request: then a run of
+           taps is one per kw, its elements H * W apart
 w packed   for each group, panels of NR output channels: [KH][KW][C / groups][NR]; the last panel of a group
            may be narrower (a multiple of the vector; zeros past the last channel)
 tile       MR neighbouring pixels of a row x NR channels, V = NR / lanes vectors wide
@@ -35,15 +36,17 @@ from .register_tile import clear, multiply_add
 from .window import Axis, Placement, Run, Span, pieces, runs
 
 
-def conv2d(conv: Conv, plan: Plan) -> Any:
-    """Return the kernel (x, packed weight[, bias][, residual], out)."""
-    operands: list[tuple[int, ...]] = [conv.input_shape, (packed_elements(conv, plan),)]
+def conv2d(conv: Conv, plan: Plan, planar: bool = False) -> Any:
+    """Return the kernel (x, packed weight[, bias][, residual], out); `planar`: x lies in NCHW, and is not grouped."""
+    batch, height, width, channels = conv.input_shape
+    shape = (batch, channels, height, width) if planar else conv.input_shape
+    operands: list[tuple[int, ...]] = [shape, (packed_elements(conv, plan),)]
     operands += [(conv.filters,)] * conv.bias + [conv.output_shape] * conv.residual
 
     def body(x: Any, weight: Any, *rest: Any) -> None:
         bias = rest[0] if conv.bias else None
         residual = rest[-2] if conv.residual else None
-        emit_conv2d(conv, plan, x, weight, bias, residual, rest[-1])
+        emit_conv2d(conv, plan, x, weight, bias, residual, rest[-1], planar=planar)
 
     return kernel_function("conv2d", operands, [conv.output_shape], body)
 
@@ -63,6 +66,7 @@ def emit_conv2d(
     out: Any,
     place: Placement | None = None,
     inside: Axis | None = None,
+    planar: bool = False,
 ) -> None:
     """Emit the nest over buffers of a kernel; `place` puts the outputs into a larger image.
 
@@ -71,7 +75,16 @@ def emit_conv2d(
     place = place or Placement(conv.rows.out, conv.columns.out)
     conv = replace(conv, groups=conv.groups // plan.merged)
     _Nest(
-        conv, plan, flat(x), weight, bias, None if residual is None else flat(residual), flat(out), place, inside
+        conv,
+        plan,
+        flat(x),
+        weight,
+        bias,
+        None if residual is None else flat(residual),
+        flat(out),
+        place,
+        inside,
+        planar,
     ).emit()
 
 
@@ -99,6 +112,17 @@ class _Nest:
     out: Any
     place: Placement
     inside: Axis | None = None
+    planar: bool = False
+
+    @property
+    def pixel(self) -> int:
+        """Elements of x from one pixel of a row to the next."""
+        return 1 if self.planar else self.conv.channels
+
+    @property
+    def plane(self) -> int:
+        """Elements of x from one channel of a pixel to the next."""
+        return self.conv.height * self.conv.width if self.planar else 1
 
     def emit(self) -> None:
         conv, plan = self.conv, self.plan
@@ -168,7 +192,8 @@ class _Nest:
             place = self.place
             written = image * place.height + place.start[0] + row * place.step[0]
             out_row = T.bind(written * place.width + place.start[1])
-            in_row = T.bind((image * conv.height + conv.rows.first(row)) * conv.width)
+            images = image * (conv.height * (conv.channels if self.planar else 1))
+            in_row = T.bind((images + conv.rows.first(row)) * conv.width)
             first, taps = conv.rows.dynamic_taps(row)
             for run in runs(conv.columns, pixels):
                 if run.count == 1:
@@ -191,14 +216,14 @@ class _Nest:
         """One register tile: pixels [column, column + run.pixels) of a row."""
         conv, lanes, vectors = self.conv, self.plan.lanes, panel.vectors
         clear(acc, run.pixels, vectors, lanes)
-        corner = T.bind((in_row + conv.columns.first(column)) * conv.channels + panel.group * conv.group_channels)
-        contiguous = conv.groups == 1 and conv.dilation[1] == 1
+        corner = T.bind((in_row + conv.columns.first(column)) * self.pixel + panel.group * conv.group_channels)
+        contiguous = conv.groups == 1 and conv.dilation[1] == 1 and not self.planar
         with T.serial(0, taps[1]) as i:
             kh = taps[0] + i
-            x_row = T.bind(corner + kh * (conv.dilation[0] * conv.width * conv.channels))
+            x_row = T.bind(corner + kh * (conv.dilation[0] * conv.width * self.pixel))
             w_row = T.bind(panel.weight + kh * (conv.kernel[1] * conv.group_channels * vectors * lanes))
             for s in self._spans(run, column):
-                x_tap, w_tap = conv.dilation[1] * conv.channels, conv.group_channels * vectors * lanes
+                x_tap, w_tap = conv.dilation[1] * self.pixel, conv.group_channels * vectors * lanes
                 if contiguous or s.taps == 1:
                     self._reduce(
                         acc,
@@ -226,8 +251,8 @@ class _Nest:
         return [Span(*self.inside.union_of_taps(column, run.pixels), 0, run.pixels)]
 
     def _reduce(self, acc: Any, vectors: int, pixels: tuple[int, int], x: Any, w: Any, steps: int) -> None:
-        """Multiply-add `steps` neighbouring inputs of each pixel with as many rows of the panel."""
-        lanes, apart = self.plan.lanes, self.conv.stride[1] * self.conv.channels
+        """Multiply-add `steps` inputs of each pixel, `plane` apart, with as many rows of the panel."""
+        lanes, apart, plane = self.plan.lanes, self.conv.stride[1] * self.pixel, self.plane
         x, w = T.bind(x), T.bind(w)
         multiply_add(
             acc,
@@ -235,7 +260,7 @@ class _Nest:
             vectors,
             lanes,
             steps,
-            lambda p, k: self.x[x + p * apart + k],
+            lambda p, k: self.x[x + p * apart + k * plane],
             lambda k, v: self.weight[span(w + (k * vectors + v) * lanes, lanes)],
         )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
@@ -94,6 +93,13 @@ def joined_linear_te(
     activation_args: Sequence[float],
 ) -> te.Tensor:
     """The pieces side by side, then the product."""
+    whole = joined_rows_te(Out((*out.shape[:-1], sum(widths)), str(parts[0].dtype)), parts, starts, widths)
+    return fused_linear(out, whole, weight, bias, residual, activation, activation_args)
+
+
+@lowers(dialect_joined.joined_rows)
+def joined_rows_te(out: Out, parts: Sequence[te.Tensor], starts: Sequence[int], widths: Sequence[int]) -> te.Tensor:
+    """The pieces side by side."""
     last = len(out.shape) - 1
 
     def piece(x: te.Tensor, start: int, width: int) -> te.Tensor:
@@ -101,5 +107,5 @@ def joined_linear_te(
         return define(cut, lambda *i: x(*replace(i, last, i[last] + start)), "piece")
 
     pieces = [piece(*part) for part in zip(parts, starts, widths, strict=True)]
-    whole: Any = cat(Out((*out.shape[:-1], sum(widths)), str(parts[0].dtype)), pieces, last)
-    return fused_linear(out, whole, weight, bias, residual, activation, activation_args)
+    joined: te.Tensor = cat(out, pieces, last)
+    return joined

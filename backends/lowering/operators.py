@@ -17,6 +17,7 @@ for name in (
     "kernels_matmul",
     "kernels_norm",
     "kernels_pairs",
+    "kernels_planar",
 ):
     if importlib.util.find_spec(f"{__package__}.{name}") is not None:
         importlib.import_module(f".{name}", __package__)

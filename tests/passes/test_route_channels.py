@@ -13,7 +13,7 @@ from torch import fx
 
 from graphwright.compiler.pipeline import copy_graph
 from graphwright.passes import dialect
-from graphwright.passes.dialect_joined import joined_linear
+from graphwright.passes.dialect_joined import joined_linear, joined_rows
 from graphwright.passes.fold_constants import fold_constants
 from graphwright.passes.remove_dead import remove_dead
 from graphwright.passes.route_channels import MOST_PIECES, route_channels
@@ -127,11 +127,16 @@ def test_a_depthwise_convolution_takes_any_order():
         return conv(conv(x, DEPTH, BIAS12, groups=12, stride=2), w1), conv(x, w2)
 
     graph = rewritten(model, [A, B])
-    assert operators(graph) == [aten.cat.default, dialect.conv2d, dialect.conv2d, dialect.conv2d]
+    assert operators(graph) == [joined_rows, dialect.conv2d, dialect.conv2d, dialect.conv2d]
 
 
 def test_a_concat_in_order_stays_for_a_depthwise_convolution():
     kept(lambda a, b: conv(conv(torch.cat([a, b], -1), DEPTH, groups=12), POINT[5, 12]), [A, B])
+
+
+def test_many_pieces_are_put_side_by_side():
+    graph = rewritten(lambda a: linear(a.repeat(1, 1, 1, 4)[..., ::2], MATRIX[5, 12]), [A])
+    assert operators(graph) == [aten.repeat.default, joined_rows, dialect.linear]
 
 
 def test_a_product_keeps_its_residual():
@@ -155,7 +160,6 @@ REASONS = {
     "or its weight is computed": lambda a, b: conv(
         conv(shuffled(torch.cat([a, b], -1)), DEPTH, groups=12), b.reshape(12, 12, 1, 1)
     ),
-    "pieces": lambda a, b: linear(a.repeat(1, 1, 1, 4)[..., ::2], MATRIX[5, 12]),
 }
 
 
