@@ -6,6 +6,7 @@ Everything else goes through jinja2's escaping: names of models, inputs and sour
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def _label(node: fx.Node) -> str:
         name = " + ".join([name, *extra])
     else:
         name = getattr(node.target, "__name__", name)
-    return _short(name)
+    return _short(name.removeprefix("_"))
 
 
 def _short(text: str) -> str:
@@ -216,6 +217,8 @@ def _kind(node: fx.Node) -> str:
     """What the box's colour says."""
     if node.op != "call_function":
         return "edge"
+    if node.target is operator.getitem:
+        return "view"
     if node.target in _PRODUCTS or "conv" in str(node.target):
         return "product"
     if is_copy(node):

@@ -30,6 +30,7 @@ from . import dialect, rewrite
 from .layout_costs import node_seconds, permute_seconds
 from .layout_cut import Problem, Value, assignment, minimum_cut
 from .nhwc_rules import RULES, Images, pointwise, wants_nhwc
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def _twins(graph: fx.GraphModule, nodes: list[fx.Node]) -> Images:
             images.nhwc[node] = twin
             images.computed[node] = None
         elif node not in images.equal and any(images.has(source) for source in node.all_input_nodes):
-            log.debug("stop at %s: it cannot follow its operands into NHWC", node)
+            keep(log, node, "it cannot follow its operands into NHWC")
     return images
 
 

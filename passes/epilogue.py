@@ -19,6 +19,7 @@ from torch import fx
 
 from . import rewrite
 from .families import fuses
+from .refusals import keep
 from .rewrite import Operator
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def extend(start: Epilogue, is_bias: Callable[[fx.Node], bool], kinds: frozenset
     while found.activation == "none":
         user = rewrite.sole_user(found.last)
         if user is None:
-            log.debug("stop at %s: read by %d nodes", found.last, len(found.last.users))
+            keep(log, found.last, "nothing behind it is taken up: read by %d nodes", len(found.last.users))
             break
         step = _add(found, user, is_bias, kinds) if user.target is aten.add.Tensor else _activate(found, user, kinds)
         if step is None:
@@ -69,33 +70,33 @@ def _add(found: Epilogue, add: fx.Node, is_bias: Callable[[fx.Node], bool], kind
     a = rewrite.arguments(add)
     other = a["other"] if a["self"] is found.last else a["self"]
     if a["alpha"] != 1:
-        log.debug("stop at %s: it scales what it adds by %s", add, a["alpha"])
+        keep(log, add, "it scales what it adds by %s", a["alpha"])
         return None
     if not isinstance(other, fx.Node) or other is found.last:
-        log.debug("stop at %s: it adds a number, or the product to itself", add)
+        keep(log, add, "it adds a number, or the product to itself")
         return None
     if not rewrite.is_float(found.last, other, add):
-        log.debug("stop at %s: it mixes dtypes", add)
+        keep(log, add, "it mixes dtypes")
         return None
     if rewrite.shape_of(add) != rewrite.shape_of(found.last):
-        log.debug("stop at %s: it broadcasts the product", add)
+        keep(log, add, "it broadcasts the product")
         return None
     if "bias" in kinds and found.bias is None and found.residual is None and is_bias(other):
         return replace(found, last=add, bias=other)
     if "add" in kinds and found.residual is None and rewrite.shape_of(other) == rewrite.shape_of(found.last):
         return replace(found, last=add, residual=other)
-    log.debug("stop at %s: what it adds is no free bias or residual, or one that kernel_fusion leaves out", add)
+    keep(log, add, "what it adds is no free bias or residual, or one that kernel_fusion leaves out")
     return None
 
 
 def _activate(found: Epilogue, node: fx.Node, kinds: frozenset[str]) -> Epilogue | None:
     if "relu" not in kinds:
-        log.debug("stop at %s: kernel_fusion leaves activations out", found.last)
+        keep(log, found.last, "kernel_fusion leaves activations out")
         return None
     activation = activation_of(node)
     # An activation may take its own input twice (leaky_relu does not), but the product has to be that input.
     if activation is None or node.args[0] is not found.last or not rewrite.is_float(found.last, node):
-        log.debug("stop at %s: %s is no activation", found.last, node)
+        keep(log, found.last, "%s behind it is no activation", node.target)
         return None
     return replace(found, last=node, activation=activation[0], args=tuple(activation[1]))
 

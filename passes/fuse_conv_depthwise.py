@@ -26,6 +26,7 @@ from ..hwdb import Hardware
 from ..hwdb.cost import Work, predict_seconds
 from . import dialect, rewrite
 from .dialect_pairs import conv_depthwise
+from .refusals import keep
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def fuse_conv_depthwise(graph: fx.GraphModule, hw: Hardware) -> int:
         a, b = rewrite.arguments(first), rewrite.arguments(node)
         reason = _refuse(first, node, a, b) or _slower(node, a, b, hw)
         if reason:
-            log.debug("keep %s and %s: %s", first, node, reason)
+            keep(log, node, "it is not joined with %s: %s", first, reason)
             continue
         _fuse(graph, first, node, a, b)
         count += 1
