@@ -47,7 +47,7 @@ def permute_seconds(shape: Sequence[int], element_bytes: int, hw: Hardware) -> f
     if len(shape) < 3 or shape[1] == 1 or rows == 1 or not math.prod(shape):
         return 0.0
     moved = _PERMUTE_PASSES * element_bytes * math.prod(shape)
-    return _seconds(Work(bytes_read=moved, bytes_written=moved), hw)
+    return work_seconds(Work(bytes_read=moved, bytes_written=moved), hw)
 
 
 def node_seconds(node: fx.Node, nhwc: bool, hw: Hardware) -> float:
@@ -67,7 +67,7 @@ def node_seconds(node: fx.Node, nhwc: bool, hw: Hardware) -> float:
         work = Work(flops, read, written, efficiency=_POOL_LOOPS)
     else:
         work = Work({}, read * _idle(node, nhwc, hw), written)
-    return _seconds(work, hw)
+    return work_seconds(work, hw)
 
 
 def _multiplied(node: fx.Node) -> float:
@@ -90,7 +90,7 @@ def _idle(node: fx.Node, nhwc: bool, hw: Hardware) -> float:
     return max(1.0, lanes / max(1, int(inner)))
 
 
-def _seconds(work: Work, hw: Hardware) -> float:
+def work_seconds(work: Work, hw: Hardware) -> float:
     """Predicted seconds; a parallel region is started where that takes less than half of the work's time."""
     known = predict_seconds(hw, replace(work, launches=0))
     if known is not None:
