@@ -1,10 +1,12 @@
 """Compute the same thing once (common subexpression elimination).
 
-    f(x), f(x)              -> f(x), read by both
+    f(x), f(x)              -> f(x), read by both; likewise where defaults are spelt out in one of them
+    a + b, b + a            -> a + b, read by both; likewise products, equality, and, or, xor
     constants of equal bits -> one constant
 
-Refused for random operators, operators with effects, two values that the graph returns both (the caller may
-change one of them), and arguments that are equal but not alike: 1 and 1.0 and True, 0.0 and -0.0.
+Refused for random operators, operators with effects, two values that the graph returns both, or views of them (the
+caller may change one of them), and arguments that are equal but not alike: 1 and 1.0 and True, 0.0 and -0.0. The
+greater of two numbers is taken in either order for integers only: of 0.0 and -0.0, the order decides.
 """
 
 from __future__ import annotations
@@ -18,10 +20,21 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import rewrite
+from . import memory, rewrite
 from .refusals import keep
 
 log = logging.getLogger(__name__)
+
+aten = torch.ops.aten
+
+_COMMUTATIVE = frozenset(
+    {
+        *(aten.add.Tensor, aten.mul.Tensor, aten.eq.Tensor, aten.ne.Tensor),
+        *(aten.bitwise_and.Tensor, aten.bitwise_or.Tensor, aten.bitwise_xor.Tensor),
+        *(aten.logical_and.default, aten.logical_or.default, aten.logical_xor.default),
+    }
+)
+_COMMUTATIVE_FOR_INTEGERS = frozenset({aten.maximum.default, aten.minimum.default})
 
 # Elements compared before whole tensors are: equal shapes are common among weights, equal samples are not.
 _SAMPLE = 64
@@ -36,13 +49,16 @@ def merge_duplicates(graph: fx.GraphModule, hw: Hardware) -> int:
         if node.op == "get_attr":
             original = _equal_constant(graph, node, constants)
         elif node.op == "call_function" and rewrite.is_pure(node):
-            original = first.setdefault((node.target, _key(node.args), _key(node.kwargs)), node)
+            original = first.setdefault(_call_key(node), node)
         else:
             continue
         if original is node:
             continue
         if rewrite.feeds_output(node) and rewrite.feeds_output(original):
             keep(log, node, "the graph returns both it and %s", original)
+            continue
+        if not memory.views(node) and memory.escapes(node) and memory.escapes(original):
+            keep(log, node, "the graph returns views of both it and %s", original)
             continue
         rewrite.replace(node, original)
         count += 1
@@ -75,6 +91,28 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes: -0.0 is not 0.0, and a NaN equals itself."""
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _call_key(node: fx.Node) -> Hashable:
+    """Equal for calls that compute the same."""
+    if not isinstance(node.target, rewrite.Operator):
+        return node.target, _key(node.args), _key(node.kwargs)
+    arguments = rewrite.arguments(node)
+    key = tuple(_key(value) for value in arguments.values())
+    if _commutes(node, arguments):
+        return node.target, frozenset(key[:2]), key[2:]
+    return node.target, key
+
+
+def _commutes(node: fx.Node, arguments: dict[str, Any]) -> bool:
+    a, b, *rest = (*arguments.values(), None)
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return False
+    if node.target in _COMMUTATIVE_FOR_INTEGERS:
+        value = rewrite.value_of(node)
+        return value is not None and not value.is_floating_point()
+    # The second operand of an addition may have a factor.
+    return node.target in _COMMUTATIVE and rest[0] in (None, 1)
 
 
 def _key(value: Any) -> Hashable:

@@ -9,7 +9,7 @@
 
 Kept: random operators, which move the generator that others draw from; operators with effects; a copy that
 the graph returns where x itself may not be returned in its place (an input, a constant, a value somebody else
-reads); a copy whose reader looks at strides.
+reads), itself or as a view; a copy whose reader looks at strides.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import rewrite
+from . import memory, rewrite
 from .refusals import keep
 from .rewrite import Operator
 
@@ -77,25 +77,12 @@ def _does_nothing(node: fx.Node) -> bool:
 def _reason_to_keep(node: fx.Node) -> bool:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if any(user.target in _READS_STRIDES for user in node.users) and node.target in _COPIES:
+    if any(user.target in memory.READS_STRIDES for user in node.users) and node.target in _COPIES:
         keep(log, node, "a reader looks at its strides")
         return True
-    if node.target in _COPIES and _is_returned(node) and (len(source.users) > 1 or not _is_fresh(source)):
+    if node.target in _COPIES and memory.escapes(node) and (len(source.users) > 1 or not _is_fresh(source)):
         keep(log, node, "it is returned, and %s may not be", source)
         return True
-    return False
-
-
-def _is_returned(node: fx.Node) -> bool:
-    """Whether the graph returns the node, or a view of it."""
-    waiting, seen = [node], {node}
-    while waiting:
-        for user in waiting.pop().users:
-            if user.op == "output":
-                return True
-            if user not in seen and not _is_fresh(user):
-                seen.add(user)
-                waiting.append(user)
     return False
 
 
@@ -151,11 +138,4 @@ _COPIES = frozenset(_NO_OPS) - {
     aten.expand.default,
     aten.permute.default,
     aten.slice.Tensor,
-}
-_READS_STRIDES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.as_strided.default,
-    aten.view.dtype,
-    aten.view_as_complex.default,
 }

@@ -111,6 +111,52 @@ def test_two_returned_values_stay_two(caplog):
     assert "the graph returns both" in caplog.text
 
 
+def test_views_of_two_values_stay_views_of_two():
+    assert_kept(lambda x: (x.sin().view(2, 3), x.sin().view(3, 2)), [torch.randn(6)], merge_duplicates)
+
+
+def test_views_of_one_value_are_merged():
+    assert_rewrite(
+        lambda x: x.view(2, 3).sin() + x.view(2, 3).cos(),
+        lambda x: (y := x.reshape(2, 3)).sin() + y.cos(),
+        [torch.randn(6)],
+        merge_duplicates,
+    )
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(torch.add, torch.mul, torch.eq, torch.ne),
+        *(aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor, aten.logical_and, aten.logical_or, aten.logical_xor),
+        *(torch.maximum, torch.minimum),
+    ],
+)
+def test_operands_in_either_order(function):
+    def model(x, y):
+        return function(x, y) * 1, function(y, x) * 2
+
+    graph = trace_core(model, [torch.tensor([3, -1, 0]), torch.tensor([5, -1, 2])])
+    assert merge_duplicates(graph, HW) == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.sub, torch.div, torch.lt, torch.maximum, torch.minimum, lambda a, b: torch.add(a, b, alpha=2)],
+)
+def test_operands_whose_order_matters(function):
+    x = torch.tensor([0.0, -0.0, 1.0])
+    graph = trace_core(lambda x, y: (function(x, y) * 1, function(y, x) * 2), [x, x.flip(0)])
+    assert merge_duplicates(graph, HW) == 0
+
+
+def test_defaults_may_be_spelt_out():
+    graph = trace_core(
+        lambda x: aten.sum.dim_IntList(x, [0]) + aten.sum.dim_IntList(x, [0], False), [torch.randn(2, 3)]
+    )
+    assert merge_duplicates(graph, HW) == 1
+
+
 UNARY = [torch.sin, torch.cos, torch.neg, lambda x: x + 1, lambda x: x + 1.0]
 BINARY = [torch.add, torch.mul, lambda a, b: torch.cat([a, b])[:3], lambda a, b: torch.add(a, b, alpha=2)]
 

@@ -130,6 +130,13 @@ def test_a_returned_copy_of_a_value_read_twice_stays():
     assert_kept(model, [torch.randn(2)], remove_dead)
 
 
+def test_a_view_of_a_copy_of_an_input_stays(caplog):
+    graph = trace_core(lambda x: aten.reshape(aten.clone(x), [3, 2]), [torch.randn(2, 3)])
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert remove_dead(graph, HW) == 0
+    assert "it is returned" in caplog.text
+
+
 def test_a_returned_copy_of_a_fresh_value_goes():
     assert_rewrite(lambda x: x.neg().clone(), torch.neg, [torch.randn(2)], remove_dead, 1)
 
