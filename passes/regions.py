@@ -23,87 +23,13 @@ predicted slower together.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
-from ..hwdb import Hardware
-from ..hwdb.cost import Work, launch_seconds, predict_seconds
+from .region_kernel import SMALL_POINTS, Kernels, Node, Problem, Region, predicted
 
-# A kernel's code and the first lines of its operands have left the inner caches since the last call: about ten misses
-# of 0.1 us, an estimate.
-ENTRY_SECONDS = 1e-6
-SMALL_POINTS = 1 << 14  # work too small for several cores, where the number of rows is no matter
-MEMORY_INSTRUCTIONS = 6  # a store and a load, in vector instructions
 _MOST_NODES = 64
 _MOST_BETWEEN = 400  # kernels, in the order they would run
 _MOST_READERS = 16
-_LITTLE = 0.1  # of a kernel's elements: work that may have a loop of its own in front or behind
-_VECTORISED = 64  # elements that a row should have
-_BYTES, _INSTRUCTIONS = 2e10, 1e10  # a second, for a machine whose rates are not known: only ratios matter
-
-Node = Hashable
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What computing one node takes. Shapes are without dims of extent 1."""
-
-    shape: tuple[int, ...]  # of the result
-    item_bytes: int
-    rows: int  # leading dims along which every step of the definition stays in its row
-    work: float  # vector instructions for one element of the result
-    formula: bool  # whether an element is one formula of the operands' elements
-    aligned: Mapping[Node, int]  # operand -> leading dims in which it is read in step with the result
-    loads: Mapping[Node, float]  # operand -> its elements that are loaded, repetitions counted
-
-    @property
-    def size(self) -> int:
-        """Elements of the result."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the result."""
-        return self.size * self.item_bytes
-
-
-@dataclass(frozen=True)
-class Region:
-    """Nodes of one kernel, in order; `copies` among them are computed elsewhere too."""
-
-    nodes: tuple[Node, ...]
-    results: tuple[Node, ...]
-    kept: tuple[Node, ...]  # stored for the time of one row
-    rows: int  # 1 where one loop nest computes everything
-    seconds: float
-    copies: frozenset[Node] = frozenset()
-
-    @property
-    def reason(self) -> str:
-        """What the kernel is, in a few words."""
-        parts = [f"{len(self.nodes)} operators"] if len(self.nodes) > 1 else ["one operator"]
-        if len(self.results) > 1:
-            parts.append(f"{len(self.results)} results")
-        if self.rows > 1:
-            parts.append(f"{self.rows} rows")
-        if self.kept:
-            parts.append(f"{len(self.kept)} values kept")
-        if self.copies:
-            parts.append(f"{len(self.copies)} values computed again")
-        return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Every node in order with its operands, the facts of those that may be fused, and those read elsewhere."""
-
-    operands: Mapping[Node, tuple[Node, ...]]
-    facts: Mapping[Node, Facts]
-    results: frozenset[Node]
-    hw: Hardware
-    nbytes: Mapping[Node, int] = field(default_factory=dict)  # of nodes without facts
-
 
 Refuse = Callable[[Node, str], None]
 
@@ -117,12 +43,6 @@ def form_regions(problem: Problem, refuse: Refuse = lambda node, reason: None) -
     former.small_neighbours()
     former.copy_formulas()
     return former.regions()
-
-
-def row_bytes(hw: Hardware) -> int:
-    """What the values that a kernel keeps for one row may take: half of a core's second cache."""
-    cache = hw.cache(2)
-    return 1 << 17 if cache is None else cache.size_bytes // (2 * cache.shared_by_cores)
 
 
 def post_dominators(order: Sequence[Node], readers: Mapping[Node, Sequence[Node]]) -> dict[Node, Node | None]:
@@ -152,11 +72,8 @@ class _Former:
 
     def __init__(self, problem: Problem, refuse: Refuse) -> None:
         self.problem, self.refuse = problem, refuse
-        self.index = {node: i for i, node in enumerate(problem.operands)}
-        self.readers: dict[Node, list[Node]] = {}
-        for node, operands in problem.operands.items():
-            for operand in dict.fromkeys(operands):
-                self.readers.setdefault(operand, []).append(node)
+        self.kernels = Kernels(problem)
+        self.index, self.readers, self.homes = self.kernels.index, self.kernels.readers, self.kernels.homes
         self.region = dict(self.index)  # node -> the slot of its region
         self.members: dict[int, list[Node]] = {i: [node] for node, i in self.index.items()}
         self.slots: dict[int, int] = {i: i for i in self.members}  # region -> place
@@ -205,28 +122,44 @@ class _Former:
                 self._try(node, {self.region[before], self.region[node]})
 
     def copy_formulas(self) -> None:
-        """A formula alone in its region goes into all its readers', where storing it costs more."""
-        for node, facts in self.problem.facts.items():
-            home = self.region[node]
-            if len(self.members[home]) > 1 or not facts.formula or node in self.problem.results:
-                continue
+        """A formula goes into the regions of all its readers, where storing it for them costs more; readers first."""
+        for node, facts in reversed(self.problem.facts.items()):
             readers = self.readers.get(node, [])
-            if not readers or any(reader not in self.problem.facts for reader in readers):
+            if not facts.formula or node in self.problem.results or not readers:
                 continue
-            targets = {self.region[reader] for reader in readers}
-            with_copy = {t: self._evaluated([*self.members[t], node], {*self.copies.get(t, ()), node}) for t in targets}
-            if any(isinstance(value, str) for value in with_copy.values()):
-                self.refuse(node, "stored: a kernel that reads it cannot compute it")
+            home = self.region[node]
+            targets = {t for reader in readers for t in self.homes.get(reader, {self.region[reader]})}
+            if len(targets) < 2 or any(reader not in self.problem.facts for reader in readers):
                 continue
-            together = sum(value.seconds for value in with_copy.values() if isinstance(value, Region))
-            apart = sum(self._region(t).seconds for t in (home, *targets))
+            with_copy = {t: self._with_copy(t, node) for t in targets}
+            obstacle = next((value for value in with_copy.values() if isinstance(value, str)), None)
+            if obstacle is not None:
+                self.refuse(node, f"stored, not computed again: {obstacle}")
+                continue
+            copied = [value for value in with_copy.values() if isinstance(value, Region)]
+            together, apart = self._compare(copied, [self._region(t) for t in {home, *targets}])
             if together > apart:
                 self.refuse(node, f"stored: predicted {apart * 1e6:.1f} us, {together * 1e6:.1f} us if computed again")
                 continue
-            for target, value in with_copy.items():
-                assert isinstance(value, Region)
-                self.copies.setdefault(target, set()).add(node)
-                self.known[target] = value
+            self._copy(node, with_copy)
+
+    def _with_copy(self, target: int, node: Node) -> Region | str:
+        nodes = [n for n in self.members[target] if n != node]
+        if len(nodes) >= _MOST_NODES:
+            return f"more than {_MOST_NODES} operators"
+        return self.kernels.of(nodes, {*self.copies.get(target, ()), node})
+
+    def _copy(self, node: Node, with_copy: Mapping[int, Region | str]) -> None:
+        """Let `node` be computed in each of the regions and have none of its own."""
+        home = self.region[node]
+        self.members[home].remove(node)
+        self.known.pop(home, None)
+        self.homes[node] = set(with_copy)
+        for target, value in with_copy.items():
+            assert isinstance(value, Region)
+            self.copies.setdefault(target, set()).add(node)
+            self.known[target] = value
+        if not self.members[home]:
             del self.members[home]
             self.at[self.slots.pop(home)] = None
 
@@ -239,7 +172,9 @@ class _Former:
 
     def _is_large_operand(self, operand: Node, reader: Node) -> bool:
         loads = self.problem.facts[reader].loads
-        return 4 * self._nbytes(operand, loads[operand]) >= max(self._nbytes(o, n) for o, n in loads.items())
+        return 4 * self.kernels.nbytes(operand, loads[operand]) >= max(
+            self.kernels.nbytes(o, n) for o, n in loads.items()
+        )
 
     def _between(self, start: Node, end: Node) -> set[Node] | None:
         """Everything on a path from `start` to `end`, both included; None where some of it is not to be fused."""
@@ -262,17 +197,23 @@ class _Former:
         if len(nodes) > _MOST_NODES:
             self.refuse(node, f"more than {_MOST_NODES} operators")
             return
-        together = self._evaluated(nodes, set())
+        together = self.kernels.of(nodes, set())
         if isinstance(together, str):
             self.refuse(node, together)
             return
-        apart = sum(self._region(r).seconds for r in regions)
-        if together.seconds > apart:
-            self.refuse(node, f"predicted {together.seconds * 1e6:.1f} us together, {apart * 1e6:.1f} us apart")
+        seconds, apart = self._compare([together], [self._region(r) for r in regions])
+        if seconds > apart:
+            self.refuse(node, f"predicted {seconds * 1e6:.1f} us together, {apart * 1e6:.1f} us apart")
             return
         obstacle = self._merge(regions, together)
         if obstacle is not None:
             self.refuse(node, obstacle)
+
+    def _compare(self, new: Sequence[Region], old: Sequence[Region]) -> tuple[float, float]:
+        """Predicted seconds of the one set of kernels and of the other, all data where the largest of them finds it."""
+        footprint = max(region.moved for region in (*new, *old))
+        one, other = (sum(predicted(region, footprint, self.problem.hw) for region in side) for side in (new, old))
+        return one, other
 
     def _merge(self, regions: set[int], merged: Region) -> str | None:
         """Put `regions` in one place of the order, or say why there is none.
@@ -320,165 +261,8 @@ class _Former:
 
     def _region(self, number: int) -> Region:
         if number not in self.known:
-            value = self._evaluated(self.members[number], self.copies.get(number, set()))
+            value = self.kernels.of(self.members[number], self.copies.get(number, set()))
             # A single node can always be a kernel.
             assert isinstance(value, Region), value
             self.known[number] = value
         return self.known[number]
-
-    # ---- one set of nodes as a kernel ----
-
-    def _evaluated(self, nodes: Iterable[Node], copies: set[Node]) -> Region | str:
-        """The kernel of `nodes`, or why they cannot be one."""
-        facts = self.problem.facts
-        ordered = sorted({*nodes, *copies}, key=self.index.__getitem__)
-        inside = set(ordered)
-        results = [
-            n
-            for n in ordered
-            if n not in copies and (n in self.problem.results or any(u not in inside for u in self.readers.get(n, ())))
-        ]
-        stored, runs = self._stored(ordered, inside, set(results))
-        seconds = self._seconds(ordered, inside, results, runs)
-        kept = [n for n in ordered if n in stored and n not in results]
-
-        def region(rows: int) -> Region:
-            return Region(tuple(ordered), tuple(results), tuple(kept), rows, seconds, frozenset(copies))
-
-        if len(stored) == 1:
-            return region(1)
-        aside = self._aside(ordered, inside, stored, runs)
-        large = [n for n in stored if n not in aside]
-        depth = self._depth(ordered, set(stored), aside)
-        if self._one_nest(stored, depth) or not large or self._in_blocks(large, inside):
-            return region(1)
-        rows = self._rows(large, depth, runs)
-        if isinstance(rows, str):
-            return rows
-        scratch = sum(facts[n].nbytes for n in kept if n not in aside) / rows
-        if scratch > row_bytes(self.problem.hw):
-            return f"the values of a row take {scratch:.0f} bytes"
-        return region(rows)
-
-    def _stored(
-        self, ordered: Sequence[Node], inside: set[Node], results: set[Node]
-    ) -> tuple[list[Node], dict[Node, float]]:
-        """The stored nodes, and how many elements of each node are computed."""
-        facts = self.problem.facts
-        stored: list[Node] = []
-        runs: dict[Node, float] = {}
-        for node in reversed(ordered):
-            own = facts[node]
-            repeated = 0.0
-            for reader in self.readers.get(node, ()):
-                if reader in inside:
-                    repeated += runs[reader] * facts[reader].loads[node] / max(facts[reader].size, 1)
-            repeat = repeated * own.work <= own.size * (own.work + MEMORY_INSTRUCTIONS)
-            if own.work <= 1:
-                repeat = own.work == 0 or repeated <= 4 * own.size
-            if node in results or not own.formula or not repeat:
-                stored.insert(0, node)
-                runs[node] = own.size
-            else:
-                runs[node] = repeated
-        return stored, runs
-
-    def _aside(
-        self, ordered: Sequence[Node], inside: set[Node], stored: Sequence[Node], runs: Mapping[Node, float]
-    ) -> set[Node]:
-        """Stored nodes of little work that need no large one, or that no large one needs: loops before or behind."""
-        facts = self.problem.facts
-        points = {n: max(runs[n], *facts[n].loads.values(), 0.0) for n in stored}
-        large = {n for n in stored if points[n] > max(SMALL_POINTS, sum(points.values()) * _LITTLE)}
-        behind: set[Node] = set()
-        for node in ordered:
-            if any(o in large or o in behind for o in self.problem.operands[node] if o in inside):
-                behind.add(node)
-        before: set[Node] = set()
-        for node in reversed(ordered):
-            if any(u in large or u in before for u in self.readers.get(node, ()) if u in inside):
-                before.add(node)
-        return {n for n in stored if n not in large and not (n in behind and n in before)}
-
-    def _depth(self, ordered: Sequence[Node], stored: set[Node], aside: set[Node]) -> dict[Node, int]:
-        """For every node the leading dims in which all stored nodes that read it keep step, those `aside` left out."""
-        facts = self.problem.facts
-        depth: dict[Node, int] = {}
-        for node in reversed(ordered):
-            reach = len(facts[node].shape)
-            for reader in self.readers.get(node, ()):
-                if reader in depth and reader not in aside:
-                    step = facts[reader].aligned[node]
-                    reach = min(reach, step if reader in stored else min(step, depth[reader]))
-            depth[node] = reach
-        return depth
-
-    def _in_blocks(self, large: Sequence[Node], inside: set[Node]) -> bool:
-        """Whether all are reductions of the same elements to next to nothing: blocks of what they read are rows."""
-        facts, cores = self.problem.facts, self.problem.hw.cores
-        if any(facts[n].formula or facts[n].size >= cores for n in large):
-            return False
-        elements = {max(facts[n].loads.values(), default=0.0) for n in large}
-        return len(elements) == 1 and not any(self._leads_to(n, set(large), inside) for n in large)
-
-    def _leads_to(self, start: Node, ends: set[Node], inside: set[Node]) -> bool:
-        found, waiting = {start}, [start]
-        while waiting:
-            for reader in self.readers.get(waiting.pop(), ()):
-                if reader in ends:
-                    return True
-                if reader in inside and reader not in found:
-                    found.add(reader)
-                    waiting.append(reader)
-        return False
-
-    def _one_nest(self, stored: Sequence[Node], depth: Mapping[Node, int]) -> bool:
-        """Whether one pass over the elements writes all of `stored`."""
-        facts = self.problem.facts
-        shape = facts[stored[0]].shape
-        return all(facts[n].formula and facts[n].shape == shape and depth[n] == len(shape) for n in stored)
-
-    def _rows(self, stored: Sequence[Node], depth: Mapping[Node, int], runs: Mapping[Node, float]) -> int | str:
-        """How many rows the stored values have in common."""
-        facts, hw = self.problem.facts, self.problem.hw
-        first = facts[stored[0]].shape
-        shared = min(min(facts[n].rows, depth[n]) for n in stored)
-        while shared and any(facts[n].shape[:shared] != first[:shared] for n in stored):
-            shared -= 1
-        if not shared:
-            return "rows do not line up"
-        points = max(max(facts[n].size, *facts[n].loads.values(), 1) for n in stored)
-        while shared > 1 and points // math.prod(first[:shared]) < _VECTORISED:
-            shared -= 1
-        rows = math.prod(first[:shared])
-        total = sum(max(runs[n], *facts[n].loads.values(), 1) for n in stored)
-        if rows < hw.cores and total > SMALL_POINTS:
-            return f"only {rows} rows for {hw.cores} cores"
-        return rows
-
-    def _seconds(
-        self, ordered: Sequence[Node], inside: set[Node], results: Sequence[Node], runs: Mapping[Node, float]
-    ) -> float:
-        """Predicted seconds: of what comes in and goes out, each once, and of the arithmetic."""
-        facts, hw = self.problem.facts, self.problem.hw
-        instructions = sum(runs[n] * facts[n].work for n in ordered)
-        read: dict[Node, float] = {}
-        for n in ordered:
-            share = runs[n] / max(facts[n].size, 1)
-            for operand, loads in facts[n].loads.items():
-                if operand not in inside:
-                    read[operand] = read.get(operand, 0.0) + loads * share
-        into = sum(min(loads * 4.0, self._nbytes(operand, loads)) for operand, loads in read.items())
-        out = float(sum(facts[n].nbytes for n in results))
-        # Two flops are one vector instruction for every element. Short loops hide little of one behind the other.
-        arithmetic = predict_seconds(hw, Work({"float32": 2.0 * instructions}, launches=0, efficiency=1.0))
-        memory = predict_seconds(hw, Work({}, into, out, launches=0))
-        if arithmetic is None or memory is None:
-            return (into + out) / _BYTES + instructions / _INSTRUCTIONS + ENTRY_SECONDS
-        known = arithmetic + memory
-        start = launch_seconds(hw)
-        return (known + start if known * hw.cores > 2 * start else known * hw.cores) + ENTRY_SECONDS
-
-    def _nbytes(self, node: Node, loads: float) -> float:
-        known = self.problem.facts.get(node)
-        return known.nbytes if known is not None else self.problem.nbytes.get(node, loads * 4.0)

@@ -14,7 +14,7 @@ from tvm import ir, relax
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
 from ...hwdb.cost import predict_seconds
-from ...passes.regions import ENTRY_SECONDS
+from ...passes.region_kernel import ENTRY_SECONDS
 from ..aot.program import Buffer, Program, Step
 from ..cpu.expand_math import expand_math
 from ..cpu.predict import predicted_seconds

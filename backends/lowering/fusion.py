@@ -1,6 +1,6 @@
 """Expressions of one region of the graph -> kernels of several nodes each.
 
-Facts about a node (`passes.regions.Facts`) are read from the loops that its definition makes, not kept in a table:
+Facts about a node (`region_kernel.Facts`) are read from the loops that its definition makes, not kept in a table:
 whether an element is one formula, which leading dims stay in step with each operand, what it costs. A fused kernel is
 the definitions applied to each other's results. Definitions with several results that are formulas each (split, unbind)
 fall into one node a result; those with loops of their own (sort, scatter) stay alone.
@@ -22,7 +22,8 @@ from tvm.ir import Call, TensorLoad
 
 from ...hwdb import Hardware
 from ...passes.refusals import keep
-from ...passes.regions import Facts, Problem, Region, form_regions
+from ...passes.region_kernel import Facts, Problem, Region
+from ...passes.regions import form_regions
 from ..cpu.access import element_bits, size_of
 from ..cpu.stages import Stage, collect, cost, inline_producers, intrinsic, read_stages
 from .operators import LOWERINGS
