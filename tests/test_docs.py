@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -52,3 +53,8 @@ def test_make_help_lists_the_commands_of_the_readme() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.M):
         assert re.search(rf"^{target}:.*##", makefile, re.M), target
+
+
+def test_the_page_of_passes_says_what_the_passes_say() -> None:
+    made = runpy.run_path(str(ROOT / "tests" / "passes_page.py"))["page"]()
+    assert (ROOT / "docs" / "passes.md").read_text() == made, "run `python tests/passes_page.py` to write the page anew"
