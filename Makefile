@@ -25,10 +25,16 @@ lint: $(VENV)/.lint build/types/graphwright  ## ruff and mypy --strict
 bench: $(VENV)/.models,peers  ## compare with eager, inductor, onnxruntime and openvino
 	$(BIN)/python benchmarks/models.py
 
+fuzz: $(VENV)/.models,test  ## 20,000 random models through the passes and the compiler; goes on where it stopped
+	$(BIN)/python tests/fuzz.py
+
+mutate: $(VENV)/.models,test  ## remove every guard of every pass, one at a time: a test has to fail
+	$(BIN)/python tests/mutate_guards.py
+
 # mypy finds the package by its name through this link: the repository root is the package.
 build/types/graphwright:
 	mkdir -p build/types
 	ln -sfn ../.. $@
 
-.PHONY: help demo test lint bench
+.PHONY: help demo test lint bench fuzz mutate
 .PRECIOUS: $(VENV)/.%

@@ -75,7 +75,8 @@ def route_channels(graph: fx.GraphModule, hw: Hardware) -> int:
             routes[node] = route
     current: dict[fx.Node, fx.Node] = {}  # what stands for a product that was rewritten
     count = sum(_read_in_pieces(graph, node, routes[node], current) for node in list(routes))
-    rewrite.erase_unused(*reversed(routes))
+    if count:
+        rewrite.erase_unused(*reversed(routes))
     return rewrite.finish(graph, count)
 
 

@@ -234,9 +234,7 @@ def _blame(
 def _fault(passes: Sequence[Pass], reason: str, before: fx.GraphModule, after: fx.GraphModule) -> PassFault:
     names = [p.__name__ for p in passes]
     behind = f" after {', '.join(names[:-1])}" if len(names) > 1 else ""
-    return PassFault(
-        f"{names[-1]}{behind}: {reason}\n\nbefore:\n\n{format_graph(before)}\n\nafter:\n\n{_text(after)}"
-    )
+    return PassFault(f"{names[-1]}{behind}: {reason}\n\nbefore:\n\n{format_graph(before)}\n\nafter:\n\n{_text(after)}")
 
 
 def _text(graph: fx.GraphModule) -> str:

@@ -41,20 +41,30 @@ def _simpler(program: Program) -> Iterator[Program]:
     for i in range(len(program.results)):
         if len(program.results) > 1:
             yield _without_dead(replace(program, results=(*program.results[:i], *program.results[i + 1 :])))
-    if (values := _values(program)) is not None:
+    values = _values(program)
+    if values is not None:
         for i in reversed(range(len(program.lines))):
             if names[i] and (cut := _cut(program, i, names[i], values)) is not None:
                 yield cut
     for i, line in enumerate(program.lines):
         if not _assigned(line):
             yield replace(program, lines=(*program.lines[:i], *program.lines[i + 1 :]))
-    cleaned = _without_dead(program)
-    if cleaned != program:
+    if (cleaned := _without_dead(program)) != program:
         yield cleaned
+    # It may be what nobody reads that matters: line by line.
+    for i, made in enumerate(names):
+        rest = (*program.lines[:i], *program.lines[i + 1 :])
+        text = "\n".join((*rest, *program.results))
+        if made and not any(re.search(rf"\b{name}\b", text) for name in made):
+            yield replace(program, lines=rest)
+        elif made and values is not None and (cut := _cut(program, i, made, values, keep=True)) is not None:
+            yield cut
 
 
-def _cut(program: Program, index: int, made: list[str], values: dict[str, torch.Tensor]) -> Program | None:
-    """The program with fresh inputs in the place of what line `index` computes."""
+def _cut(
+    program: Program, index: int, made: list[str], values: dict[str, torch.Tensor], keep: bool = False
+) -> Program | None:
+    """The program with fresh inputs in the place of what line `index` computes; `keep`: with all other lines."""
     lines, inputs = list(program.lines), list(program.inputs)
     text = "\n".join((*lines[index + 1 :], *program.results))
     renamed: dict[str, str] = {}
@@ -65,7 +75,7 @@ def _cut(program: Program, index: int, made: list[str], values: dict[str, torch.
     rest = [_NAME.sub(lambda m: renamed.get(m[0], m[0]), line) for line in lines[index + 1 :]]
     results = tuple(renamed.get(r, r) for r in program.results)
     before = Program(tuple(inputs), program.weights, (*lines[:index], *rest), results)
-    candidate = _without_dead(before)
+    candidate = before if keep else _without_dead(before)
     # An input instead of one line is no gain, unless it makes lines before it superfluous.
     simpler = (len(candidate.lines), len(candidate.inputs)) < (len(program.lines), len(program.inputs))
     return candidate if simpler else None
@@ -97,6 +107,8 @@ def _assigned(line: str) -> list[str]:
 def _values(program: Program) -> dict[str, torch.Tensor] | None:
     """What every line computes."""
     names = [name for line in program.lines for name in _assigned(line)]
+    if not names:
+        return None
     try:
         with torch.no_grad():
             results = replace(program, results=tuple(names)).module()(*program.arguments())

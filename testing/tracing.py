@@ -40,7 +40,8 @@ def trace_quickly(
 def recorded(function: Callable[..., Any], inputs: Sequence[torch.Tensor], whole: bool = False) -> fx.GraphModule:
     """Like `trace_quickly`, in the spelling of the function."""
     with torch.no_grad():
-        graph = make_fx(lambda *args: function(*args), tracing_mode="real", pre_dispatch=whole)(*inputs)
+        plain = function if whole else torch.func.functionalize(lambda *args: function(*args), remove="mutations")
+        graph = make_fx(lambda *args: plain(*args), tracing_mode="real", pre_dispatch=whole)(*inputs)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for node in graph.graph.nodes:
         if node.op == "get_attr" and isinstance(tensor := getattr(graph, node.target), torch.Tensor):

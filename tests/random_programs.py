@@ -1,0 +1,115 @@
+"""What a random program is put through: each pass alone, the passes in any order, the whole pipeline, machine code."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from graphwright import hwdb
+from graphwright.compiler import pipeline
+from graphwright.errors import CaptureError
+from graphwright.passes.default import PASSES
+from graphwright.testing import PassFault, Program, check_compile, check_passes, trace, trace_quickly
+
+HW = hwdb.lookup("x86-64-v3")
+DISTINCT = tuple(dict.fromkeys(PASSES))
+
+# They move, delete and rename; all others add in another order, or round constants.
+EXACT = {
+    "fuse_head_moves",
+    "fuse_reshape_transpose",
+    "gather_rows",
+    "merge_duplicates",
+    "recognise_channel_moves",
+    "remove_dead",
+    "route_channels",
+    "simplify",
+    "sink_row_moves",
+}
+# They compute constants anew, or know a formula by constants that models round to float32.
+ROUNDS = {
+    "fold_batch_norm",
+    "fold_constants",
+    "fold_scale",
+    "recognise_activations",
+    "recognise_attention",
+    "recognise_norms",
+    "split_batch_norm",
+}
+_IN_PLACE = re.compile(r"\w_\(|inplace=True|^\w+\[|\)\[0\] = ", re.M)
+
+
+def graph_of(program: Program, how: str) -> fx.GraphModule:
+    """The program's graph: "whole", "core" (composites broken up) or "captured", as `compile` captures it."""
+    if how == "captured" or _IN_PLACE.search("\n".join(program.lines)):
+        return trace(program.module(), program.arguments(), HW)
+    return trace_quickly(program.module(), program.arguments(), how == "whole", HW)
+
+
+def check_alone(program: Program, how: str) -> None:
+    """Every pass by itself, first thing after capture."""
+    graph = graph_of(program, how)
+    for rewrite in DISTINCT:
+        name = rewrite.__name__
+        check_passes([rewrite], graph, program.arguments(), exact=name in EXACT, rounds=name in ROUNDS, hw=HW)
+
+
+def check_order(program: Program, how: str) -> None:
+    """The passes in an order that the program's name decides; each leaves nothing for itself."""
+    order = list(PASSES)
+    random.Random(program.digest).shuffle(order)
+    check_passes(order, graph_of(program, how), program.arguments(), rounds=True, hw=HW)
+
+
+def check_pipeline(program: Program, how: str) -> None:
+    """The pipeline as `compile` runs it: it comes to an end, and then finds nothing."""
+    graph = graph_of(program, how)
+    finished: dict[str, bool] = {}
+
+    def whole(target: fx.GraphModule, hw: hwdb.Hardware) -> int:
+        result, runs = pipeline.run(target, hw, PASSES)
+        finished.update({r.name: not r.unfinished for r in runs})
+        if not (rewrites := sum(r.rewrites for r in runs)):
+            return 0
+        target.graph = result.graph
+        for name in [name for name, _ in target.named_buffers()]:
+            delattr(target, name)
+        for name, tensor in result.named_buffers(remove_duplicate=False):
+            target.register_buffer(name, tensor)
+        target.recompile()
+        return rewrites
+
+    check_passes([whole], graph, program.arguments(), rounds=True, hw=HW)
+    if late := [name for name, done in finished.items() if not done]:
+        raise PassFault(f"the pipeline does not come to an end: {', '.join(late)} still rewrite")
+
+
+def check_machine_code(program: Program, how: str) -> None:
+    """The whole compiler."""
+    check_compile(program.module(), program.arguments())
+
+
+LEVELS: dict[str, Callable[[Program, str], None]] = {
+    "alone": check_alone,
+    "order": check_order,
+    "pipeline": check_pipeline,
+    "machine code": check_machine_code,
+}
+
+
+def refused(program: Program) -> bool:
+    """Whether torch.export refuses the program: changes that it cannot express."""
+    try:
+        trace(program.module(), program.arguments(), HW)
+    except CaptureError:
+        return True
+    return False
+
+
+def single_threaded() -> None:
+    """Small tensors: threads that wait would cost more than those that work save."""
+    torch.set_num_threads(1)
