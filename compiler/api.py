@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..hwdb import Hardware, lookup
 from . import tune as tuning
 from .assemble import assemble
+from .calibration import check_options
 from .capture import Model, arguments, example_of, export, parameters_of
 from .compiled import Compiled
 from .pass_checks import Pass
@@ -40,6 +41,8 @@ class Options:
     fusions: frozenset[str] | None = None  # families; None: all
     tune: float | None = None  # seconds
     preferred: Mapping[str, str] = field(default_factory=dict)  # what measurements decided: tune.py
+    fallback: str | None = None
+    calibration: Any = None
 
 
 def compile(
@@ -56,6 +59,8 @@ def compile(
     tune: str | float | None = None,
     passes: Sequence[Pass] | None = None,
     kernel_fusion: Sequence[str] | None = None,
+    fallback: str | None = None,
+    calibration: Any = None,
 ) -> Compiled | Specialised:
     """Compile a PyTorch model to machine code.
 
@@ -64,10 +69,12 @@ def compile(
         arguments that are not tensors become part of the compiled model, as do the weights at this moment. Without
         it the model is compiled at its first call, and again for every further set of shapes.
     target: "native", or a machine of the database (`graphwright hw list`).
-    precision: "fp32", or "bf16": products with constant weights in bfloat16 (sums, bias and activation in float32)
-        where the machine gains by it; the report says which and why. Inputs and outputs keep their dtypes.
-    tolerance: the relative L2 error against float64 that verification allows; None allows a few times eager's own, or
-        under "bf16" what that explains (compare.REDUCED). Operators go back to float32 until it is kept.
+    precision: "fp32"; "bf16" or "fp16": products with constant weights in that precision (sums, bias and activation in
+        float32) where the machine gains by it; "auto": the fastest mixture by the cost model within `tolerance`;
+        "adaptive": as "auto" beside a float32 build, between which the size of the inputs decides at each call. The
+        report says what was chosen and why. Inputs and outputs keep their dtypes.
+    tolerance: the relative L2 error against float64 that is allowed; None allows a few times eager's own, and under
+        reduced precisions what compare.REDUCED says (1e-2 under "auto"). Operators stay float32 until it is kept.
     dynamic_shapes: as in torch.export; a shape within them is compiled when it is first met.
     verify: run the example inputs through the machine code and compare with PyTorch in float64.
     cache: reuse and store results under the user's cache directory (GRAPHWRIGHT_CACHE).
@@ -78,12 +85,20 @@ def compile(
         Passes that a file of source does not tell apart (closures, functions typed into a shell) bypass the cache.
     kernel_fusion: the families of fusions to make, of those in `graphwright.passes.default.FAMILIES`; None makes all
         of them, [] none.
+    fallback: "fp32" builds the model a second time in float32, which runs where the reduced build gives infinities or
+        NaN for finite inputs; `report().calls` counts.
+    calibration: inputs besides the example to keep the tolerance on: a list of them, each as example_inputs, or a
+        mapping from input names to tensors with a leading axis of samples. "adaptive" needs it.
+
 
     Raises CaptureError, UnknownTarget, InputError, PassError, UnsupportedOp (targets where PyTorch cannot take over)
     and NumericMismatch, which names the pass or the operator to blame.
     """
     started = time.perf_counter()
     options = _options(target, precision, tolerance, verify, cache, threads, tune, passes, kernel_fusion)
+    has_example = example_inputs is not None or isinstance(model, (ExportedProgram, str, os.PathLike))
+    check_options(precision, fallback, calibration, has_example)
+    options = replace(options, fallback=fallback, calibration=calibration)
     if isinstance(model, (ExportedProgram, str, os.PathLike)):
         program = export(model)
         return assemble(program, (), example_of(program, example_inputs), options, started)

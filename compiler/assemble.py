@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,12 @@ from ..backends.choices import Choices
 from ..errors import InputError
 from ..hwdb import obstacle
 from ..passes.families import restrict
-from . import artifact, compare, fingerprint, loading, pipeline, tune, verify
+from . import artifact, calibration, compare, fingerprint, loading, pipeline, tune, verify
 from .build import Built, build
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
 from .compiled import Compiled
-from .precision import Precision, too_sensitive
+from .precision import FP32, Precision, check_tolerance
 from .report import ErrorRow, Report
 from .selection import identities
 
@@ -80,7 +81,9 @@ def _decisive(options: Options, example: Any) -> dict[str, Any]:
     return {
         "precision": options.precision,
         "verified": verified,
-        "tolerance": options.tolerance if verified else None,
+        "tolerance": options.tolerance if verified or options.precision != "fp32" else None,
+        "fallback": options.fallback,
+        "calibration": None if options.calibration is None else calibration.digest(example, options.calibration),
         "measured": sorted(options.preferred.items()),
         "fusions": None if options.fusions is None else sorted(options.fusions),
     }
@@ -135,16 +138,18 @@ def _write(
     exported_at = time.perf_counter()
     captured = graph.captured
     captured_at = time.perf_counter()
-    built = _build(directory, captured, options, Precision(options.precision))
+    inputs = calibration.inputs_of(example, options.calibration, captured.signature)
+    if options.precision == "adaptive":
+        calibration.check_adaptive(inputs)
+    samples = calibration.samples_for(captured, inputs, options)
+    precision = Precision(options.precision, options.tolerance, samples)
+    built = _build(directory, captured, options, precision)
     built_at = time.perf_counter()
     errors: tuple[ErrorRow, ...] = ()
-    if (
-        options.verify
-        and example is not None
-        and obstacle(options.hw) is None
-        and not compare.is_random(captured.graph)
-    ):
-        built, errors = _verify(directory, captured, built, example_tensors(example, captured.signature), options)
+    if _can_verify(captured, inputs, options):
+        built, errors = _verify(directory, captured, built, inputs.example or [], options, precision)
+    build_twin = partial(_build_float32, captured, options, inputs)
+    built, twin, notes = calibration.beside(directory, captured, built, inputs, options, build_twin)
     report = Report(
         options.hw.id,
         options.precision,
@@ -162,9 +167,10 @@ def _write(
             "verify": time.perf_counter() - built_at,
         },
         fusions=None if options.fusions is None else tuple(sorted(options.fusions)),
+        notes=(*built.notes, *notes),
         **built.sizes,
     )
-    described = loading.Description(built.plan, captured.signature, report)
+    described = loading.Description(built.plan, captured.signature, report, twin)
     artifact.seal(directory, options.hw, loading.to_data(described))
 
 
@@ -173,34 +179,53 @@ def _build(directory: Path, captured: Captured, options: Options, precision: Pre
     return build(captured.graph, options.hw, directory, options.passes, choices, precision)
 
 
-def _verify(
-    directory: Path, captured: Captured, built: Built, inputs: Sequence[torch.Tensor], options: Options
-) -> tuple[Built, tuple[ErrorRow, ...]]:
-    """Run the machine code on the example inputs; raises NumericMismatch with the pass or the operator to blame.
+def _build_float32(captured: Captured, options: Options, inputs: calibration.Inputs, directory: Path) -> Built:
+    """The twin of a reduced build, verified like it."""
+    built = _build(directory, captured, options, FP32)
+    if _can_verify(captured, inputs, options):
+        _verify(directory, captured, built, inputs.example or [], replace(options, tolerance=None), FP32)
+    return built
 
-    Where operators of reduced precision cost too much, some go back to float32, and the model is built again.
+
+def _can_verify(captured: Captured, inputs: calibration.Inputs, options: Options) -> bool:
+    there = options.verify and inputs.example is not None
+    return there and obstacle(options.hw) is None and not compare.is_random(captured.graph)
+
+
+def _verify(
+    directory: Path,
+    captured: Captured,
+    built: Built,
+    inputs: Sequence[torch.Tensor],
+    options: Options,
+    precision: Precision,
+) -> tuple[Built, tuple[ErrorRow, ...]]:
+    """Run the machine code on the inputs; raises NumericMismatch with the pass or the operator to blame.
+
+    Where reduced precision costs too much after all, it is decided again for less error, and the model built again.
     """
-    expected = compare.reference(captured.graph, inputs)
-    precision = Precision(options.precision)
-    allowed = precision.allowed(options.tolerance)
+    samples = precision.samples or ((inputs, compare.reference(captured.graph, inputs)),)
+    names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
+    allowed = options.tolerance if precision is FP32 else precision.allowed
     while True:
-        results = loading.runner(directory, built.plan, options.threads)(inputs)
-        difference = compare.compare(results, expected, allowed)
+        run = loading.runner(directory, built.plan, options.threads)
+        results = [run(tensors) for tensors, _ in samples]
+        pairs = zip(results, samples, strict=True)
+        found = [compare.compare(result, expected, allowed) for result, (_, expected) in pairs]
+        difference = next((d for d in found if d is not None), None)
         if difference is None:
-            names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
-            return built, compare.errors(names, results, expected)
+            return built, compare.errors(names, results[0], samples[0][1])
         log.warning(
             "output %d differs from float64 by %.1e (allowed %.1e); looking for the cause",
             difference.output,
             difference.error,
             difference.allowed,
         )
-        plain = pipeline.run(captured.graph, options.hw, options.passes)[0]
-        keep = too_sensitive(plain, options.hw, precision, inputs, expected, difference.allowed)
-        if not keep:
+        if not precision.strictness or all(choice.dtype == "float32" for choice in built.precisions):
+            check_tolerance(samples, options.tolerance)
             raise verify.blame(captured.graph, options.hw, inputs, options.tolerance, options.threads, options.passes)
-        precision = precision.keeping(keep)
-        log.warning("%d operators go back to float32: %s", len(keep), ", ".join(keep))
+        precision = precision.stricter(difference.error, difference.allowed)
+        log.warning("operators go back to float32: %.2f of the tolerance is aimed for", precision.strictness)
         built = _build_again(directory, captured, options, precision)
 
 
@@ -223,7 +248,7 @@ def _load(path: Path, graph: _Graph, options: Options, cached: bool = False) -> 
     signature = graph.signature(described.signature)
     return loading.assembled(
         path,
-        loading.Description(described.plan, signature, report),
+        loading.Description(described.plan, signature, report, described.twin),
         options.threads,
         lambda: graph.rewritten(report.precisions),
     )

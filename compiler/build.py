@@ -42,6 +42,7 @@ class Built:
     graph: fx.GraphModule
     passes: tuple[pipeline.PassRun, ...]
     precisions: tuple[Choice, ...] = ()
+    notes: tuple[str, ...] = ()  # on the precisions
     kernels: tuple[KernelInfo, ...] = ()
     eager: tuple[EagerRow, ...] = ()
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -72,7 +73,7 @@ def build(
 
     clock = _Clock()
     rewritten, runs = pipeline.run(graph, hw, default_passes() if passes is None else passes)
-    precisions, reduced = reduce(rewritten, hw, precision)
+    precisions, reduced, notes = reduce(rewritten, hw, precision)
     clock.stage("passes")
     try:
         with choosing(choices or Choices()):
@@ -85,7 +86,7 @@ def build(
     except Exception as error:
         parts, lowered, info = _all_to_pytorch(rewritten, hw, error), [], None
     plan, constants = make_plan(rewritten, parts.parts)
-    built = Built(plan, rewritten, (*runs, *reduced), precisions, eager=_eager_rows(parts))
+    built = Built(plan, rewritten, (*runs, *reduced), precisions, notes, eager=_eager_rows(parts))
     built.kernels = _kernels(lowered)
     if constants:
         save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)
@@ -104,9 +105,16 @@ def build(
 
 
 def kernels_of(graph: fx.GraphModule, hw: Hardware, choices: Choices | None = None) -> tuple[KernelInfo, ...]:
-    """The kernels of a rewritten graph, with their predictions; no code is generated."""
-    with choosing(choices or Choices()):
-        return _kernels(_lower(pipeline.copy_graph(graph), hw)[1])
+    """The kernels of a rewritten graph, with their predictions; no code is generated. None where lowering fails."""
+    graph = pipeline.copy_graph(graph)
+    try:
+        with choosing(choices or Choices()):
+            return _kernels(_lower(graph, hw)[1])
+    except GraphwrightError:
+        raise
+    except Exception as error:
+        _all_to_pytorch(graph, hw, error)
+        return ()
 
 
 def _kernels(lowered: Sequence[Lowered]) -> tuple[KernelInfo, ...]:

@@ -62,6 +62,8 @@ Fusions = Annotated[
     str | None,
     typer.Option(metavar="FAMILIES", help="Make these families of fusions only: conv+relu,matmul+bias; '' makes none."),
 ]
+Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, auto or adaptive: docs/precision.md.")]
+Tolerance = Annotated[float | None, typer.Option(help="Relative L2 error allowed against float64.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one call; default: as many as PyTorch uses.")]
 
 
@@ -91,10 +93,13 @@ def compile(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the artifact goes: a directory, or NAME.gw.")],
     target: Target = "native",
-    precision: Annotated[str, typer.Option(help="fp32, or bf16 where the machine gains by it.")] = "fp32",
-    tolerance: Annotated[float | None, typer.Option(help="Relative L2 error allowed against float64.")] = None,
+    precision: Precision = "fp32",
+    tolerance: Tolerance = None,
     input: Inputs = None,
-    calibration: Annotated[Path | None, typer.Option(help="Inputs (.npz) to calibrate reduced precision with.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Inputs by name in a .npz file, several along a leading axis.")
+    ] = None,
+    fallback: Annotated[str | None, typer.Option(help="fp32: a second build for results that are not finite.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the machine code with PyTorch in float64.")] = True,
     cache: Annotated[bool, typer.Option(help="Reuse and store results in the user's cache.")] = True,
     threads: Threads = None,
@@ -103,8 +108,6 @@ def compile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile MODEL to an artifact of machine code and weights."""
-    if calibration is not None:
-        raise InputError("--calibration serves reduced precision, which is not built yet; leave it out with fp32")
     with progress(f"loading {model}"):
         from . import api
 
@@ -121,6 +124,8 @@ def compile(
             threads=threads,
             tune=tune,
             kernel_fusion=_names(kernel_fusion),
+            fallback=fallback,
+            calibration=None if calibration is None else _arrays(calibration),
         )
         saved = compiled.save(output)
     report = compiled.report()
@@ -178,13 +183,19 @@ def explain(
     target: Target = "native",
     input: Inputs = None,
     kernel_fusion: Fusions = None,
+    precision: Precision = "fp32",
+    tolerance: Tolerance = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with both graphs here, and print no graphs.")] = None,
 ) -> None:
     """Print the graph before and after each pass, the choices made and their reasons, and predicted costs."""
     with progress(f"explaining {model} for {target}"):
         from .explain import explained
 
-        found = explained(*_load(model, input), target=target, kernel_fusion=_names(kernel_fusion))
+        loaded, examples = _load(model, input)
+        fusions = _names(kernel_fusion)
+        found = explained(
+            loaded, examples, target=target, kernel_fusion=fusions, precision=precision, tolerance=tolerance
+        )
         if html is not None:
             html.write_text(found.html(model), encoding="utf-8")
     if html is None:
@@ -247,6 +258,12 @@ def _load(model: str, inputs: list[str] | None) -> tuple[Any, Any]:
     from .model_argument import load_model
 
     return load_model(model, inputs or ())
+
+
+def _arrays(file: Path) -> dict[str, Any]:
+    from .run_artifact import arrays
+
+    return arrays(file, "--calibration")
 
 
 def main() -> None:

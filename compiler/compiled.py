@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ArtifactError, InputError
 from .capture import Constant, Signature, TensorSpec
+from .variants import Variants
 
 if TYPE_CHECKING:
     from ..backends.aot.library import Library
@@ -107,9 +109,16 @@ class Compiled:
             raise InputError(f"threads must be a whole number of at least 1, got {count!r}")
         if self._library is not None:
             self._library.threads = count
+        if isinstance(self._run, Variants):
+            self._run.set_threads(count)
 
     def report(self) -> Report:
-        """What the passes did, which kernels were chosen, the error measured, sizes and compile time."""
+        """What the passes did, which kernels were chosen, the error measured, sizes and compile time.
+
+        Where there are two builds (fallback, precision="adaptive"), how often each has run since loading.
+        """
+        if isinstance(self._run, Variants):
+            return replace(self._report, calls=asdict(self._run.counts()))
         return self._report
 
     def profile(self, *args: Any, rounds: int = 20, **kwargs: Any) -> Profile:

@@ -28,7 +28,10 @@ log = logging.getLogger(__name__)
 
 # Compilations of one graph before calls of further shapes run in PyTorch.
 SHAPES = 8
-OPTIONS = {"precision", "threads", "tolerance", "verify", "cache", "target", "passes", "kernel_fusion"}
+OPTIONS = {
+    *("precision", "tolerance", "fallback", "calibration", "threads", "verify", "cache", "target"),
+    *("passes", "kernel_fusion"),
+}
 
 
 def graphwright(

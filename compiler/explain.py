@@ -22,11 +22,12 @@ from ..passes.copies import Copies, count_copies
 from ..passes.families import restrict
 from ..passes.printer import diff_graphs, format_graph
 from ..passes.refusals import Refusal, recording
-from . import pipeline
+from . import compare, pipeline
 from .build import build, kernels_of
-from .capture import Model, arguments, capture, export, parameters_of
+from .capture import Model, arguments, capture, example_tensors, export, parameters_of
 from .pass_checks import Pass
-from .report import Report, passes_lines
+from .precision import Precision, Sample, check_precision
+from .report import Report, passes_lines, size
 from .selection import select
 from .trail import Trail
 from .tune import stored
@@ -47,7 +48,8 @@ class Cost:
 
     def text(self) -> str:
         unknown = f", {self.unknown} of them not predicted" if self.unknown else ""
-        return f"{self.milliseconds:.2f} ms in {self.kernels} kernels{unknown}"
+        time = f"{self.milliseconds:.2f} ms" if self.milliseconds >= 1 else f"{self.milliseconds * 1e3:.1f} us"
+        return f"{time} in {self.kernels} kernels{unknown}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Explanation:
     report: Report
     copies: tuple[Copies, Copies]  # captured, rewritten
     costs: tuple[Cost, Cost]  # without any fusion, as it is
+    float32: Cost | None = None  # as it is but for the precision, where that is reduced
 
     def text(self) -> str:
         """All of it, for reading in a terminal."""
@@ -79,10 +82,11 @@ class Explanation:
         """What the passes save, as far as it can be counted or predicted."""
         before, after = self.copies
         unfused, fused = self.costs
+        wide = "" if self.float32 is None else f"; with precision='fp32' {self.float32.text()}"
         return [
-            f"copies: {before.count} nodes that only move elements ({before.bytes / 1e6:.2f} MB) as captured, "
-            f"{after.count} ({after.bytes / 1e6:.2f} MB) behind the passes",
-            f"predicted by the cost model, not measured: {fused.text()}; with kernel_fusion=[] {unfused.text()}",
+            f"copies: {before.count} nodes that only move elements ({size(before.bytes)}) as captured, "
+            f"{after.count} ({size(after.bytes)}) behind the passes",
+            f"predicted by the cost model, not measured: {fused.text()}; with kernel_fusion=[] {unfused.text()}{wide}",
         ]
 
     def html(self, title: str) -> str:
@@ -99,14 +103,23 @@ def explained(
     target: str = "native",
     passes: Sequence[Pass] | None = None,
     kernel_fusion: Sequence[str] | None = None,
+    precision: str = "fp32",
+    tolerance: float | None = None,
 ) -> Explanation:
     """Compile without keeping anything, and note each step.
 
-    Arguments as in `graphwright.compile`. Raises what compile raises, but for wrong numbers: nothing is run.
+    Arguments as in `graphwright.compile`. Raises what compile raises, but for wrong numbers: nothing is run. Reduced
+    precisions are decided in PyTorch.
     """
     hw = lookup(target)
+    check_precision(precision)
     chosen, fusions = select(passes, kernel_fusion)
-    captured = capture(export(model, *arguments(example_inputs)), parameters_of(model)).graph
+    whole = capture(export(model, *arguments(example_inputs)), parameters_of(model))
+    captured = whole.graph
+    samples: tuple[Sample, ...] = ()
+    if precision != "fp32" and example_inputs is not None:
+        inputs = example_tensors(arguments(example_inputs), whole.signature)
+        samples = ((inputs, compare.reference(captured, inputs)),)
     restrict(captured, fusions)
     trail, steps, last = Trail(), [], [format_graph(captured)]
 
@@ -119,13 +132,16 @@ def explained(
     with recording() as refusals:
         graph, runs = pipeline.run(captured, hw, chosen, after, before=trail.begin)
     choices = Choices(stored(hw))
-    with tempfile.TemporaryDirectory(prefix="graphwright-") as directory:
-        built = build(graph, hw, Path(directory), passes=(), choices=choices)
+    with tempfile.TemporaryDirectory(prefix="graphwright-") as directory, recording() as unfused:
+        wanted = Precision(precision, tolerance, samples)
+        built = build(graph, hw, Path(directory), passes=(), choices=choices, precision=wanted)
     report = Report(
         hw.id,
-        "fp32",
+        precision,
         hw.cores,
-        passes=runs,
+        passes=(*runs, *built.passes),
+        precisions=built.precisions,
+        notes=built.notes,
         kernels=built.kernels,
         eager=built.eager,
         stages=built.stages,
@@ -138,10 +154,11 @@ def explained(
         built.graph,
         tuple(steps),
         trail.by_name(),
-        tuple(refusals),
+        (*refusals, *unfused),
         report,
         (count_copies(captured), count_copies(graph)),
         (Cost.of(_unfused(captured, hw, chosen, choices)), Cost.of(built.kernels)),
+        None if precision == "fp32" else Cost.of(kernels_of(graph, hw, choices)),
     )
 
 

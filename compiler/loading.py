@@ -24,8 +24,21 @@ from .compiled import Compiled
 from .executor import Run, executor
 from .plan import Plan, from_json, to_json
 from .report import Report
+from .variants import Rule, Variants
 
 log = logging.getLogger(__name__)
+
+
+TWIN = "float32."  # before the names of the files of the twin
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The float32 build beside a reduced one, and when it runs: variants.py."""
+
+    plan: Plan
+    fallback: bool
+    rule: Rule | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Description:
     plan: Plan
     signature: Signature
     report: Report
+    twin: Twin | None = None
 
 
 def load(path: str | os.PathLike[str], *, threads: int | None = None) -> Compiled:
@@ -60,10 +74,13 @@ def runner(directory: Path, plan: Plan, threads: int) -> Run:
     return opened(directory, plan, threads)[1]
 
 
-def opened(directory: Path, plan: Plan, threads: int) -> tuple[aot.Library | None, Run]:
-    """The machine code in `directory`, None where there is none, and the function that runs the plan with it."""
-    code = _library(directory, threads)
-    return code, executor(plan, code, _constants(directory))
+def opened(directory: Path, plan: Plan, threads: int, prefix: str = "") -> tuple[aot.Library | None, Run]:
+    """The machine code in `directory`, None where there is none, and the function that runs the plan with it.
+
+    `prefix` is in front of the files' names.
+    """
+    code = _library(directory, threads, prefix)
+    return code, executor(plan, code, _constants(directory, prefix))
 
 
 def assembled(
@@ -77,8 +94,13 @@ def assembled(
         artifact.check_machine(artifact.inspect(directory), Path("this model"))
     except ArtifactError as foreign:
         return Compiled(_refusing(str(foreign)), described.signature, None, directory, described.report, graph)
-    code = _library(directory, threads)
-    run = executor(described.plan, code, _constants(directory))
+    code, run = opened(directory, described.plan, threads)
+    if (twin := described.twin) is not None:
+
+        def open_twin() -> tuple[aot.Library | None, Run]:
+            return opened(directory, twin.plan, threads if code is None else code.threads, TWIN)
+
+        run = Variants(run, open_twin, twin.fallback, twin.rule)
     return Compiled(run, described.signature, code, directory, described.report, graph)
 
 
@@ -88,14 +110,28 @@ def to_data(described: Description) -> dict[str, Any]:
         "plan": to_json(described.plan),
         "signature": _signature_to_data(described.signature),
         "report": described.report.to_dict(),
+        "twin": None if described.twin is None else _twin_to_data(described.twin),
     }
 
 
 def from_data(data: dict[str, Any]) -> Description:
     """The description that `to_data` wrote."""
     return Description(
-        from_json(data["plan"]), _signature_from_data(data["signature"]), Report.from_dict(data["report"])
+        from_json(data["plan"]),
+        _signature_from_data(data["signature"]),
+        Report.from_dict(data["report"]),
+        None if data.get("twin") is None else _twin_from_data(data["twin"]),
     )
+
+
+def _twin_to_data(twin: Twin) -> dict[str, Any]:
+    rule = None if twin.rule is None else twin.rule.to_data()
+    return {"plan": to_json(twin.plan), "fallback": twin.fallback, "rule": rule}
+
+
+def _twin_from_data(data: dict[str, Any]) -> Twin:
+    rule = None if data["rule"] is None else Rule.from_data(data["rule"])
+    return Twin(from_json(data["plan"]), bool(data["fallback"]), rule)
 
 
 def _refusing(reason: str) -> Run:
@@ -105,13 +141,13 @@ def _refusing(reason: str) -> Run:
     return refuse
 
 
-def _library(directory: Path, threads: int) -> aot.Library | None:
-    code = directory / aot.LIBRARY_NAME
-    return aot.Library(code, directory / aot.WEIGHTS_NAME, threads) if code.exists() else None
+def _library(directory: Path, threads: int, prefix: str = "") -> aot.Library | None:
+    code = directory / f"{prefix}{aot.LIBRARY_NAME}"
+    return aot.Library(code, directory / f"{prefix}{aot.WEIGHTS_NAME}", threads) if code.exists() else None
 
 
-def _constants(directory: Path) -> dict[str, torch.Tensor]:
-    path = directory / CONSTANTS_NAME
+def _constants(directory: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    path = directory / f"{prefix}{CONSTANTS_NAME}"
     return load_file(path) if path.exists() else {}
 
 

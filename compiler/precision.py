@@ -1,8 +1,11 @@
-"""Reduced precision in a compilation: which there are, assigning them, and going back where the error is too large.
+"""Reduced precision in a compilation: which there are, deciding within a tolerance, and going back where it is missed.
 
 check_precision("bf16")
-choices, runs = reduce(graph, hw, Precision("bf16"))       # rewrites the graph
-keep = too_sensitive(graph, hw, precision, inputs, ...)    # nodes to leave in float32, most sensitive first
+choices, runs, notes = reduce(graph, hw, Precision("auto", 1e-2, samples))       # rewrites the graph
+
+The fastest assignment is tried first, in PyTorch on the samples. Where its error is more than the tolerance leaves, the
+error that every operator causes alone is found (sensitivity.py), and the budget of the assignment (passes/
+precision_cut.py) is set so that what is measured as a whole, against float64, comes out right.
 """
 
 from __future__ import annotations
@@ -17,36 +20,49 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..errors import GraphwrightError, suggest
+from ..errors import GraphwrightError, InputError, suggest
 from ..hwdb import Hardware
 from . import compare
 from .pipeline import PassRun, copy_graph
-from .reference import relative_l2, run_eager
+from .reference import run_eager
+from .sensitivity import error_of, sensitivities
 
 if TYPE_CHECKING:
-    from ..passes.assign_precision import Choice
+    from ..passes.assign_precision import Choice, Plan
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "bf16")
-NOT_BUILT = ("fp16", "int8", "auto")
-MARGIN = 0.8  # of the tolerance that predicted errors may fill: they are added as if independent
+PRECISIONS = ("fp32", "bf16", "fp16", "auto", "adaptive")
+NOT_BUILT = ("int8",)
+MARGIN = 0.9  # of the tolerance that PyTorch may use up: machine code adds in another order
+TRIES = 5  # budgets tried
+LOOKED_AT = 4  # samples whose sensitivities are averaged; all are measured
+
+Sample = tuple[Sequence[torch.Tensor], compare.Reference]
 
 
 @dataclass(frozen=True)
 class Precision:
-    """What was asked for, and the nodes that stay float32 nevertheless."""
+    """What was asked for. `samples`: inputs and their float64 results, to decide by; empty where there are none.
+
+    `strictness`, at most 1: the part of the tolerance to aim for, where machine code erred by more than PyTorch.
+    """
 
     name: str = "fp32"
-    keep: frozenset[str] = frozenset()
+    tolerance: float | None = None
+    samples: tuple[Sample, ...] = ()
+    strictness: float = 1.0
 
-    def allowed(self, tolerance: float | None) -> float | None:
+    @property
+    def allowed(self) -> float | None:
         """The relative error verification allows: the caller's, else what the precision explains."""
-        return compare.REDUCED.get(self.name) if tolerance is None else tolerance
+        return compare.REDUCED.get(self.name) if self.tolerance is None else self.tolerance
 
-    def keeping(self, nodes: Sequence[str]) -> Precision:
-        """The same, with more nodes in float32."""
-        return replace(self, keep=self.keep | set(nodes))
+    def stricter(self, error: float, allowed: float) -> Precision:
+        """The same, aiming for less error after machine code erred by `error`."""
+        share = 0.9 * allowed / error if math.isfinite(error) else 0.0
+        strictness = self.strictness * min(0.9, share)
+        return replace(self, strictness=strictness if strictness > 0.1 else 0.0)
 
 
 FP32 = Precision()
@@ -54,7 +70,7 @@ FP32 = Precision()
 
 def check_precision(name: Any) -> None:
     """Raise GraphwrightError for a precision that there is not, saying what there is."""
-    there = " and ".join(repr(p) for p in PRECISIONS)
+    there = f"{', '.join(repr(p) for p in PRECISIONS[:-1])} and {PRECISIONS[-1]!r}"
     if name in NOT_BUILT:
         raise GraphwrightError(f"precision {name!r} is not built yet; there are {there}")
     if name not in PRECISIONS:
@@ -62,54 +78,111 @@ def check_precision(name: Any) -> None:
         raise GraphwrightError(f"there is no precision {name!r}{near}; there are {there}")
 
 
-def reduce(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[tuple[Choice, ...], tuple[PassRun, ...]]:
-    """Give every operator of the rewritten `graph` its precision, in place: the decisions, and the pass that ran."""
+def reduce(
+    graph: fx.GraphModule, hw: Hardware, precision: Precision
+) -> tuple[tuple[Choice, ...], tuple[PassRun, ...], tuple[str, ...]]:
+    """Give every operator of the rewritten `graph` its precision, in place: decisions, the pass that ran, and notes."""
     if precision.name == "fp32":
-        return (), ()
-    from ..passes.assign_precision import assign_precision, choose_precisions
+        return (), (), ()
+    from ..passes.assign_precision import assign_precision
 
     started = time.perf_counter()
-    choices = choose_precisions(graph, hw, precision.name, precision.keep)
-    count = assign_precision(graph, choices)
-    return choices, (PassRun("assign_precision", count, time.perf_counter() - started),)
+    plan, notes = decide(graph, hw, precision)
+    count = assign_precision(graph, plan.choices)
+    return plan.choices, (PassRun("assign_precision", count, time.perf_counter() - started),), notes
 
 
-def too_sensitive(
+def decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[Plan, tuple[str, ...]]:
+    """The plan for a rewritten graph in float32, and what to say of it. Raises InputError for a hopeless tolerance."""
+    from ..passes.assign_precision import plan_precisions
+
+    name = "auto" if precision.name == "adaptive" else precision.name
+    if not precision.strictness:
+        return plan_precisions(graph, hw, name, {}, 0.0), ("everything stays float32: machine code erred by too much",)
+    plan = plan_precisions(graph, hw, name)
+    if not plan.reduced:
+        return plan, (f"nothing gains by {precision.name} on {hw.id}: everything stays float32",)
+    if not precision.samples:
+        if name == "auto":  # nothing is lowered on a guess
+            plan = plan_precisions(graph, hw, name, {}, 0.0)
+            return plan, ("everything stays float32: without example inputs no error can be measured",)
+        return plan, (_gain(plan), "errors were not measured")
+    allowed = precision.allowed
+    assert allowed is not None
+    check_tolerance(precision.samples, precision.tolerance)
+    wanted = MARGIN * allowed * precision.strictness
+    measured = _measured(graph, plan.choices, precision.samples)
+    if measured <= wanted:
+        return plan, (_gain(plan), _kept(measured, allowed, precision.samples))
+    started = time.perf_counter()
+    errors, method = sensitivities(graph, plan.candidates, precision.samples[:LOOKED_AT])
+    found = f"errors of {len(errors)} forms by {method}, in {time.perf_counter() - started:.1f} s"
+    plan, measured = _within(graph, hw, name, precision.samples, errors, wanted)
+    if not plan.reduced:
+        return plan, (found, f"everything stays float32: nothing that gains is within {allowed:.1e}")
+    predicted = f"predicted {plan.error:.1e} (independent errors, to first order)"
+    return plan, (_gain(plan), found, f"{_kept(measured, allowed, precision.samples)}; {predicted}")
+
+
+def _within(
     graph: fx.GraphModule,
     hw: Hardware,
-    precision: Precision,
-    inputs: Sequence[torch.Tensor],
-    expected: compare.Reference,
-    tolerance: float,
-) -> list[str]:
-    """The reduced operators of the rewritten float32 `graph` that have to go back to float32, most sensitive first.
+    name: str,
+    samples: Sequence[Sample],
+    errors: dict[tuple[str, str], float],
+    wanted: float,
+) -> tuple[Plan, float]:
+    """The fastest plan found whose measured error is at most `wanted`, and that error.
 
-    Each is reduced alone, in PyTorch, to see what it does to the outputs; the most damaging go back until the others'
-    errors, added as if independent, are within `tolerance`. Where that names none, half of them go.
+    Predictions have the wrong scale where errors correlate: the budget is scaled by measured over predicted.
     """
-    from ..passes.assign_precision import assign_precision, choose_precisions
+    from ..passes.assign_precision import plan_precisions
 
-    choices = [c for c in choose_precisions(graph, hw, precision.name, precision.keep) if c.dtype == "bfloat16"]
-    damage: dict[str, float] = {}
-    for choice in choices:
-        alone = copy_graph(graph)
-        assign_precision(alone, (choice,))
-        damage[choice.node] = _error(run_eager(alone, inputs), expected)
-    ranked = sorted(damage, key=lambda node: -damage[node])
-    rest = math.fsum(error * error for error in damage.values())
-    for count, node in enumerate(ranked):
-        if math.isfinite(rest) and rest <= (MARGIN * tolerance) ** 2:
-            return ranked[: count or -(-len(ranked) // 2)]
-        rest -= damage[node] ** 2 if math.isfinite(damage[node]) else 0.0
-        if not math.isfinite(rest):
-            rest = math.fsum(damage[n] ** 2 for n in ranked[count + 1 :])
-    return ranked
+    budget = wanted
+    best, best_measured = plan_precisions(graph, hw, name, errors, 0.0), 0.0
+    for _ in range(TRIES):
+        plan = plan_precisions(graph, hw, name, errors, budget)
+        if not plan.reduced:
+            break
+        measured = _measured(graph, plan.choices, samples)
+        log.info("budget %.1e: predicted %.1e, measured %.1e, wanted %.1e", budget, plan.error, measured, wanted)
+        if measured <= wanted:
+            if plan.seconds < best.seconds:
+                best, best_measured = plan, measured
+            if measured > 0.7 * wanted:
+                break
+            budget *= min(4.0, 0.95 * wanted / max(measured, 1e-30))
+        else:
+            budget *= max(0.05, 0.9 * wanted / measured) if math.isfinite(measured) else 0.05
+    return best, best_measured
 
 
-def _error(results: Sequence[torch.Tensor], expected: compare.Reference) -> float:
-    errors = [
-        relative_l2(result, exact)
-        for result, exact in zip(results, expected.exact, strict=True)
-        if result.is_floating_point() and result.numel()
-    ]
-    return max(errors, default=0.0)
+def _measured(graph: fx.GraphModule, choices: Sequence[Choice], samples: Sequence[Sample]) -> float:
+    """The largest error against float64 of the graph with these precisions, in PyTorch."""
+    from ..passes.assign_precision import assign_precision
+
+    reduced = copy_graph(graph)
+    assign_precision(reduced, choices)
+    return max(error_of(run_eager(reduced, inputs), expected) for inputs, expected in samples)
+
+
+def check_tolerance(samples: Sequence[Sample], tolerance: float | None) -> None:
+    """Raise InputError for a tolerance that float32 itself does not keep."""
+    if tolerance is None:
+        return
+    own = max((error_of(expected.eager, expected) for _, expected in samples), default=0.0)
+    if math.isfinite(own) and tolerance < own:
+        raise InputError(
+            f"tolerance={tolerance:.1e} is less than PyTorch's own float32 error for these inputs, {own:.1e}: "
+            f"no precision keeps it; ask for at least {compare.FACTOR_OF_EAGER * own:.0e}, or use a float64 model"
+        )
+
+
+def _gain(plan: Plan) -> str:
+    share = plan.seconds / plan.float32_seconds if plan.float32_seconds else 1.0
+    return f"{plan.reduced} operators reduced; the products are predicted to take {share:.2f} of their float32 time"
+
+
+def _kept(measured: float, allowed: float, samples: Sequence[Sample]) -> str:
+    inputs = "the example inputs" if len(samples) == 1 else f"{len(samples)} sets of inputs"
+    return f"error against float64 {measured:.1e} in PyTorch on {inputs}, {allowed:.1e} allowed"

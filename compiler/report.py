@@ -44,7 +44,7 @@ class Report:
     kernels: tuple[KernelInfo, ...] = ()
     eager: tuple[EagerRow, ...] = ()
     errors: tuple[ErrorRow, ...] = ()
-    precisions: tuple[Choice, ...] = ()  # of the products, where the precision is not fp32
+    precisions: tuple[Choice, ...] = ()  # of operators that compute, where the precision is not fp32
     compile_seconds: float = 0.0
     cached: bool = False
     weights_bytes: int = 0
@@ -54,6 +54,8 @@ class Report:
     activations_bytes: int = 0  # what the activations would take without sharing
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage
     fusions: tuple[str, ...] | None = None  # families that kernel_fusion chose; None: all
+    notes: tuple[str, ...] = ()  # how precisions were decided, and what was measured
+    calls: dict[str, int] | None = None  # of each build since loading, where there are two: variants.Counts
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON data."""
@@ -68,6 +70,7 @@ class Report:
             "eager": tuple(EagerRow(**r) for r in data["eager"]),
             "errors": tuple(ErrorRow(**r) for r in data["errors"]),
             "precisions": tuple(Choice(**r) for r in data.get("precisions", ())),
+            "notes": tuple(data.get("notes", ())),
             "fusions": None if data.get("fusions") is None else tuple(data["fusions"]),
         }
         return Report(**{**data, **rows})
@@ -81,9 +84,9 @@ class Report:
                 if self.cached
                 else f"compiled in {self.compile_seconds:.1f} s"
             ),
-            f"weights {_bytes(self.weights_bytes)}, code {_bytes(self.code_bytes)}, "
-            f"activations {_bytes(self.arena_bytes)} (at most {_bytes(self.arena_lower_bound_bytes)} live at once, "
-            f"{_bytes(self.activations_bytes)} without sharing)",
+            f"weights {size(self.weights_bytes)}, code {size(self.code_bytes)}, "
+            f"activations {size(self.arena_bytes)} (at most {size(self.arena_lower_bound_bytes)} live at once, "
+            f"{size(self.activations_bytes)} without sharing)",
         ]
         if self.stages:
             lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.stages.items()))
@@ -91,7 +94,9 @@ class Report:
         if self.fusions is not None:
             lines.append(f"fusions: {', '.join(self.fusions) or 'none'}, as kernel_fusion chose")
         if self.precision != "fp32":
-            lines += ["precisions:", *(f"  {row}" for row in self._precision_lines())]
+            lines += ["precisions:", *(f"  {row}" for row in (*self.notes, *self._precision_lines()))]
+        if self.calls is not None:
+            lines.append("calls since loading: " + ", ".join(f"{k} {v}" for k, v in self.calls.items()))
         lines.append(f"kernels: {len(self.kernels)} calls")
         lines += [f"  {row}" for row in self._kernel_lines()]
         if self.eager:
@@ -110,7 +115,7 @@ class Report:
         for row in self.precisions:
             groups.setdefault((row.dtype, row.operator, row.reason), []).append(row.node)
         if not groups:
-            return ["no product with constant weights: everything stays float32"]
+            return ["no operator computes in floating point"]
         return [
             f"{len(nodes):3d} x {dtype} {operator}: {reason} ({nodes[0]}{', ...' if len(nodes) > 1 else ''})"
             for (dtype, operator, reason), nodes in groups.items()
@@ -148,7 +153,8 @@ def _kernel(data: dict[str, Any]) -> KernelInfo:
     return KernelInfo(**{**data, "decisions": decisions})
 
 
-def _bytes(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes for reading."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

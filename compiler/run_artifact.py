@@ -56,21 +56,26 @@ def _noise(specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
 
 def _read(file: Path, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
     """Tensors by input name, or in order where the file has numpy's own names arr_0, arr_1, ..."""
-    try:
-        with numpy.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, BadZipFile, AttributeError, TypeError) as error:
-        raise InputError(f"--input {file}: not a .npz file of arrays: {error}") from error
+    given = arrays(file, "--input")
     names = [spec.name for spec in specs]
-    if set(arrays) == {f"arr_{i}" for i in range(len(specs))}:
-        arrays = {name: arrays[f"arr_{i}"] for i, name in enumerate(names)}
-    for name in arrays:
+    if set(given) == {f"arr_{i}" for i in range(len(specs))}:
+        given = {name: given[f"arr_{i}"] for i, name in enumerate(names)}
+    for name in given:
         if name not in names:
             raise InputError(f"--input {file}: the model takes {', '.join(names)}, not {name!r}{suggest(name, names)}")
-    missing = [name for name in names if name not in arrays]
+    missing = [name for name in names if name not in given]
     if missing:
         raise InputError(f"--input {file}: {', '.join(missing)} missing; the model takes {', '.join(names)}")
-    return [_tensor(arrays[spec.name], spec) for spec in specs]
+    return [_tensor(given[spec.name], spec) for spec in specs]
+
+
+def arrays(file: Path, option: str) -> dict[str, Any]:
+    """The arrays of a .npz file. Raises InputError, naming the option, where it is something else."""
+    try:
+        with numpy.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, BadZipFile, AttributeError, TypeError) as error:
+        raise InputError(f"{option} {file}: not a .npz file of arrays: {error}") from error
 
 
 def _tensor(array: Any, spec: TensorSpec) -> torch.Tensor:

@@ -1,55 +1,57 @@
-"""linear(x, w) -> linear_bf16(x, bfloat16(w)), conv2d likewise, where the machine gains by it.
+"""linear(x, w) -> linear_bf16(x, bfloat16(w)) or linear_f16(x, float16(w)), conv2d likewise, where the machine gains.
 
 Two steps with a table between them, so that another way to decide can take the place of the first:
 
-    choices = choose_precisions(graph, hw, "bf16")     # one Choice an operator, with its reason
-    assign_precision(graph, choices)                   # rewrites those whose dtype is bfloat16
+    choices = choose_precisions(graph, hw, "auto")     # one Choice an operator that computes, with its reason
+    assign_precision(graph, choices)                   # rewrites those whose dtype is not float32
 
-dot products   where vectors multiply bfloat16, every product does, with inputs rounded too; a result that only such
-               operators read (as input, or as residual of one) is stored as bfloat16
-weights only   elsewhere, weights are bfloat16 in memory where the product waits for them: its float32 weights stream
-               from memory (all weights of the graph are more than the last cache) and few rows use them
+The forms an operator may have, and their predicted seconds, are in precision_forms.py; the least predicted seconds
+within a budget of error are found by precision_cut.py. "bf16" and "fp16" choose between float32 and the one precision,
+"auto" among all that the machine has.
+
+Stored      a product of rounded inputs stores its result as bfloat16 where only such products read it (as input, or as
+            residual of one); a value that is read in another format than it is stored in is cast, which costs seconds
 
 Refused: operators that are not products (softmax, norms, reductions, exp: float32), products of two computed operands,
 other dtypes than float32, grouped convolutions (a group is narrower than a dot product), 3x3 convolutions where
-Winograd's algorithm in float32 takes fewer cycles, and whatever the caller lists in `keep`.
+Winograd's algorithm in float32 takes fewer cycles, weights that float16 cannot hold, and forms that gain nothing.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from ..hwdb.cost import Work, predict_seconds
 from . import dialect, mixed
-from .rewrite import arguments, constant, shape_of, value_of
+from .precision_cut import Cost, Problem, Value, within
+from .precision_forms import (
+    ASKED,
+    LABELS,
+    PRODUCTS,
+    UNMEASURED,
+    Form,
+    cast_seconds,
+    class_reason,
+    forms,
+    is_arithmetic,
+    streamed_bytes,
+)
+from .rewrite import arguments, constant
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-PRODUCTS = frozenset({dialect.linear, aten.linear.default, dialect.conv2d})
-COMPUTED = frozenset(
-    {
-        dialect.matmul,
-        dialect.attention,
-        aten.mm.default,
-        aten.bmm.default,
-        aten.addmm.default,
-        aten.matmul.default,
-        aten.convolution.default,
-        aten.scaled_dot_product_attention.default,
-    }
-)
-# F(4x4, 3x3) multiplies a quarter as often; measured it is 2.4 to 3.4 times as fast as the direct float32 sum, and
-# needs channels enough to fill its tiles. A dot product twice as fast as float32 loses to that.
-WINOGRAD_GAIN, WINOGRAD_CHANNELS = 2.4, 32
-GAIN = 0.8  # weights are kept as bfloat16 for a predicted gain of a fifth
+# (node, form) -> relative L2 error at the outputs that this alone causes
+Errors = Mapping[tuple[str, str], float]
+
+_ELSEWHERE = "float32 around the products"
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -58,133 +60,170 @@ class Choice:
 
     node: str
     operator: str
-    dtype: str  # "bfloat16" or "float32"
+    dtype: str  # "float32", "bfloat16" or "float16"
     reason: str
     round_input: bool = False
+    error: float | None = None  # predicted at the outputs, of this operator alone
+    form: str = "float32"  # of precision_forms.LABELS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choices of a graph, what the cost model expects of them, and what else they were chosen from."""
+
+    choices: tuple[Choice, ...]
+    seconds: float = 0.0  # of the products and the casts between them
+    float32_seconds: float = 0.0
+    error: float = 0.0  # predicted, where errors were measured
+    candidates: tuple[Choice, ...] = ()  # every reduced form that pays
+
+    @property
+    def reduced(self) -> int:
+        """How many operators are not float32."""
+        return sum(choice.dtype != "float32" for choice in self.choices)
 
 
 def choose_precisions(
-    graph: fx.GraphModule, hw: Hardware, precision: str, keep: Collection[str] = ()
+    graph: fx.GraphModule,
+    hw: Hardware,
+    precision: str,
+    errors: Errors | None = None,
+    budget: float = math.inf,
 ) -> tuple[Choice, ...]:
-    """Decide for every product of the graph; the nodes named in `keep` stay float32."""
+    """Decide for every operator that computes in floating point; see `plan_precisions`."""
+    return plan_precisions(graph, hw, precision, errors, budget).choices
+
+
+def plan_precisions(
+    graph: fx.GraphModule,
+    hw: Hardware,
+    precision: str,
+    errors: Errors | None = None,
+    budget: float = math.inf,
+) -> Plan:
+    """The fastest precisions by the cost model whose errors, added as if independent, stay within `budget`.
+
+    `errors` were measured; without them those of rounding alone decide between equally fast forms.
+    """
     if precision == "fp32":
-        return ()
-    assert precision == "bf16", precision
-    nodes = [n for n in graph.graph.nodes if n.op == "call_function" and n.target in PRODUCTS | COMPUTED]
-    weights = {n.args[1].target: 4 * prod(shape_of(n.args[1])) for n in nodes if _weight(graph, n) is not None}
-    return tuple(_choose(graph, n, hw, sum(weights.values()), keep) for n in nodes)
+        return Plan(())
+    nodes = [n for n in graph.graph.nodes if is_arithmetic(n)]
+    products = [n for n in nodes if n.target in PRODUCTS]
+    streamed = streamed_bytes(graph, products)
+    possible = {n: forms(graph, n, hw, ASKED[precision], streamed) for n in products}
+    problem = _problem(hw, {n: found for n, (found, _) in possible.items()}, errors)
+    labels = within(problem, budget)
+    choices = []
+    for node in nodes:
+        reason = class_reason(node)
+        if reason is not None:
+            choices.append(Choice(node.name, _operator(node), "float32", reason))
+            continue
+        found, why_not = possible[node]
+        choices.append(_choice(problem, node, labels[node], found, why_not, errors, math.isfinite(budget)))
+    first = dict.fromkeys(problem.nodes, problem.first)
+    candidates = [
+        _choice(problem, node, label, found, "", errors, False)
+        for node, (found, _) in possible.items()
+        for label in found
+        if label != problem.first
+    ]
+    seconds, before = problem.seconds(labels), problem.seconds(first)
+    return Plan(tuple(choices), seconds, before, problem.error(labels), tuple(candidates))
 
 
-def _choose(graph: fx.GraphModule, node: fx.Node, hw: Hardware, streamed: int, keep: Collection[str]) -> Choice:
-    operator = str(node.target).removesuffix(".default")
-    refusal = _refusal(graph, node, keep)
-    if refusal is not None:
-        return Choice(node.name, operator, "float32", refusal)
-    family = hw.vector_dot_product("bfloat16")
-    if family is not None:
-        winograd = _winograd_wins(node, hw)
-        if winograd is not None:
-            return Choice(node.name, operator, "float32", winograd)
-        return Choice(node.name, operator, "bfloat16", f"dot products ({family}), sums in float32", True)
-    reason, pays = _streaming(node, hw, streamed)
-    return Choice(node.name, operator, "bfloat16" if pays else "float32", reason)
+def _problem(hw: Hardware, possible: Mapping[fx.Node, Mapping[str, Form]], errors: Errors | None) -> Problem:
+    """The products with their forms, and the values between them; all else is one operator in float32."""
+    problem = Problem({label: form.stored for label, form in LABELS.items()})
+    problem.nodes[_ELSEWHERE] = {"float32": Cost(0.0)}
+    for node, found in possible.items():
+        problem.nodes[node] = {label: Cost(form.seconds, _error(node, label, errors)) for label, form in found.items()}
+    narrow = [node for node, found in possible.items() if any(LABELS[label].round_input for label in found)]
+    touched = dict.fromkeys(value for node in narrow for value in (node, arguments(node)["input"]))
+    among = set(narrow)
+    for value in touched:
+        readers = [user for user in value.users if not _adds_only(user, value, among)]
+        if readers:
+            named = tuple(reader if reader in possible else _ELSEWHERE for reader in readers)
+            producer = value if value in possible else _ELSEWHERE
+            problem.values.append(Value(producer, named, cast_seconds(hw, value)))
+    return problem
 
 
-def _refusal(graph: fx.GraphModule, node: fx.Node, keep: Collection[str]) -> str | None:
-    if node.target in COMPUTED or _weight(graph, node) is None:
-        return "both operands are computed: there are no weights to round, and its sums feed a softmax or the like"
-    if node.name in keep:
-        return "kept in float32: it costs more accuracy than the tolerance leaves"
-    for operand in (node, *node.all_input_nodes):
-        value = value_of(operand)
-        if value is None or value.dtype != torch.float32:
-            return f"{operand.name} is not float32"
-    if not prod(shape_of(node)) or not shape_of(node.all_input_nodes[0]):
-        return "the result has no elements"
-    given = arguments(node)
-    if node.target is dialect.conv2d:
-        if given["groups"] != 1:
-            return f"{given['groups']} groups: a group's channels are fewer than a dot product takes"
-        if given["layout"] != "NHWC":
-            return f"the layout is {given['layout']}"
-    bias, residual = given.get("bias"), given.get("residual")
-    if bias is not None and shape_of(bias) != shape_of(node)[-1:]:
-        return f"the bias has shape {shape_of(bias)}, not one value a column"
-    if residual is not None and shape_of(residual) != shape_of(node):
-        return f"the residual has shape {shape_of(residual)}, the result {shape_of(node)}"
-    return None
+def _adds_only(user: fx.Node, value: fx.Node, narrow: Collection[fx.Node]) -> bool:
+    """Whether the value is no more than a residual there, which dot products take in either format."""
+    return user in narrow and arguments(user)["input"] is not value and arguments(user)["bias"] is not value
 
 
-def _weight(graph: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
-    return constant(graph, node.args[1]) if node.target in PRODUCTS else None
+def _error(node: fx.Node, label: str, errors: Errors | None) -> float:
+    if label == "float32":
+        return 0.0
+    return UNMEASURED[label] if errors is None else errors.get((node.name, label), math.inf)
 
 
-def _winograd_wins(node: fx.Node, hw: Hardware) -> str | None:
-    if node.target is not dialect.conv2d:
-        return None
-    given = arguments(node)
-    weight = shape_of(given["weight"])
-    simple = list(given["stride"]) == list(given["dilation"]) == [1, 1] and weight[2:] == (3, 3)
-    if not simple or min(weight[:2]) < WINOGRAD_CHANNELS:
-        return None
-    narrow, wide = hw.peak_flops("bfloat16"), hw.peak_flops("float32")
-    rate = min(2.0, narrow / wide) if narrow and wide else 2.0  # of a vector instruction
-    if rate >= WINOGRAD_GAIN:
-        return None
-    return f"Winograd in float32 is {WINOGRAD_GAIN} times as fast as a direct sum, a dot product {rate:.0f} times"
+def _choice(
+    problem: Problem,
+    node: fx.Node,
+    label: str,
+    found: Mapping[str, Form],
+    why_not: str,
+    errors: Errors | None,
+    bounded: bool,
+) -> Choice:
+    form = LABELS[label]
+    if label != "float32":
+        error = None if errors is None else problem.nodes[node][label].error
+        return Choice(node.name, _operator(node), form.dtype, found[label].reason, form.round_input, error, label)
+    if len(found) == 1:
+        reason = why_not
+    elif bounded:
+        reason = "kept in float32: it costs more accuracy than the tolerance leaves"
+    else:
+        reason = "kept in float32: casting what it reads takes as long as it would gain"
+    return Choice(node.name, _operator(node), "float32", reason)
 
 
-def _streaming(node: fx.Node, hw: Hardware, streamed: int) -> tuple[str, bool]:
-    """Whether bfloat16 weights alone pay, and the reason; `streamed`: bytes of all weights of the graph."""
-    if node.target is dialect.conv2d:
-        return "no bfloat16 arithmetic on this machine, and a convolution uses each weight for many pixels", False
-    last = hw.caches[-1] if hw.caches else None
-    if last is not None and streamed <= last.size_bytes:
-        return f"no bfloat16 arithmetic on this machine, and all weights ({streamed >> 20} MB) stay in its cache", False
-    if hw.dram_gbs is None or hw.peak_flops() is None:
-        return "no bfloat16 arithmetic on this machine, whose memory bandwidth is not known", False
-    weight = prod(shape_of(node.all_input_nodes[1]))
-    rows = prod(shape_of(node)[:-1])
+def _operator(node: fx.Node) -> str:
+    return str(node.target).removesuffix(".default")
 
-    def seconds(item_bytes: int) -> float:
-        arithmetic = predict_seconds(hw, Work({"float32": 2.0 * weight * rows}, launches=0))
-        assert arithmetic is not None
-        assert hw.dram_gbs is not None
-        return max(arithmetic, weight * item_bytes / (hw.dram_gbs * 1e9))
 
-    gain = seconds(2) / seconds(4)
-    if gain > GAIN:
-        return f"no bfloat16 arithmetic on this machine, and {rows} rows keep it busy while weights arrive", False
-    return (
-        f"weights only: {rows} rows wait for {4 * weight >> 20} MB of weights; half the bytes take {gain:.2f}",
-        True,
-    )
+_TARGETS = {
+    (torch.bfloat16, False): mixed.linear_bf16,
+    (torch.bfloat16, True): mixed.conv2d_bf16,
+    (torch.float16, False): mixed.linear_f16,
+}
+_BFLOAT16 = (mixed.linear_bf16, mixed.conv2d_bf16)
+_OF_SAME: dict[object, tuple[object, ...]] = {
+    mixed.linear_bf16: _BFLOAT16,
+    mixed.conv2d_bf16: _BFLOAT16,
+    mixed.linear_f16: (mixed.linear_f16,),
+}
 
 
 def assign_precision(graph: fx.GraphModule, choices: Collection[Choice]) -> int:
-    """Rewrite the operators chosen to be bfloat16; returns how many."""
-    chosen = {c.node: c for c in choices if c.dtype == "bfloat16"}
+    """Rewrite the operators chosen to be reduced; returns how many."""
+    chosen = {c.node: c for c in choices if c.dtype != "float32"}
     nodes = [n for n in graph.graph.nodes if n.name in chosen and n.target in PRODUCTS]
     rounded: dict[str, fx.Node] = {}
     for node in nodes:
         given = arguments(node)
-        weight = given["weight"]
-        name = f"{weight.target}_bf16"
+        weight, dtype = given["weight"], _DTYPES[chosen[node.name].dtype]
+        name = f"{weight.target}_{'f16' if dtype == torch.float16 else 'bf16'}"
         if name not in rounded:
             tensor = constant(graph, weight)
             assert tensor is not None
-            graph.register_buffer(name, tensor.to(torch.bfloat16))
+            graph.register_buffer(name, tensor.to(dtype))
             with graph.graph.inserting_before(weight):
                 rounded[name] = graph.graph.get_attr(name)
-            rounded[name].meta["val"] = weight.meta["val"].to(torch.bfloat16)
+            rounded[name].meta["val"] = weight.meta["val"].to(dtype)
         node.args = _arguments(node, rounded[name], chosen[node.name].round_input)
         node.kwargs = {}
-        node.target = mixed.conv2d_bf16 if node.target is dialect.conv2d else mixed.linear_bf16
-        log.debug("%s: bfloat16, %s", node.name, chosen[node.name].reason)
+        node.target = _TARGETS[dtype, node.target is dialect.conv2d]
+        log.debug("%s: %s, %s", node.name, chosen[node.name].dtype, chosen[node.name].reason)
     for node in nodes:
         if chosen[node.name].round_input and _read_narrow(node):
             node.args = (*node.args[:-1], True)
-            node.meta["val"] = node.meta["val"].to(torch.bfloat16)
+            node.meta["val"] = node.meta["val"].to(_DTYPES[chosen[node.name].dtype])
     if nodes:
         graph.graph.eliminate_dead_code()
         graph.recompile()
@@ -204,7 +243,7 @@ def _read_narrow(node: fx.Node) -> bool:
     """Whether every reader rounds what it reads, or adds it as its residual; and at least one rounds."""
     rounds = False
     for user in node.users:
-        if user.target not in (mixed.linear_bf16, mixed.conv2d_bf16):
+        if user.target not in _OF_SAME[node.target]:
             return False
         given = arguments(user)
         if given["bias"] is node or not given["round_input"]:

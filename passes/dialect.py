@@ -331,6 +331,9 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
 }
 
 
+BODIES: dict[torch._ops.OpOverload, Callable[..., Tensor]] = {}  # of operators of torch, so with derivatives
+
+
 def define(name: str, schema: str, body: Callable[..., Tensor], fake: Callable[..., Tensor]) -> torch._ops.OpOverload:
     """Return the operator graphwright::`name`, entered unless a second copy of its module (a reload) finds it there."""
     if not hasattr(torch.ops.graphwright, name):
@@ -338,6 +341,7 @@ def define(name: str, schema: str, body: Callable[..., Tensor], fake: Callable[.
         torch.library.impl(f"graphwright::{name}", "default", body)
         torch.library.register_fake(f"graphwright::{name}", fake)
     operator: torch._ops.OpOverload = getattr(torch.ops.graphwright, name).default
+    BODIES[operator] = body
     return operator
 
 

@@ -1,4 +1,4 @@
-"""compile(precision="bf16"): what is assigned and refused, the tolerance kept, the cache told apart."""
+"""compile(precision=...): what is assigned and refused, the tolerance kept, the cache told apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 import graphwright
 from graphwright.compiler import api, compare
-from graphwright.errors import GraphwrightError
+from graphwright.errors import GraphwrightError, InputError
 from graphwright.hwdb import detect
 
 
@@ -36,17 +36,22 @@ class Net(nn.Module):
         return self.third(self.second(torch.softmax(20 * self.first(x), -1)).relu())
 
 
-def compiled(**options: Any) -> tuple[Any, nn.Module, torch.Tensor]:
+def compiled(precision: str = "bf16", **options: Any) -> tuple[Any, nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(1, 96)
-    return graphwright.compile(model, x, precision="bf16", **options), model, x
+    return graphwright.compile(model, x, precision=precision, **options), model, x
+
+
+def linears(report: Any) -> list[str]:
+    return [c.dtype for c in report.precisions if "linear" in c.operator]
 
 
 @pytest.mark.usefixtures("starved")
 def test_weights_become_bfloat16_and_outputs_stay_float32() -> None:
     result, model, x = compiled(cache=False)
     report = result.report()
-    assert [c.dtype for c in report.precisions] == ["bfloat16"] * 3
+    assert linears(report) == ["bfloat16"] * 3
+    assert {c.dtype for c in report.precisions if "linear" not in c.operator} == {"float32"}
     assert "weights only" in report.text()
     assert report.passes[-1].name == "assign_precision"
     assert sum(k.algorithm == "bf16-weight matmul" for k in report.kernels) == 3
@@ -63,7 +68,7 @@ def test_a_tolerance_is_kept_by_going_back() -> None:
     free = compiled(cache=False)[0].report()
     tolerance = free.errors[0].relative_l2 * 0.7
     report = compiled(cache=False, tolerance=tolerance)[0].report()
-    kinds = [c.dtype for c in report.precisions]
+    kinds = linears(report)
     assert 0 < kinds.count("float32") < 3, report.text()
     assert report.errors[0].relative_l2 <= tolerance
     assert any("tolerance" in c.reason for c in report.precisions)
@@ -104,6 +109,77 @@ def test_code_for_a_machine_with_dot_products_is_built() -> None:
     assert names.count("bf16 conv") == 1
 
 
+@pytest.mark.usefixtures("starved")
+def test_float16_weights_err_by_an_eighth() -> None:
+    wide, narrow = (compiled(name, cache=False)[0].report() for name in ("bf16", "fp16"))
+    assert linears(narrow) == ["float16"] * 3
+    assert sum(k.algorithm == "f16-weight matmul" for k in narrow.kernels) == 3
+    assert narrow.weights_bytes == wide.weights_bytes
+    assert 0 < narrow.errors[0].relative_l2 < wide.errors[0].relative_l2 / 4
+
+
+@pytest.mark.usefixtures("starved")
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4, 2e-5])
+def test_auto_keeps_any_tolerance_and_says_what_was_measured(tolerance: float) -> None:
+    report = compiled("auto", cache=False, tolerance=tolerance)[0].report()
+    assert report.errors[0].relative_l2 <= tolerance
+    text = report.text()
+    if any(dtype != "float32" for dtype in linears(report)):
+        assert "error against float64" in text
+        assert f"{tolerance:.1e} allowed" in text
+    else:
+        assert "everything stays float32" in text
+    assert ("float32" in linears(report)) == (tolerance < 1e-2)
+    if tolerance < 1e-2:
+        assert "first-order propagation, 8 probes" in text
+
+
+def test_auto_stays_float32_where_nothing_gains() -> None:
+    model, x = nn.Linear(64, 64).eval(), torch.randn(200, 64)
+    if detect().vector_dot_product("bfloat16") is None:
+        report = graphwright.compile(model, x, precision="auto", cache=False).report()
+        assert linears(report) == ["float32"]
+        assert "nothing gains by auto" in report.text()
+
+
+def test_auto_decides_for_other_machines_by_pytorch() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).eval(), torch.randn(64, 256)
+    report = graphwright.compile(model, x, precision="auto", target="sapphirerapids", cache=False).report()
+    assert linears(report) == ["bfloat16"] * 2
+    strict = graphwright.compile(model, x, precision="auto", target="sapphirerapids", cache=False, tolerance=2.5e-3)
+    assert linears(strict.report()).count("float32") >= 1
+    assert "costs more accuracy" in strict.report().text()
+
+
+def test_a_tolerance_that_float32_does_not_keep() -> None:
+    with pytest.raises(InputError, match="less than PyTorch's own float32 error"):
+        graphwright.compile(nn.Linear(300, 64), torch.randn(9, 300), tolerance=1e-9, cache=False)
+
+
+@pytest.mark.usefixtures("starved")
+def test_a_tolerance_that_nothing_reduced_could_keep() -> None:
+    with pytest.raises(InputError, match="less than PyTorch's own float32 error"):
+        compiled("auto", cache=False, tolerance=1e-9)
+
+
+@pytest.mark.usefixtures("starved")
+def test_machine_code_that_errs_more_than_pytorch_is_decided_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first answer of the machine code is spoilt: less is reduced then, until nothing is, and the numbers hold."""
+    compare_all, spoilt = compare.compare, []
+
+    def spoil(results: Any, expected: Any, tolerance: Any) -> Any:
+        if len(spoilt) < 2:
+            spoilt.append(1)
+            return compare.Difference(0, 10 * tolerance, tolerance)
+        return compare_all(results, expected, tolerance)
+
+    monkeypatch.setattr(compare, "compare", spoil)
+    report = compiled("auto", cache=False)[0].report()
+    assert linears(report) == ["float32"] * 3
+    assert "machine code erred by too much" in report.text()
+
+
 def test_through_dynamo() -> None:
     model, x = nn.Linear(32, 16).eval(), torch.randn(1, 32)
     with torch.no_grad():
@@ -111,10 +187,11 @@ def test_through_dynamo() -> None:
     torch.testing.assert_close(result, model(x), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("name", ["fp16", "int8", "auto"])
-def test_what_is_not_built_is_refused(name: str) -> None:
-    with pytest.raises(GraphwrightError, match="not built yet; there are 'fp32' and 'bf16'"):
-        graphwright.compile(nn.Linear(2, 2), torch.randn(1, 2), precision=name)
+def test_what_is_not_built_is_refused() -> None:
+    with pytest.raises(
+        GraphwrightError, match="not built yet; there are 'fp32', 'bf16', 'fp16', 'auto' and 'adaptive'"
+    ):
+        graphwright.compile(nn.Linear(2, 2), torch.randn(1, 2), precision="int8")
 
 
 def test_a_typo_is_named() -> None:

@@ -17,7 +17,7 @@ from graphwright.compiler.capture import capture, export
 from graphwright.compiler.reference import relative_l2, run_eager, run_float64
 from graphwright.hwdb import Hardware, lookup
 from graphwright.passes import dialect, mixed
-from graphwright.passes.assign_precision import Choice, assign_precision, choose_precisions
+from graphwright.passes.assign_precision import Choice, assign_precision, choose_precisions, plan_precisions
 
 DOTS, PLAIN = "znver4", "x86-64-v3"
 
@@ -29,7 +29,12 @@ def captured(model: nn.Module, *inputs: torch.Tensor, hw: Hardware) -> fx.GraphM
 def decide(model: nn.Module, *inputs: torch.Tensor, machine: str = DOTS) -> tuple[fx.GraphModule, tuple[Choice, ...]]:
     hw = lookup(machine)
     graph = captured(model, *inputs, hw=hw)
-    return graph, choose_precisions(graph, hw, "bf16")
+    return graph, products(choose_precisions(graph, hw, "bf16"))
+
+
+def products(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """Without the operators that are float32 because of what they are."""
+    return tuple(c for c in choices if "stay float32" not in c.reason and "in registers" not in c.reason)
 
 
 class Net(nn.Module):
@@ -125,14 +130,86 @@ def test_weights_alone_where_a_few_rows_wait_for_them() -> None:
     assert "bandwidth is not known" in choose_precisions(graph, unknown, "bf16")[0].reason
 
 
-def test_what_the_caller_keeps_stays() -> None:
+def test_every_floating_point_operator_has_a_row() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.last = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(self.last(self.norm(x).sin()).exp().sum(-1, keepdim=True) * x, -1)
+
+    hw = lookup(DOTS)
+    graph = captured(Mixed(), torch.randn(2, 8), hw=hw)
+    rows = {c.operator.split(".")[-1]: c for c in choose_precisions(graph, hw, "bf16")}
+    for name in ("layer_norm", "exp", "dim_IntList", "int"):
+        assert "softmax, norms, reductions and exponentials stay float32" in rows[name].reason
+    assert "in registers" in rows["sin"].reason
+    assert rows["linear"].dtype == "bfloat16"
+
+
+def test_a_budget_keeps_what_costs_too_much() -> None:
     hw = lookup(DOTS)
     graph = captured(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8), hw=hw)
     first, second = choose_precisions(graph, hw, "bf16")
-    kept, other = choose_precisions(graph, hw, "bf16", {first.node})
-    assert (kept.dtype, other) == ("float32", second)
+    errors = {(first.node, "bfloat16"): 3e-3, (second.node, "bfloat16"): 1e-3}
+    kept, other = choose_precisions(graph, hw, "bf16", errors, 2e-3)
+    assert (kept.dtype, other.dtype) == ("float32", "bfloat16")
     assert "tolerance" in kept.reason
+    assert other.error == 1e-3
     assert choose_precisions(graph, hw, "fp32") == ()
+    plan = plan_precisions(graph, hw, "bf16", errors, 4e-3)
+    assert plan.reduced == 2
+    assert plan.error == pytest.approx(1e-5**0.5)
+    assert plan.seconds < plan.float32_seconds
+
+
+def starved(machine: str = "zen3") -> Hardware:
+    """A machine with one small cache: weights come from memory."""
+    return dataclasses.replace(lookup(machine), caches=lookup(machine).caches[:1])
+
+
+def test_float16_weights() -> None:
+    x = torch.randn(1, 256)
+    graph = captured(nn.Linear(256, 256), x, hw=starved())
+    (choice,) = choose_precisions(graph, starved(), "fp16")
+    assert (choice.dtype, choice.form, choice.round_input) == ("float16", "float16 weights", False)
+    exact = run_float64(graph, [x])
+    errors = {}
+    for name in ("fp16", "bf16"):
+        copy = pipeline.copy_graph(graph)
+        assert assign_precision(copy, choose_precisions(copy, starved(), name)) == 1
+        copy.graph.lint()
+        errors[name] = relative_l2(run_eager(copy, [x])[0], exact[0])
+    # Three more bits of mantissa.
+    assert 0 < errors["fp16"] < errors["bf16"] / 4 < 1e-3
+
+
+def test_auto_takes_the_more_exact_of_equally_fast_forms() -> None:
+    graph = captured(nn.Linear(256, 256), torch.randn(1, 256), hw=starved())
+    assert products(choose_precisions(graph, starved(), "auto"))[0].form == "float16 weights"
+    hw = lookup(DOTS)
+    graph = captured(nn.Linear(256, 256), torch.randn(256, 256), hw=hw)
+    assert products(choose_precisions(graph, hw, "auto"))[0].form == "bfloat16"
+
+
+@pytest.mark.parametrize(("scale", "reason"), [(1e8, "beyond float16's 65504"), (1e-7, "float16 errs by")])
+def test_weights_that_float16_cannot_hold(scale: float, reason: str) -> None:
+    layer = nn.Linear(256, 256)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    graph = captured(layer, torch.randn(1, 256), hw=starved())
+    (choice,) = choose_precisions(graph, starved(), "fp16")
+    assert choice.dtype == "float32"
+    assert reason in choice.reason
+    assert choose_precisions(graph, starved(), "auto")[0].form == "bfloat16 weights"
+
+
+def test_machines_that_do_not_convert_float16() -> None:
+    hw = dataclasses.replace(starved(), features=starved().features - {"f16c"})
+    graph = captured(nn.Linear(256, 256), torch.randn(1, 256), hw=hw)
+    (choice,) = choose_precisions(graph, hw, "fp16")
+    assert "does not convert" in choice.reason
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)

@@ -1,0 +1,283 @@
+"""What each operator may be computed in on a machine, what that is predicted to cost, and what stays float32 and why.
+
+class         operators                            precisions
+product       linear, conv2d with constant weights all forms below that the machine gains by
+computed      attention, matmul of two results     float32: no kernel takes them narrow, and their sums feed a softmax
+sensitive     softmax, norms, reductions, exp, log float32: their errors grow with what they add up or exponentiate
+pointwise     everything else that computes        float32: registers hold floats, and it joins a kernel around it
+
+form              operands                         seconds of a product
+float32                                            max(flops / rate, weight bytes / bandwidth)
+bfloat16          both rounded, dot products       half the arithmetic, half the bytes
+bfloat16 weights  weights rounded                  the same arithmetic, half the bytes
+float16 weights   weights rounded                  the same; an eighth of bfloat16's error, within float16's range
+
+Weights come from memory where all weights of the graph are more than the last cache; a product with a few rows then
+waits for them. Sums are float32 in every form. tf32 and fp8 are arithmetic of GPUs: no machine of the database has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..hwdb import Hardware
+from ..hwdb.cost import Work, memory_bandwidth_gbs, predict_seconds
+from . import dialect
+from .rewrite import Operator, arguments, constant, shape_of, value_of
+
+aten = torch.ops.aten
+
+PRODUCTS = frozenset({dialect.linear, aten.linear.default, dialect.conv2d})
+COMPUTED = frozenset(
+    {
+        dialect.matmul,
+        dialect.attention,
+        dialect.strided_attention,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.matmul.default,
+        aten.convolution.default,
+        aten.scaled_dot_product_attention.default,
+    }
+)
+_SENSITIVE = frozenset(
+    {
+        aten.softmax.int,
+        aten._softmax.default,
+        aten.log_softmax.int,
+        aten._log_softmax.default,
+        aten.layer_norm.default,
+        aten.native_layer_norm.default,
+        aten.rms_norm.default,
+        aten.group_norm.default,
+        aten.native_group_norm.default,
+        aten.batch_norm.default,
+        aten._native_batch_norm_legit_no_training.default,
+        aten.logsumexp.default,
+        aten.cumsum.default,
+        aten.cumprod.default,
+        aten.exp.default,
+        aten.exp2.default,
+        aten.expm1.default,
+        aten.log.default,
+        aten.pow.Tensor_Tensor,
+        aten.pow.Tensor_Scalar,
+        aten.pow.Scalar,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Label:
+    """One of the forms above: the dtype weights are rounded to, that of the result, and whether inputs are rounded."""
+
+    dtype: str
+    stored: str
+    round_input: bool = False
+
+
+LABELS = {
+    "float32": Label("float32", "float32"),
+    "bfloat16": Label("bfloat16", "bfloat16", True),
+    "float16 weights": Label("float16", "float32"),
+    "bfloat16 weights": Label("bfloat16", "float32"),
+}
+ASKED = {
+    "bf16": ("bfloat16", "bfloat16 weights"),
+    "fp16": ("float16 weights",),
+    "auto": ("bfloat16", "float16 weights", "bfloat16 weights"),
+}
+# Relative error of a product where nothing was measured: a rounded operand errs by u / sqrt(3) in the mean, with u the
+# unit roundoff (2^-8 and 2^-11 of the spacing's half, Higham, section 2.2), and two of them independently.
+UNMEASURED = {"bfloat16": 3.2e-3, "bfloat16 weights": 2.3e-3, "float16 weights": 2.8e-4}
+# F(4x4, 3x3) multiplies a quarter as often; measured it is 2.4 to 3.4 times as fast as the direct float32 sum, and
+# needs channels enough to fill its tiles. A dot product twice as fast as float32 loses to that.
+WINOGRAD_GAIN, WINOGRAD_CHANNELS = 2.4, 32
+GAIN = 0.8  # weights are kept in 16 bits for a predicted gain of a fifth
+_WITHOUT_CLOCK = 1e9  # FLOP/s where the machine's are unknown: only the ratio of two forms counts then
+_HALF_ROUNDING = 2.0**-10  # of float16 weights, relative in L2: more means that they are among its denormals
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute an operator: predicted seconds, and why it is possible or pays."""
+
+    seconds: float
+    reason: str
+
+
+def is_arithmetic(node: fx.Node) -> bool:
+    """Whether the node rounds: floating point results, computed rather than moved."""
+    value = value_of(node)
+    if node.op != "call_function" or value is None or not value.is_floating_point():
+        return False
+    if node.target in PRODUCTS | COMPUTED | _SENSITIVE:
+        return True
+    tags = node.target.tags if isinstance(node.target, Operator) else ()
+    return torch.Tag.pointwise in tags or torch.Tag.reduction in tags
+
+
+def class_reason(node: fx.Node) -> str | None:
+    """Why an operator that is no product stays float32; None for a product."""
+    if node.target in PRODUCTS:
+        return None
+    if node.target in COMPUTED:
+        return _COMPUTED_REASON
+    if node.target in _SENSITIVE or (isinstance(node.target, Operator) and torch.Tag.reduction in node.target.tags):
+        return "softmax, norms, reductions and exponentials stay float32: they add up or enlarge errors"
+    return "its arithmetic is float32 in registers in any case, and it joins a kernel around it"
+
+
+_COMPUTED_REASON = "both operands are computed: there are no weights to round, and its sums feed a softmax or the like"
+
+
+def streamed_bytes(graph: fx.GraphModule, nodes: Collection[fx.Node]) -> int:
+    """Bytes of the float32 weights of all these products."""
+    weights = {n.args[1].target: 4 * prod(shape_of(n.args[1])) for n in nodes if weight_of(graph, n) is not None}
+    return sum(weights.values())
+
+
+def weight_of(graph: fx.GraphModule, node: fx.Node) -> torch.Tensor | None:
+    """The constant weights of a product."""
+    return constant(graph, node.args[1]) if node.target in PRODUCTS else None
+
+
+def forms(
+    graph: fx.GraphModule, node: fx.Node, hw: Hardware, asked: Collection[str], streamed: int
+) -> tuple[dict[str, Form], str]:
+    """The forms of a product among `asked` that pay, float32 always; and why there are no more.
+
+    `streamed`: bytes of all weights of the graph.
+    """
+    times = _Times(node, hw, streamed)
+    found = {"float32": Form(times.seconds(), "float32")}
+    refusal = _refusal(graph, node)
+    if refusal is not None:
+        return found, refusal
+    family = hw.vector_dot_product("bfloat16") if "bfloat16" in asked else None
+    reason = ""
+    if family is not None:
+        reason = _winograd_wins(node, hw) or ""
+        if not reason:
+            text = f"dot products ({family}), sums in float32"
+            found["bfloat16"] = Form(times.seconds(item_bytes=2, rate=2.0), text)
+    for label in asked:
+        if LABELS[label].round_input or (family is not None and LABELS[label].dtype == "bfloat16"):
+            continue
+        why, pays = _weights_only(graph, node, hw, LABELS[label].dtype, times)
+        if pays:
+            found[label] = Form(times.seconds(item_bytes=2), why)
+        else:
+            reason = reason or why
+    return found, reason
+
+
+def cast_seconds(hw: Hardware, node: fx.Node) -> float:
+    """Predicted seconds of casting a value: four bytes an element come in, two go out, or the other way round."""
+    moved = 6.0 * prod(shape_of(node))
+    bandwidth = memory_bandwidth_gbs(hw, moved) if hw.clock_mhz is not None else None
+    return moved / (bandwidth * 1e9 if bandwidth else 4 * _WITHOUT_CLOCK)
+
+
+def _refusal(graph: fx.GraphModule, node: fx.Node) -> str | None:
+    if weight_of(graph, node) is None:
+        return _COMPUTED_REASON
+    for operand in (node, *node.all_input_nodes):
+        value = value_of(operand)
+        if value is None or value.dtype != torch.float32:
+            return f"{operand.name} is not float32"
+    if not prod(shape_of(node)) or not shape_of(node.all_input_nodes[0]):
+        return "the result has no elements"
+    given = arguments(node)
+    if node.target is dialect.conv2d:
+        if given["groups"] != 1:
+            return f"{given['groups']} groups: a group's channels are fewer than a dot product takes"
+        if given["layout"] != "NHWC":
+            return f"the layout is {given['layout']}"
+    bias, residual = given.get("bias"), given.get("residual")
+    if bias is not None and shape_of(bias) != shape_of(node)[-1:]:
+        return f"the bias has shape {shape_of(bias)}, not one value a column"
+    if residual is not None and shape_of(residual) != shape_of(node):
+        return f"the residual has shape {shape_of(residual)}, the result {shape_of(node)}"
+    return None
+
+
+def _winograd_wins(node: fx.Node, hw: Hardware) -> str | None:
+    if node.target is not dialect.conv2d:
+        return None
+    given = arguments(node)
+    weight = shape_of(given["weight"])
+    simple = list(given["stride"]) == list(given["dilation"]) == [1, 1] and weight[2:] == (3, 3)
+    if not simple or min(weight[:2]) < WINOGRAD_CHANNELS:
+        return None
+    narrow, wide = hw.peak_flops("bfloat16"), hw.peak_flops("float32")
+    rate = min(2.0, narrow / wide) if narrow and wide else 2.0  # of a vector instruction
+    if rate >= WINOGRAD_GAIN:
+        return None
+    return f"Winograd in float32 is {WINOGRAD_GAIN} times as fast as a direct sum, a dot product {rate:.0f} times"
+
+
+def _weights_only(graph: fx.GraphModule, node: fx.Node, hw: Hardware, dtype: str, times: _Times) -> tuple[str, bool]:
+    """Whether weights of `dtype` alone pay, and the reason."""
+    lacking = f"no {dtype} arithmetic on this machine, and"
+    if hw.supports(dtype):
+        lacking = f"sums in float32 do not use this machine's {dtype} arithmetic, and"
+    if node.target is dialect.conv2d:
+        return f"{lacking[:-5]}, and a convolution uses each weight for many pixels", False
+    last = hw.caches[-1] if hw.caches else None
+    if last is not None and times.streamed <= last.size_bytes:
+        return f"{lacking} all weights ({times.streamed >> 20} MB) stay in its cache", False
+    if hw.dram_gbs is None or hw.peak_flops() is None:
+        return f"{lacking[:-5]}, whose memory bandwidth is not known", False
+    gain = times.seconds(item_bytes=2) / times.seconds()
+    if gain > GAIN:
+        return f"{lacking} {times.rows} rows keep it busy while weights arrive", False
+    if dtype == "float16":
+        refusal = _beyond_half(graph, node, hw)
+        if refusal is not None:
+            return refusal, False
+    size = 4 * times.weight >> 20
+    return f"weights only: {times.rows} rows wait for {size} MB of weights; half the bytes take {gain:.2f}", True
+
+
+def _beyond_half(graph: fx.GraphModule, node: fx.Node, hw: Hardware) -> str | None:
+    """Why float16 cannot hold the weights, or is not converted here."""
+    if hw.isa == "x86_64" and "f16c" not in hw.features:
+        return "this machine does not convert float16"
+    weight = weight_of(graph, node)
+    assert weight is not None
+    narrow = weight.to(torch.float16)
+    if not bool(narrow.isfinite().all()):
+        return f"weights up to {float(weight.abs().max()):.3g} are beyond float16's 65504"
+    error = float(torch.linalg.vector_norm(weight - narrow)) / max(float(torch.linalg.vector_norm(weight)), 1e-300)
+    return f"weights so small that float16 errs by {error:.1e}" if error > _HALF_ROUNDING else None
+
+
+class _Times:
+    """Predicted seconds of a product by the bytes of a weight and the rate of its arithmetic."""
+
+    def __init__(self, node: fx.Node, hw: Hardware, streamed: int) -> None:
+        operands: list[Any] = node.all_input_nodes
+        self.weight = prod(shape_of(operands[1])) if len(operands) > 1 and value_of(operands[1]) is not None else 0
+        self.streamed = streamed
+        shape = shape_of(node) if value_of(node) is not None else (0,)
+        if node.target is dialect.conv2d:
+            self.rows = prod(shape) // max(1, shape_of(operands[1])[0])
+        else:
+            self.rows = prod(shape[:-1])
+        work = predict_seconds(hw, Work({"float32": 2.0 * self.weight * self.rows}, launches=0))
+        self.arithmetic = 2.0 * self.weight * self.rows / _WITHOUT_CLOCK if work is None else work
+        last = hw.caches[-1].size_bytes if hw.caches else 0
+        waits = hw.dram_gbs is not None and work is not None and streamed > last
+        self.per_byte = 1e-9 / hw.dram_gbs if waits and hw.dram_gbs else 0.0
+
+    def seconds(self, item_bytes: int = 4, rate: float = 1.0) -> float:
+        """Whichever takes longer, arithmetic or the weights."""
+        return max(self.arithmetic / rate, self.weight * item_bytes * self.per_byte)
