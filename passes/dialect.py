@@ -33,7 +33,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor, Sequence[float]], Tensor]] = {
     "tanh": lambda x, args: torch.tanh(x),
     "clamp": lambda x, args: torch.clamp(x, args[0], args[1]),  # either end may be infinite; NaN stays NaN
     "leaky_relu": lambda x, args: F.leaky_relu(x, args[0]),
+    "swish": lambda x, args: _swish(x, args[0]),
 }
+
+
+def _swish(input: Tensor, beta: float) -> Tensor:
+    return input * torch.sigmoid(beta * input)
 
 
 def _epilogue(x: Tensor, residual: Tensor | None, activation: str, args: Sequence[float]) -> Tensor:
@@ -298,6 +303,7 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
         _matmul,
         _matmul_fake,
     ),
+    "swish": ("(Tensor input, float beta) -> Tensor", _swish, lambda input, beta: input.new_empty(input.shape)),
     "permute": (
         "(Tensor input, int[] in_shape, int[] dims, int[] out_shape) -> Tensor",
         _permute,
@@ -352,6 +358,7 @@ conv2d = torch.ops.graphwright.conv2d.default
 conv_transpose2d = torch.ops.graphwright.conv_transpose2d.default
 linear = torch.ops.graphwright.linear.default
 matmul = torch.ops.graphwright.matmul.default
+swish = torch.ops.graphwright.swish.default
 permute = torch.ops.graphwright.permute.default
 attention = torch.ops.graphwright.attention.default
 strided_attention = torch.ops.graphwright.strided_attention.default
@@ -359,5 +366,5 @@ max_pool2d = torch.ops.graphwright.max_pool2d.default
 avg_pool2d = torch.ops.graphwright.avg_pool2d.default
 
 OPERATORS = frozenset(
-    {conv2d, conv_transpose2d, linear, matmul, permute, attention, strided_attention, max_pool2d, avg_pool2d}
+    {conv2d, conv_transpose2d, linear, matmul, permute, attention, strided_attention, swish, max_pool2d, avg_pool2d}
 )

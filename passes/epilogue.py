@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import rewrite
+from . import dialect, rewrite
 from .families import fuses
 from .refusals import keep
 from .rewrite import Operator
@@ -127,4 +127,5 @@ _ACTIVATIONS: dict[Operator, Callable[[dict[str, Any]], Activation | None]] = {
     aten.hardtanh.default: lambda a: _clamped(a["min_val"], a["max_val"]),
     aten.clamp.default: lambda a: _clamped(a["min"], a["max"]),
     aten.leaky_relu.default: lambda a: ("leaky_relu", [float(a["negative_slope"])]),
+    dialect.swish: lambda a: ("swish", [float(a["beta"])]),
 }

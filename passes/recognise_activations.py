@@ -1,6 +1,8 @@
 """Activations that were written out become one operator again.
 
     x * sigmoid(x)                                              -> silu(x)
+    x * sigmoid(1.702 * x)                                      -> graphwright::swish(x, 1.702), of whatever factor
+    x * tanh(softplus(x))                                       -> mish(x)
     clamp(x + 3, 0, 6) / 6                                      -> hardsigmoid(x)
     x * hardsigmoid(x), x * clamp(x + 3, 0, 6) / 6              -> hardswish(x)
     0.5 * x * (1 + erf(x / sqrt(2)))                            -> gelu(x)
@@ -21,7 +23,8 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import rewrite
+from . import dialect, rewrite
+from .attention_operands import one_number
 from .epilogue import activation_of
 from .refusals import keep
 from .rewrite import Operator
@@ -65,6 +68,8 @@ def _match(node: fx.Node) -> Spelling | None:
         for test, wanted, target, kwargs in _GATES:
             if _close(coefficient, wanted) and test(gate, x):
                 return target, (x,), dict(kwargs)
+        if coefficient == 1 and (beta := _sigmoid_of_multiple(gate, x)) is not None:
+            return dialect.swish, (x, beta), {}
     return None
 
 
@@ -72,25 +77,43 @@ def _factors(node: fx.Node, top: bool = True) -> tuple[float, list[fx.Node]]:
     """A product as a number times the nodes it multiplies, as far as nobody else reads the steps."""
     if not top and rewrite.sole_user(node) is None:
         return 1.0, [node]
-    if node.target is aten.div.Tensor and _number(node.args[1]) and isinstance(node.args[0], fx.Node):
+    divisor = one_number(node.args[1]) if node.target is aten.div.Tensor else None
+    if divisor is not None and isinstance(node.args[0], fx.Node):
         coefficient, factors = _factors(node.args[0], False)
-        divisor = float(node.args[1])  # type: ignore[arg-type]
         return (coefficient / divisor if divisor else math.nan), factors
     if node.target is not aten.mul.Tensor:
         return 1.0, [node]
     product, all_factors = 1.0, []
     for operand in node.args:
-        if isinstance(operand, fx.Node):
+        number = one_number(operand)
+        if number is None and isinstance(operand, fx.Node):
             coefficient, factors = _factors(operand, False)
             product *= coefficient
             all_factors += factors
         else:
-            product *= operand if isinstance(operand, (int, float)) else math.nan
+            product *= math.nan if number is None else number
     return product, all_factors
 
 
 def _is_sigmoid(gate: fx.Node, x: fx.Node) -> bool:
     return _inner(gate, aten.sigmoid.default) is x
+
+
+def _sigmoid_of_multiple(gate: fx.Node, x: fx.Node) -> float | None:
+    """beta where the gate is sigmoid(beta * x), and what is in between is read once."""
+    inner = _inner(gate, aten.sigmoid.default)
+    if inner is None or inner is x or rewrite.sole_user(inner) is None:
+        return None
+    beta, factors = _factors(inner)
+    return beta if factors == [x] and math.isfinite(beta) else None
+
+
+def _is_tanh_of_softplus(gate: fx.Node, x: fx.Node) -> bool:
+    inner = _inner(gate, aten.tanh.default)
+    if not rewrite.calls(inner, aten.softplus.default) or rewrite.sole_user(inner) is None:
+        return False
+    a = rewrite.arguments(inner)
+    return a["self"] is x and (a["beta"], a["threshold"]) == (1, 20)
 
 
 def _is_hardsigmoid(gate: fx.Node, x: fx.Node) -> bool:
@@ -145,6 +168,7 @@ def _is_power(node: fx.Node, x: fx.Node, exponent: int) -> bool:
 
 _GATES: tuple[tuple[Callable[[fx.Node, fx.Node], bool], float, Operator, dict[str, object]], ...] = (
     (_is_sigmoid, 1.0, aten.silu.default, {}),
+    (_is_tanh_of_softplus, 1.0, aten.mish.default, {}),
     (_is_hardsigmoid, 1.0, aten.hardswish.default, {}),
     (_is_shifted_relu6, 1 / 6, aten.hardswish.default, {}),
     (_is_one_plus_erf, 0.5, aten.gelu.default, {}),

@@ -39,6 +39,10 @@ def _leaky_relu(x: PrimExpr, slope: float) -> PrimExpr:
     return tirx.Select(x > tirx.const(0.0, dtype), x, x * tirx.const(slope, dtype))
 
 
+def _swish(x: PrimExpr, beta: float) -> PrimExpr:
+    return x * vector_math.sigmoid(x * tirx.const(beta, str(x.ty.dtype)))
+
+
 _LIGHT: dict[str, Callable[..., PrimExpr]] = {
     "none": lambda x: x,
     "relu": _relu,
@@ -50,6 +54,7 @@ _LIGHT: dict[str, Callable[..., PrimExpr]] = {
 }
 _HEAVY: dict[str, Callable[..., PrimExpr]] = {
     "silu": vector_math.silu,
+    "swish": _swish,
     "gelu": vector_math.gelu,
     "gelu_tanh": vector_math.gelu_tanh,
     "sigmoid": vector_math.sigmoid,
@@ -68,7 +73,7 @@ def is_heavy(activation: str) -> bool:
 def apply_activation(x: PrimExpr, activation: str, args: Sequence[float] = ()) -> PrimExpr:
     """`activation(x)` in x's dtype (float32, float32xN; narrower floats are computed in float32).
 
-    `args` is (low, high) for "clamp" and (slope,) for "leaky_relu", empty otherwise. `x` should be a variable or a
+    `args` is (low, high) for "clamp" and (slope,) for "leaky_relu", (beta,) for "swish". `x` should be a variable or a
     load: the light activations repeat it.
     """
     if activation in _LIGHT:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tvm import te, tirx
 
+from ...passes import dialect
 from . import expressions as ex
 from .expressions import Scalar, pointwise
 from .registry import Out, lowers
@@ -45,6 +46,11 @@ def leaky_relu(out: Out, x: te.Tensor, slope: Scalar = 0.01) -> te.Tensor:
 @lowers(aten.silu.default)
 def silu(out: Out, x: te.Tensor) -> te.Tensor:
     return pointwise(out, lambda v: v / (_const(1, v) + tirx.exp(-v)), x)
+
+
+@lowers(dialect.swish)
+def swish(out: Out, x: te.Tensor, beta: Scalar) -> te.Tensor:
+    return pointwise(out, lambda v: v / (_const(1, v) + tirx.exp(v * _const(-beta, v))), x)
 
 
 @lowers(aten.gelu.default)

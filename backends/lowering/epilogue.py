@@ -25,6 +25,7 @@ _ACTIVATIONS: dict[str, Callable[..., te.Tensor]] = {
     "tanh": lambda out, x: ex.pointwise(out, tirx.tanh, x),
     "clamp": clamp,
     "leaky_relu": act.leaky_relu,
+    "swish": act.swish,
 }
 
 

@@ -95,6 +95,7 @@ def test_layers_of_real_networks(problem: dict[str, object]) -> None:
         ("tanh", ()),
         ("clamp", (-0.5, 1.5)),
         ("leaky_relu", (0.1,)),
+        ("swish", (1.702,)),
     ],
 )
 def test_activations(activation: str, args: tuple[float, ...]) -> None:

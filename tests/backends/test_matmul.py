@@ -25,9 +25,10 @@ aten = torch.ops.aten
 # The steepest of the activations is gelu, 1.13; each adds a few roundings of its own.
 SLOPE = 1.2
 ACTIVATIONS: list[tuple[str, list[float]]] = [
-    *((name, []) for name in dialect.ACTIVATIONS if name not in ("clamp", "leaky_relu")),
+    *((name, []) for name in dialect.ACTIVATIONS if name not in ("clamp", "leaky_relu", "swish")),
     ("clamp", [-0.5, 0.75]),
     ("leaky_relu", [0.1]),
+    ("swish", [1.702]),
 ]
 EXTENT = st.one_of(st.integers(1, 20), st.sampled_from([23, 24, 25, 31, 47, 48, 64, 97, 128, 131]))
 DEPTH = st.one_of(st.integers(0, 9), st.sampled_from([16, 31, 64, 100, 257]))

@@ -51,8 +51,9 @@ def test_activations_are_torch_s(name):
         "tanh": torch.tanh,
         "clamp": lambda x: torch.clamp(x, -1.0, 2.0),
         "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+        "swish": lambda x: x * torch.sigmoid(1.5 * x),
     }
-    args = {"clamp": [-1.0, 2.0], "leaky_relu": [0.2]}.get(name, [])
+    args = {"clamp": [-1.0, 2.0], "leaky_relu": [0.2], "swish": [1.5]}.get(name, [])
     x = torch.tensor([[-3.0, -0.0, 0.0, 0.5, 7.0, torch.inf, -torch.inf, torch.nan]])
     result = dialect.linear(x[:, :1], torch.eye(1), None, None, name, args)
     assert result.shape == (1, 1)

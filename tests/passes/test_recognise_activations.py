@@ -39,6 +39,10 @@ WRITTEN = [
     (gelu_tanh, lambda x: F.gelu(x, approximate="tanh")),
     (gelu_fast, lambda x: F.gelu(x, approximate="tanh")),
     (lambda x: x.clamp(min=-1).clamp(max=2), lambda x: x.clamp(-1, 2)),
+    (lambda x: x * torch.sigmoid(1.702 * x), lambda x: torch.ops.graphwright.swish(x, 1.702)),
+    (lambda x: torch.sigmoid(x / 2) * x, lambda x: torch.ops.graphwright.swish(x, 0.5)),
+    (lambda x: x * torch.tanh(F.softplus(x)), F.mish),
+    (lambda x: x * torch.full([], 0.5) * (1 + torch.erf(x / torch.full([], 2.0**0.5))), F.gelu),
 ]
 
 
@@ -58,7 +62,10 @@ def test_written_out(before, after):
     [
         lambda x: x * torch.sigmoid(x + 1),
         lambda x: x * torch.sigmoid(x) * 2.0 / 3.0 - x.sin() * torch.sigmoid(x),
-        lambda x: x * torch.sigmoid(1.702 * x),
+        lambda x: x * torch.sigmoid(1.702 * x * x),
+        lambda x: x * torch.sigmoid(x * math.inf) * 0.0,
+        lambda x: x * torch.tanh(F.softplus(x, beta=2)),
+        lambda x: x * torch.tanh(torch.exp(x)),
         lambda x: F.relu6(x + 2) / 6,
         lambda x: F.relu6(x + 3) / 5,
         lambda x: x * F.relu6(x + 3) / 6.01,
@@ -78,7 +85,13 @@ def test_lookalikes_are_kept(model):
     recognise_activations(graph, HW)
     assert_same_numbers(before, graph, [X], **CLOSE)
     found = {str(n.target) for n in graph.graph.nodes}
-    assert not found & {"aten.hardsigmoid.default", "aten.hardswish.default", "aten.gelu.default"}
+    assert not found & {
+        "aten.hardsigmoid.default",
+        "aten.hardswish.default",
+        "aten.gelu.default",
+        "aten.mish.default",
+        "graphwright.swish.default",
+    }
     assert sum(n.target is torch.ops.aten.clamp.default for n in graph.graph.nodes) in (0, 2)
 
 
@@ -90,6 +103,8 @@ def test_lookalikes_are_kept(model):
         lambda x: [s := x + 3, F.relu6(s) / 6],
         lambda x: [s := torch.erf(x / math.sqrt(2)), 0.5 * x * (1 + s)],
         lambda x: [s := x.clamp(min=-1), s.clamp(max=2)],
+        lambda x: [s := x * 1.702, x * torch.sigmoid(s)],
+        lambda x: [s := F.softplus(x), x * torch.tanh(s)],
     ],
 )
 def test_a_value_in_between_that_is_read_is_kept(model):
