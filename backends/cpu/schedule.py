@@ -1,4 +1,4 @@
-"""The generic CPU schedule: any PrimFunc that TE and FuseTIR produce becomes parallel, vectorised loops.
+"""The generic CPU schedule: any PrimFunc that TE produces becomes parallel, vectorised loops.
 
     read stages -> inline cheap producers -> join (join.py) -> loops, one group after another
 

@@ -1,7 +1,7 @@
 """Tensor expressions written as loop nests, for what no formula per element says: scatters, sorts, searches.
 
-The body is built with TVM's IR builder, sequentially where the order of writes is the meaning. FuseOps takes such a
-function for opaque.
+The body is built with TVM's IR builder, sequentially where the order of writes is the meaning. Such a function is
+never part of a kernel of several operators.
 """
 
 from __future__ import annotations
