@@ -18,6 +18,7 @@ from .index_map import Digit, IndexMap, identity
 aten = torch.ops.aten
 
 MOVES = frozenset({aten.reshape.default, aten.permute.default, aten.clone.default})
+MOST_MOVES = 32  # looked through: what a pass looks at for one attention has a limit
 # A matrix of heads: the node, the shape [batch, heads, rows, depth] it has as heads, whether its last dims are swapped.
 Heads = tuple[fx.Node, tuple[int, ...], bool]
 
@@ -40,7 +41,7 @@ def one_number(value: object) -> float | None:
 def moves_above(node: fx.Node, alone: bool = False) -> tuple[fx.Node, list[fx.Node]]:
     """(source, path): the moves between a source and `node`, last one first; `alone`: those with a single reader."""
     path: list[fx.Node] = []
-    while rewrite.calls(node, *MOVES):
+    while rewrite.calls(node, *MOVES) and len(path) < MOST_MOVES:
         if alone and len(node.users) != 1:
             break
         path.append(node)
@@ -56,7 +57,8 @@ def composed(source: fx.Node, path: Sequence[fx.Node]) -> IndexMap | None:
         if moved is None:
             return None
         if move.target is aten.permute.default:
-            moved = moved.permute([int(d) % len(moved.shape) for d in move.args[1]])  # type: ignore[union-attr]
+            dims: list[int] = rewrite.arguments(move)["dims"]
+            moved = moved.permute([d % len(moved.shape) for d in dims])
         else:
             moved = moved.reshape(rewrite.shape_of(move))
     return moved
@@ -64,9 +66,9 @@ def composed(source: fx.Node, path: Sequence[fx.Node]) -> IndexMap | None:
 
 def unscaled(graph: fx.GraphModule, node: fx.Node, before: fx.Node) -> tuple[fx.Node, float]:
     """The node without the numbers that it or what it moves is multiplied by, and their product."""
-    path, factor = [], 1.0
-    source, bare, kept = node, node, 0
-    while source.op == "call_function":
+    path: list[fx.Node] = []
+    source, bare, kept, factor = node, node, 0, 1.0
+    while source.op == "call_function" and len(path) < MOST_MOVES:
         number = one_number(source.args[1]) if source.target in (aten.mul.Tensor, aten.div.Tensor) else None
         if number is not None and number and math.isfinite(number):
             if not isinstance(source.args[0], fx.Node) or rewrite.shape_of(source.args[0]) != rewrite.shape_of(source):
@@ -101,13 +103,12 @@ def heads(graph: fx.GraphModule, node: fx.Node, shape: tuple[int, ...], swapped:
 
 def without_repeats(graph: fx.GraphModule, key: Heads, value: Heads, before: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Keys and values as heads, before they were repeated for groups where both were, and as often."""
-    sources = [_repeated(*operand) for operand in (key, value)]
-    if sources[0] is None or sources[1] is None or sources[0][2] != sources[1][2]:
+    keys, values = _repeated(*key), _repeated(*value)
+    if keys is None or values is None or keys[2] != values[2]:
         return heads(graph, *key, before), heads(graph, *value, before)
     found = []
-    for (node, moves, _), (_, shape, _) in zip(sources, (key, value), strict=True):  # type: ignore[misc]
-        in_shape, dims = moves
-        few = [shape[0], shape[1] // sources[0][2], *shape[2:]]
+    for (node, (in_shape, dims), times), (_, shape, _) in ((keys, key), (values, value)):
+        few = [shape[0], shape[1] // times, *shape[2:]]
         found.append(rewrite.call(graph, dialect.permute, (node, in_shape, dims, few), before=before))
     return found[0], found[1]
 

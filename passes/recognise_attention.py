@@ -95,7 +95,7 @@ def _rewrite(graph: fx.GraphModule, softmax: fx.Node) -> str:
 
 def _weighted(softmax: fx.Node) -> fx.Node | str:
     """The product of the weights with the values, or why there is none."""
-    weights, path = softmax, []
+    weights, path = softmax, list[fx.Node]()
     while (user := rewrite.sole_user(weights)) is not None and user.target in MOVES:
         weights = user
         path.append(user)
@@ -122,8 +122,6 @@ def _scores(node: object, depth: int = 0) -> _Scores | str:
         return "more than 32 steps between product and softmax"
     if node.target in _PRODUCTS:
         return _product(node)
-    if rewrite.value_of(node) is None or len(rewrite.shape_of(node)) < 2:
-        return "the scores are no matrices"
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return _scaled(node, depth)
     if node.target in (aten.add.Tensor, aten.sub.Tensor):

@@ -269,6 +269,50 @@ def test_fewer_values_than_weights_are_kept(values, caplog):
     assert "the values are not as many" in caplog.text
 
 
+def test_keys_for_all_queries_at_once_are_kept(caplog):
+    graph = trace_core(PLAIN["no scale"], [Q, K[0, 0], V[0, 0]], pre_dispatch=True)
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert recognise_attention(graph, HW) == 0
+    graph = trace_core(lambda q, k, v: torch.softmax(q @ k.mT, -1) @ v, [Q, K[0, 0], V], pre_dispatch=True)
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert recognise_attention(graph, HW) == 0
+    assert "a product of shapes" in caplog.text
+
+
+def test_a_long_way_to_the_product_is_not_gone(caplog):
+    def model(q, k, v):
+        scores = q @ k.mT
+        for _ in range(40):
+            scores = scores * 1.01
+        return scores.softmax(-1) @ v
+
+    graph = trace_core(model, [Q, K, V])
+    remove_dead(graph, HW)
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert recognise_attention(graph, HW) == 0
+    assert "more than 32 steps" in caplog.text
+
+
+def test_a_mask_with_more_dims_than_the_scores_is_kept(caplog):
+    graph = trace_core(
+        lambda q, k, v, m: torch.softmax(q @ k.T + m, -1).sum(0) @ v, [Q[0, 0], K[0, 0], V[0, 0], torch.randn(2, 3, 5)]
+    )
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert recognise_attention(graph, HW) == 0
+
+
+def test_factors_that_widen_or_broadcast_stay():
+    wide = torch.full([], 0.5, dtype=torch.float64)
+    recognised(lambda q, k, v: torch.softmax((q * wide) @ k.mT, -1) @ v, [Q, K, V])
+    recognised(lambda q, k, v: torch.softmax((q * torch.full((1, 1, 1, 1, 1), 0.5))[0] @ k.mT, -1) @ v, [Q, K, V])
+
+
+def test_nothing_to_attend_to():
+    recognised(
+        lambda q, k, v: torch.softmax(q @ repeated(k, 2).mT, -1) @ repeated(v, 2), [Q, K[:, :2, :0], V[:, :2, :0]]
+    )
+
+
 def test_weights_that_are_moved_are_kept(caplog):
     graph = trace_core(lambda q, k, v: torch.softmax(q @ k.mT, -1).mT @ v[:, :, :3], [Q, K, V])
     remove_dead(graph, HW)
