@@ -78,12 +78,16 @@ def local(dtype: str, count: int = 1) -> Elements:
 
 
 @contextlib.contextmanager
-def grid(shape: Sequence[int], parallel: bool = False) -> Iterator[tuple[Expr, ...]]:
-    """Nested loops over `shape`; the outermost one runs on all threads if `parallel` and the work is worth it."""
+def grid(shape: Sequence[int], parallel: bool = False, each: int = 1) -> Iterator[tuple[Expr, ...]]:
+    """Nested loops over `shape`; the outermost one runs on all threads if `parallel` and the work is worth it.
+
+    `each` elements are the work of one position.
+    """
+    outermost = next((level for level, extent in enumerate(shape) if extent > 1), None)
     with contextlib.ExitStack() as stack:
         index = []
         for level, extent in enumerate(shape):
-            spread = parallel and level == 0 and math.prod(shape) >= PARALLEL_ELEMENTS
+            spread = parallel and level == outermost and math.prod(shape) * each >= PARALLEL_ELEMENTS
             index.append(stack.enter_context((T.parallel if spread else T.serial)(0, extent)))
         yield tuple(index)
 

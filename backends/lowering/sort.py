@@ -51,7 +51,7 @@ def sorted_rows(source: te.Tensor, axis: int, descending: bool) -> tuple[te.Tens
 
     def body(ins: Sequence[Elements], results: Sequence[Elements]) -> None:
         pairs = (results[0], results[1]), (results[2], results[3])
-        with grid([*shape[:axis], *shape[axis + 1 :]], parallel=True) as rest:
+        with grid([*shape[:axis], *shape[axis + 1 :]], parallel=True, each=length) as rest:
 
             def at(k: Expr) -> Index:
                 return (*rest[:axis], k, *rest[axis:]) if shape else ()
@@ -78,7 +78,7 @@ def _merge_runs(
     before: Callable[[Expr, Expr], Expr],
 ) -> None:
     """Merge neighbouring sorted runs of `width` elements of `old` into `new`."""
-    left, right = local("int32"), local("int32")
+    left, right, step = local("int32"), local("int32"), local("int32")
     with T.serial(0, -(-length // (2 * width))) as run:
         start = run * (2 * width)
         middle = tirx.min(start + width, length)
@@ -89,13 +89,11 @@ def _merge_runs(
             a = old[0][at(tirx.min(left[0], length - 1))]
             b = old[0][at(tirx.min(right[0], length - 1))]
             take_right = tirx.any(left[0] >= middle, tirx.all(right[0] < end, before(b, a)))
-            with T.If(take_right):
-                with T.Then():
-                    _move(old, new, at(right[0]), at(start + k))
-                    right[0] = right[0] + 1
-                with T.Else():
-                    _move(old, new, at(left[0]), at(start + k))
-                    left[0] = left[0] + 1
+            # Without a branch: which run is next is a coin toss, and every other toss would be mispredicted.
+            step[0] = tirx.Cast("int32", take_right)
+            _move(old, new, at(tirx.Select(step[0] != 0, right[0], left[0])), at(start + k))
+            right[0] = right[0] + step[0]
+            left[0] = left[0] + (1 - step[0])
 
 
 def _move(old: tuple[Elements, Elements], new: tuple[Elements, Elements], source: Index, target: Index) -> None:
@@ -160,7 +158,7 @@ def _inserted(source: te.Tensor, axis: int, k: int, largest: bool) -> tuple[te.T
 
     def body(ins: Sequence[Elements], outs: Sequence[Elements]) -> None:
         values, places = outs
-        with grid([*shape[:axis], *shape[axis + 1 :]], parallel=True) as rest:
+        with grid([*shape[:axis], *shape[axis + 1 :]], parallel=True, each=shape[axis] if shape else 1) as rest:
 
             def at(position: Expr) -> Index:
                 return (*rest[:axis], position, *rest[axis:])
