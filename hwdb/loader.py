@@ -42,6 +42,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "core_dram_gbs": _NUMBER,
     "dram_gbs": _NUMBER,
     "launch_us": _NUMBER,
+    "wake_us": _NUMBER,
     "source": (list,),
     "confidence": (str,),
 }
@@ -202,8 +203,9 @@ class Database:
             "confidence": values["confidence"],
             "sources": tuple(self.sources[source] for source in values["source"]),
         }
-        if "launch_us" in values:
-            result["launch_us"] = float(values["launch_us"])
+        for name in ("launch_us", "wake_us"):
+            if name in values:
+                result[name] = float(values[name])
         return Hardware(**{**result, **facts})
 
 

@@ -98,6 +98,7 @@ class Hardware:
     caches: tuple[Cache, ...] = ()  # ascending level, data or unified only
     dram_gbs: float | None = None
     launch_us: float = 1.5  # starting and joining a parallel region
+    wake_us: float = 50.0  # until a sleeping thread runs; measured on a virtual machine
     native: bool = False
     confidence: Literal["high", "medium", "low"] = "medium"
     sources: tuple[Source, ...] = field(default=())

@@ -20,6 +20,7 @@ from ..cpu.expand_math import expand_math
 from ..cpu.predict import predicted_seconds
 from ..cpu.schedule import schedule
 from .registry import KernelCall, KernelInfo
+from .waking import is_parallel, with_waking
 
 
 class Unscheduled(GraphwrightError):
@@ -81,7 +82,8 @@ class _Extractor:
         program = Program(
             fused.name, self.kernels, self.buffers, tuple(self.steps), fused.inputs, outputs, fused.parameters
         )
-        return Lowered(program, fused.weights, self.infos)
+        parallel = [is_parallel(self.kernels[step.kernel]) for step in self.steps if step.kernel is not None]
+        return Lowered(program, fused.weights, with_waking(self.infos, parallel, self.hw))
 
     def _add(self, var: Any, name: str, type_: Any, kind: Any, alias: str | None = None) -> str:
         shape = tuple(int(d) for d in type_.shape)
@@ -115,7 +117,7 @@ class _Extractor:
         if name not in self.kernels:
             self.kernels[name] = self._scheduled(name)
         self.steps.append(Step(name, (*args, *results)))
-        self.infos.append(replace(self._info(name), step=len(self.steps) - 1))
+        self.infos.append(replace(self._info(name, args), step=len(self.steps) - 1))
         return results if is_tuple else results[0]
 
     def _scheduled(self, name: str) -> Any:
@@ -129,18 +131,18 @@ class _Extractor:
             self.unscheduled.add(name)
         return expand_math(scheduled)
 
-    def _info(self, name: str) -> KernelInfo:
-        info = self._described(name)
+    def _info(self, name: str, args: list[str]) -> KernelInfo:
+        info = self._described(name, args)
         known = info.predicted_us
         return info if known is None else replace(info, predicted_us=known + ENTRY_SECONDS * 1e6)
 
-    def _described(self, name: str) -> KernelInfo:
+    def _described(self, name: str, args: list[str]) -> KernelInfo:
         if name not in self.fused.calls:
             choice = "no schedule applies: one thread" if name in self.unscheduled else "fused loops"
             if name in self.fused.reasons:
                 choice += f": {self.fused.reasons[name]}"
             unread = name in self.unscheduled
-            known = None if unread else predicted_seconds(self.fused.module[name], self.hw)
+            known = None if unread else predicted_seconds(self.fused.module[name], self.hw, self._cold(args))
             predicted = None if known is None else known * 1e6
             return KernelInfo(name, name, "generic", choice, predicted)
         call, target = self.fused.calls[name]
@@ -149,6 +151,13 @@ class _Extractor:
             seconds = predict_seconds(self.hw, call.work)
         predicted = None if seconds is None else seconds * 1e6
         return KernelInfo(name, target, call.algorithm, call.choice, predicted, decisions=call.decisions)
+
+    def _cold(self, args: list[str]) -> list[int]:
+        """The operands that are weights, where the weights of the region are more than stay in the last cache."""
+        last = self.hw.caches[-1].size_bytes if self.hw.caches else 0
+        if sum(tensor.nbytes for tensor in self.fused.weights.values()) <= last:
+            return []
+        return [i for i, name in enumerate(args) if self.buffers[self._storage(name)].kind == "weight"]
 
     def _outputs(self, results: tuple[str, ...]) -> tuple[str, ...]:
         """Let results be written where the caller wants them; an input, a weight or a repeated result is copied."""
