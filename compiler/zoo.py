@@ -123,7 +123,8 @@ def _vit(small: bool, batch: int) -> Built:
 
 def _bert_eager(small: bool, batch: int) -> Built:
     """BERT whose attention is spelt out: product, scale, softmax, product."""
-    model, inputs = _bert(small, batch)
+    built: tuple[Any, tuple[torch.Tensor, ...]] = _bert(small, batch)
+    model, inputs = built
     model.set_attn_implementation("eager")
     return model, inputs
 
