@@ -226,7 +226,6 @@ EXAMPLES: dict[str, Example] = {
     "fuse_reshape_transpose": Example(lambda x: x.view(4, 2, 3).transpose(0, 1).transpose(0, 1).flatten(), ((8, 3),)),
     "merge_pads": Example(lambda x, w: F.conv1d(x, w, padding=2)[:, :, :-1], ((1, 2, 8), (3, 2, 4))),
     "simplify": Example(lambda x: x.neg().neg().relu().relu() / 8, ((2, 3),)),
-    "merge_pads": Example(lambda x: F.pad(F.pad(x, (1, 1)), (0, 1, 2, 0)), ((1, 3, 8, 8),)),
     "recognise_norms": Example(_layer_norm, ((2, 8),)),
     "recognise_attention": Example(_attention, ((1, 2, 8, 4),) * 3, ("remove_dead",)),
     "recognise_channel_moves": Example(_shuffle, ((1, 8, 6, 6),)),
