@@ -24,6 +24,7 @@ from .fuse_reshape_transpose import fuse_reshape_transpose
 from .gather_rows import gather_rows
 from .join_slices import join_slices
 from .merge_duplicates import merge_duplicates
+from .merge_pads import merge_pads
 from .merge_products import merge_products
 from .read_planar_images import read_planar_images
 from .recognise_activations import recognise_activations
@@ -54,6 +55,7 @@ PASSES: tuple[Pass, ...] = (
     recognise_attention,  # before fuse_attention, which simplifies masks; before fuse_matmul_bias takes its products
     fuse_attention,  # before fuse_reshape_transpose, which would merge the repeats of grouped heads
     merge_products,  # after fuse_attention, whose operands read slices; before the fusions, which change readers
+    merge_pads,  # before fuse_conv_activation, which takes up a padding, even or not
     fuse_conv_activation,  # after fold_batch_norm: a batch norm in between stops it
     fuse_conv_transpose,  # likewise
     fuse_matmul_bias,  # before fuse_reshape_transpose: it takes up transposes and lifts reshapes
