@@ -8,8 +8,9 @@ aside     little work that no large stored value waits for, or that waits for no
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..hwdb import Hardware
 from ..hwdb.cost import Work, launch_seconds, memory_bandwidth_gbs, predict_seconds
@@ -23,7 +24,7 @@ _LITTLE = 0.1  # of a kernel's elements: work that may have a loop of its own in
 _VECTORISED = 64  # elements that a row should have
 _BYTES, _INSTRUCTIONS = 2e10, 1e10  # a second, for a machine whose rates are not known: only ratios matter
 
-Node = Hashable
+Node = Any  # whatever is hashable: fx nodes, or names in tests
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class _Former:
 
     def copy_formulas(self) -> None:
         """A formula goes into the regions of all its readers, where storing it for them costs more; readers first."""
-        for node, facts in reversed(self.problem.facts.items()):
+        for node, facts in reversed(list(self.problem.facts.items())):
             readers = self.readers.get(node, [])
             if not facts.formula or node in self.problem.results or not readers:
                 continue

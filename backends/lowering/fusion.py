@@ -63,7 +63,7 @@ def fuse(
     """The kernels of the expressions among `nodes`; kernels of our own and `reshapes` that stay aliases are not."""
     facts, operands = _facts(nodes, reshapes)
     problem = Problem(operands, facts, frozenset(outputs), hw, {n: _nbytes(n) for n in _externals(operands)})
-    regions = form_regions(problem, lambda node, reason: keep(log, node, "%s", reason))  # type: ignore[arg-type]
+    regions = form_regions(problem, lambda node, reason: keep(log, node, "%s", reason))
     return [fusion for region in regions if (fusion := _fusion(region, operands, reshapes)) is not None]
 
 
@@ -90,7 +90,7 @@ def _defined(node: fx.Node, values: Mapping[fx.Node, Any], several: dict[fx.Node
     source = source_of(node)
     if source is not node and source in several:
         return several[source][node.args[1]]
-    args, kwargs = fx.node.map_arg((source.args, source.kwargs), values.__getitem__)  # type: ignore[arg-type]
+    args, kwargs = fx.node.map_arg((source.args, source.kwargs), values.__getitem__)
     result = LOWERINGS[source.target].compute(outs_of(source), *args, **kwargs)  # type: ignore[index]
     if source is node:
         return result

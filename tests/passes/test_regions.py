@@ -243,7 +243,7 @@ def test_what_is_predicted_slower_together(monkeypatch: pytest.MonkeyPatch) -> N
     real = Kernels._work
 
     def slower(self: Kernels, ordered: Sequence[str], *rest: object) -> tuple[float, float]:
-        instructions, moved = real(self, ordered, *rest)  # type: ignore[arg-type]
+        instructions, moved = real(self, ordered, *rest)
         return instructions * len(ordered) ** 9, moved
 
     monkeypatch.setattr(Kernels, "_work", slower)
@@ -303,7 +303,7 @@ def test_regions_cover_the_graph_and_can_run_in_some_order(count: int, draw: ran
                     assert operand in home, "a copied value is read where it is not computed"
                     quotient.add_edge(home[operand], number)
                     if isinstance(home[operand], int):
-                        assert operand in found[home[operand]].results  # type: ignore[index]
+                        assert operand in found[home[operand]].results
     for name, facts in graph.items():
         if not isinstance(facts, Facts):
             quotient.add_edges_from((home[o], name) for o in operands[name] if o in home)
