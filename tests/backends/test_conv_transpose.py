@@ -158,3 +158,18 @@ def test_compiled_from_a_model() -> None:
     compiled = graphwright.compile(sequence, (x,), cache=False, verify=False)
     assert [k.algorithm for k in compiled.report().kernels].count("transposed conv") == 1
     torch.testing.assert_close(compiled(x), F.conv_transpose1d(x, sequence.weight, sequence.bias, 2, 1))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case_of((5, 7), 13, 13, (3, 3), groups=13, bias=True, activation="relu"),
+        case_of((5, 7), 16, 16, (4, 4), groups=16, residual=True, padding=(1, 1)),
+        case_of((5, 3), 9, 9, (2, 2), stride=(3, 3), groups=9, bias=True),  # phases without taps
+    ],
+)
+def test_each_channel_by_itself(case: Case) -> None:
+    answer = case.lower(detect())
+    assert isinstance(answer, KernelCall)
+    assert "strips of" in answer.choice  # the nest of depthwise convolutions
+    check(case)
