@@ -232,7 +232,7 @@ def _casts(
             if start is not source:
                 yield start, sink, value.seconds
             continue
-        some = ("stays", number, name)
+        some: Hashable = ("stays", number, name)
         yield start, some, value.seconds
         for reader in readers:
             yield some, reader, math.inf

@@ -3,6 +3,7 @@
 class         operators                            precisions
 product       linear, conv2d with constant weights all forms below that the machine gains by
 computed      attention, matmul of two results     float32: no kernel takes them narrow, and their sums feed a softmax
+fused         other operators of the dialect       float32: no kernel takes them narrow
 sensitive     softmax, norms, reductions, exp, log float32: their errors grow with what they add up or exponentiate
 pointwise     everything else that computes        float32: registers hold floats, and it joins a kernel around it
 
@@ -29,6 +30,7 @@ from torch import fx
 from ..hwdb import Hardware
 from ..hwdb.cost import Work, memory_bandwidth_gbs, predict_seconds
 from . import dialect
+from .dialect_joined import joined_rows
 from .rewrite import Operator, arguments, constant, shape_of, value_of
 
 aten = torch.ops.aten
@@ -72,6 +74,9 @@ _SENSITIVE = frozenset(
         aten.pow.Scalar,
     }
 )
+
+
+_MOVES = frozenset({dialect.permute, joined_rows})
 
 
 @dataclass(frozen=True)
@@ -120,8 +125,10 @@ def is_arithmetic(node: fx.Node) -> bool:
         return False
     if node.target in PRODUCTS | COMPUTED | _SENSITIVE:
         return True
-    tags = node.target.tags if isinstance(node.target, Operator) else ()
-    return torch.Tag.pointwise in tags or torch.Tag.reduction in tags
+    if not isinstance(node.target, Operator):
+        return False
+    fused = node.target.namespace == "graphwright" and node.target not in _MOVES
+    return fused or torch.Tag.pointwise in node.target.tags or torch.Tag.reduction in node.target.tags
 
 
 def class_reason(node: fx.Node) -> str | None:
@@ -132,13 +139,15 @@ def class_reason(node: fx.Node) -> str | None:
         return _COMPUTED_REASON
     if node.target in _SENSITIVE or (isinstance(node.target, Operator) and torch.Tag.reduction in node.target.tags):
         return "softmax, norms, reductions and exponentials stay float32: they add up or enlarge errors"
+    if isinstance(node.target, Operator) and node.target.namespace == "graphwright":
+        return "no kernel of this fused operator takes narrow operands"
     return "its arithmetic is float32 in registers in any case, and it joins a kernel around it"
 
 
 _COMPUTED_REASON = "both operands are computed: there are no weights to round, and its sums feed a softmax or the like"
 
 
-def streamed_bytes(graph: fx.GraphModule, nodes: Collection[fx.Node]) -> int:
+def streamed_bytes(graph: fx.GraphModule, nodes: Collection[Any]) -> int:
     """Bytes of the float32 weights of all these products."""
     weights = {n.args[1].target: 4 * prod(shape_of(n.args[1])) for n in nodes if weight_of(graph, n) is not None}
     return sum(weights.values())

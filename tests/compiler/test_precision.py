@@ -100,9 +100,11 @@ def test_where_the_machine_gains_nothing_it_is_refused_with_the_reason() -> None
 
 
 def test_code_for_a_machine_with_dot_products_is_built() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(512, 9))
+    model = nn.Sequential(
+        nn.Conv2d(24, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(512, 9)
+    )
     result = graphwright.compile(
-        model.eval(), torch.randn(1, 3, 8, 8), precision="bf16", target="sapphirerapids", cache=False
+        model.eval(), torch.randn(1, 24, 8, 8), precision="bf16", target="sapphirerapids", cache=False
     )
     names = [k.algorithm for k in result.report().kernels]
     assert names.count("bf16 matmul") == 2
@@ -165,11 +167,11 @@ def test_a_tolerance_that_nothing_reduced_could_keep() -> None:
 
 @pytest.mark.usefixtures("starved")
 def test_machine_code_that_errs_more_than_pytorch_is_decided_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first answer of the machine code is spoilt: less is reduced then, until nothing is, and the numbers hold."""
+    """The first answer of the machine code is ten times off: nothing is reduced any more, and the numbers hold."""
     compare_all, spoilt = compare.compare, []
 
     def spoil(results: Any, expected: Any, tolerance: Any) -> Any:
-        if len(spoilt) < 2:
+        if not spoilt:
             spoilt.append(1)
             return compare.Difference(0, 10 * tolerance, tolerance)
         return compare_all(results, expected, tolerance)

@@ -161,7 +161,7 @@ def outliers() -> tuple[nn.Module, list[torch.Tensor]]:
     class Grows(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = nn.Linear(96, 64), nn.Linear(64, 8)
+            self.first, self.second = nn.Linear(96, 128), nn.Linear(128, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.second(torch.exp(self.first(x)))

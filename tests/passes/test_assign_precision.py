@@ -42,7 +42,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.stem = nn.Conv2d(24, 16, 3, padding=1)
         self.inner = nn.Conv2d(16, 16, 1)
         self.last = nn.Conv2d(16, 8, 5, padding=2)
         self.head = nn.Linear(8, 5)
@@ -54,7 +54,7 @@ class Net(nn.Module):
 
 
 def test_products_become_bfloat16_where_dot_products_are() -> None:
-    graph, choices = decide(Net(), torch.randn(1, 3, 8, 8))
+    graph, choices = decide(Net(), torch.randn(1, 24, 8, 8))
     assert [c.dtype for c in choices] == ["bfloat16"] * 4
     assert all("dot products" in c.reason and c.round_input for c in choices)
     before = {n.target for n in graph.graph.nodes}
@@ -72,7 +72,7 @@ def test_products_become_bfloat16_where_dot_products_are() -> None:
 
 
 def test_the_rewritten_graph_runs_in_pytorch_near_the_original() -> None:
-    x = torch.randn(2, 3, 8, 8)
+    x = torch.randn(2, 24, 8, 8)
     graph, choices = decide(Net(), x)
     exact = run_float64(graph, [x])
     assign_precision(graph, choices)
