@@ -38,6 +38,10 @@ class InputError(GraphwrightError, ValueError):
     """A compiled model was called with inputs it was not compiled for."""
 
 
+class MemoryLimit(GraphwrightError):
+    """The activations of a model do not fit into what `memory_limit` allows; names what is alive at once."""
+
+
 class ArtifactError(GraphwrightError):
     """A saved artifact is damaged, from another version, or made for another machine."""
 

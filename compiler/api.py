@@ -19,6 +19,7 @@ from .assemble import assemble
 from .calibration import check_options
 from .capture import Model, arguments, example_of, export, parameters_of
 from .compiled import Compiled
+from .memory_limit import with_memory_limit
 from .pass_checks import Pass
 from .precision import check_precision
 from .selection import select
@@ -41,6 +42,7 @@ class Options:
     fusions: frozenset[str] | None = None  # families; None: all
     tune: float | None = None  # seconds
     preferred: Mapping[str, str] = field(default_factory=dict)  # what measurements decided: tune.py
+    memory_limit: int | None = None  # bytes of activations
     fallback: str | None = None
     calibration: Any = None
 
@@ -57,6 +59,7 @@ def compile(
     cache: bool = True,
     threads: int | None = None,
     tune: str | float | None = None,
+    memory_limit: int | str | None = None,
     passes: Sequence[Pass] | None = None,
     kernel_fusion: Sequence[str] | None = None,
     fallback: str | None = None,
@@ -90,12 +93,15 @@ def compile(
     calibration: inputs besides the example to keep the tolerance on: a list of them, each as example_inputs, or a
         mapping from input names to tensors with a leading axis of samples. "adaptive" needs it.
 
+    memory_limit: the most bytes, such as "64MB", that the activations of one call may take in compiled code; where the
+        order of operators does not keep it, cheap values are computed again instead of being kept.
 
-    Raises CaptureError, UnknownTarget, InputError, PassError, UnsupportedOp (targets where PyTorch cannot take over)
-    and NumericMismatch, which names the pass or the operator to blame.
+    Raises CaptureError, UnknownTarget, InputError, PassError, MemoryLimit, UnsupportedOp (targets where PyTorch cannot
+    take over) and NumericMismatch, which names the pass or the operator to blame.
     """
     started = time.perf_counter()
     options = _options(target, precision, tolerance, verify, cache, threads, tune, passes, kernel_fusion)
+    options = with_memory_limit(options, memory_limit)
     has_example = example_inputs is not None or isinstance(model, (ExportedProgram, str, os.PathLike))
     check_options(precision, fallback, calibration, has_example)
     options = replace(options, fallback=fallback, calibration=calibration)

@@ -85,6 +85,7 @@ def _decisive(options: Options, example: Any) -> dict[str, Any]:
         "fallback": options.fallback,
         "calibration": None if options.calibration is None else calibration.digest(example, options.calibration),
         "measured": sorted(options.preferred.items()),
+        "memory_limit": options.memory_limit,
         "fusions": None if options.fusions is None else sorted(options.fusions),
     }
 
@@ -176,7 +177,9 @@ def _write(
 
 def _build(directory: Path, captured: Captured, options: Options, precision: Precision) -> Built:
     choices = Choices(options.preferred)
-    return build(captured.graph, options.hw, directory, options.passes, choices, precision)
+    return build(
+        captured.graph, options.hw, directory, options.passes, choices, precision, memory_limit=options.memory_limit
+    )
 
 
 def _build_float32(captured: Captured, options: Options, inputs: calibration.Inputs, directory: Path) -> Built:

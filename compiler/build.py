@@ -63,10 +63,12 @@ def build(
     passes: Sequence[pipeline.Pass] | None = None,
     choices: Choices | None = None,
     precision: Precision = FP32,
+    memory_limit: int | None = None,
 ) -> Built:
     """Compile `graph` for `hw` and write the code, weights and constants to `directory`.
 
     `choices` decide between ranked candidates of the cost model; by default the first wins.
+    `memory_limit` is in bytes of the largest region's activations.
     Raises UnsupportedOp, with every operator and the user's source lines, where PyTorch cannot take over on the target.
     """
     from ..backends.aot import library, weights
@@ -77,7 +79,7 @@ def build(
     clock.stage("passes")
     try:
         with choosing(choices or Choices()):
-            parts, lowered = _lower(rewritten, hw)
+            parts, lowered = _lower(rewritten, hw, memory_limit)
         clock.stage("lowering")
         info = library.build([r.program for r in lowered], hw, directory) if lowered else None
         clock.stage("code")
@@ -127,11 +129,12 @@ def _kernels(lowered: Sequence[Lowered]) -> tuple[KernelInfo, ...]:
     return tuple(kernels)
 
 
-def _lower(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, list[Any]]:
+def _lower(graph: fx.GraphModule, hw: Hardware, memory_limit: int | None = None) -> tuple[Partition, list[Any]]:
     """Partition and lower; an operator whose lowering fails is left to PyTorch, and the rest is tried again.
 
     Raises RuntimeError where that does not help, or helps too slowly: then nothing is compiled.
     """
+    from ..backends.lowering.arrange import arrange
     from ..backends.lowering.graph import LoweringError, Region, lower, why_not
 
     failed: dict[fx.Node, str] = {}
@@ -151,7 +154,7 @@ def _lower(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, list[Any]]:
             log.warning("%s", error)
             failed[error.node] = f"its lowering failed: {error.__cause__}"
             continue
-        return parts, lowered
+        return parts, [arrange(region, hw, memory_limit) for region in lowered]
 
 
 def _all_to_pytorch(graph: fx.GraphModule, hw: Hardware, error: Exception) -> Partition:

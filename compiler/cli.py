@@ -104,6 +104,7 @@ def compile(
     cache: Annotated[bool, typer.Option(help="Reuse and store results in the user's cache.")] = True,
     threads: Threads = None,
     tune: Annotated[str | None, typer.Option(help="A time such as 30s: measure candidates, keep what wins.")] = None,
+    memory_limit: Annotated[str | None, typer.Option(help="The most that activations may take: 64MB.")] = None,
     kernel_fusion: Fusions = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -123,6 +124,7 @@ def compile(
             cache=cache,
             threads=threads,
             tune=tune,
+            memory_limit=memory_limit,
             kernel_fusion=_names(kernel_fusion),
             fallback=fallback,
             calibration=None if calibration is None else _arrays(calibration),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from tvm import te, tirx
 from tvm.script import tirx as T
 
@@ -121,3 +122,21 @@ def build(programs: Sequence[Program], directory: Path) -> BuildInfo:
 
 def run(code: Library, region: int, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> None:
     code.run(region, [t.data_ptr() for t in inputs], [t.data_ptr() for t in outputs])
+
+
+def graph(sizes: list[int], reads: list[list[int]], results: list[int]) -> Program:
+    """Step i writes t{i} of sizes[i] floats and reads t{j} for j in reads[i]; the input where there are none."""
+    buffers = [buffer("x", "input", (1,))]
+    buffers += [buffer(f"t{i}", "output" if i in results else "temporary", (n,)) for i, n in enumerate(sizes)]
+    steps = [Step(f"k{i}", (*([f"t{j}" for j in r] or ["x"]), f"t{i}")) for i, r in enumerate(reads)]
+    return program({}, buffers, steps, [f"t{i}" for i in results])
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> Program:
+    """Up to seven steps of various sizes that read each other."""
+    count = draw(st.integers(1, 7))
+    sizes = draw(st.lists(st.sampled_from([16, 64, 160, 320, 1000]), min_size=count, max_size=count))
+    reads = [sorted(draw(st.sets(st.integers(0, i - 1), max_size=3))) if i else [] for i in range(count)]
+    read = {j for r in reads for j in r}
+    return graph(sizes, reads, [i for i in range(count) if i not in read])

@@ -6,9 +6,8 @@ import time
 from itertools import permutations
 
 import pytest
-from aot_programs import buffer, program
+from aot_programs import buffer, graph, graphs, program
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from graphwright.backends.aot.memory import plan
 from graphwright.backends.aot.order import order_steps
@@ -17,23 +16,6 @@ from graphwright.backends.aot.program import Program, Step
 
 def peak(made: Program) -> int:
     return plan(made, {"w": 0}).lower_bound_bytes
-
-
-def graph(sizes: list[int], reads: list[list[int]], results: list[int]) -> Program:
-    """Step i writes t{i} of sizes[i] floats and reads t{j} for j in reads[i]; the input where there are none."""
-    buffers = [buffer("x", "input", (1,))]
-    buffers += [buffer(f"t{i}", "output" if i in results else "temporary", (n,)) for i, n in enumerate(sizes)]
-    steps = [Step(f"k{i}", (*([f"t{j}" for j in r] or ["x"]), f"t{i}")) for i, r in enumerate(reads)]
-    return program({}, buffers, steps, [f"t{i}" for i in results])
-
-
-@st.composite
-def graphs(draw: st.DrawFn) -> Program:
-    count = draw(st.integers(1, 7))
-    sizes = draw(st.lists(st.sampled_from([16, 64, 160, 320, 1000]), min_size=count, max_size=count))
-    reads = [sorted(draw(st.sets(st.integers(0, i - 1), max_size=3))) if i else [] for i in range(count)]
-    read = {j for r in reads for j in r}
-    return graph(sizes, reads, [i for i in range(count) if i not in read])
 
 
 def valid(made: Program) -> bool:
