@@ -6,8 +6,8 @@ As long as more than `limit` bytes are alive at the fullest step, one of the val
 which frees the most bytes for a predicted second. Its kernel runs again on the same operands, so the bits are the same.
 An operand that would have to be kept for it counts against it.
 
-Refused for results of the region, for kernels with several results, and where the bytes above the limit, summed over all
-steps, would not become fewer.
+Refused for results of the region, for kernels with several results, and where the bytes above the limit, summed over
+all steps, would not become fewer.
 """
 
 from __future__ import annotations
