@@ -19,6 +19,7 @@ from ..errors import GraphwrightError, UnsupportedOp
 from ..hwdb import Hardware, obstacle
 from . import pipeline
 from .partition import Partition, partition
+from .pass_checks import Pass
 from .plan import Plan, make_plan
 from .precision import FP32, Precision, reduce
 from .report import EagerRow
@@ -49,7 +50,7 @@ class Built:
     stages: dict[str, float] = field(default_factory=dict)
 
 
-def default_passes() -> tuple[pipeline.Pass, ...]:
+def default_passes() -> tuple[Pass, ...]:
     """The passes in their order."""
     from ..passes.default import PASSES
 
@@ -60,7 +61,7 @@ def build(
     graph: fx.GraphModule,
     hw: Hardware,
     directory: Path,
-    passes: Sequence[pipeline.Pass] | None = None,
+    passes: Sequence[Pass] | None = None,
     choices: Choices | None = None,
     precision: Precision = FP32,
     memory_limit: int | None = None,

@@ -34,6 +34,7 @@ from ..hwdb import Hardware
 from . import fingerprint, loading, pipeline
 from .build import Built, build, default_passes
 from .executor import Run
+from .pass_checks import Pass
 from .precision import FP32, Precision
 from .profile import profile
 
@@ -79,7 +80,7 @@ def tune(
     seconds: float,
     threads: int,
     precision: Precision = FP32,
-    passes: Sequence[pipeline.Pass] | None = None,
+    passes: Sequence[Pass] | None = None,
 ) -> dict[str, str]:
     """Measure candidates for about `seconds`, store what won, and return all that is stored."""
     started = time.perf_counter()

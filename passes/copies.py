@@ -96,14 +96,14 @@ def is_copy(node: fx.Node) -> bool:
     if not isinstance(source, fx.Node) or rewrite.value_of(source) is None or rewrite.value_of(node) is None:
         return False
     if node.target in _RESIZES:
-        return node.meta["val"].numel() != source.meta["val"].numel()
+        return bool(node.meta["val"].numel() != source.meta["val"].numel())
     if node.target is dialect.permute:
         _, shape, dims, _ = node.args
         return _reorders(shape, dims)  # type: ignore[arg-type]
     if node.target in _PERMUTES:
         shape = rewrite.shape_of(source)
         probe = torch.empty(tuple(range(2, 2 + len(shape))), device="meta")
-        turned = node.target(probe, *node.args[1:], **node.kwargs)  # type: ignore[operator]
+        turned = node.target(probe, *node.args[1:], **node.kwargs)
         return _reorders(shape, [d - 2 for d in turned.shape])
     return False
 
