@@ -27,7 +27,7 @@ from .build import Built, build
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
 from .compiled import Compiled
-from .precision import FP32, Precision, check_tolerance
+from .precision import FP32, Precision, Sample, check_tolerance
 from .report import ErrorRow, Report
 from .selection import identities
 
@@ -211,8 +211,7 @@ def _verify(
     names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
     allowed = options.tolerance if precision is FP32 else precision.allowed
     while True:
-        run = loading.runner(directory, built.plan, options.threads)
-        results = [run(tensors) for tensors, _ in samples]
+        results = _results(directory, built, samples, options.threads)
         pairs = zip(results, samples, strict=True)
         found = [compare.compare(result, expected, allowed) for result, (_, expected) in pairs]
         difference = next((d for d in found if d is not None), None)
@@ -230,6 +229,12 @@ def _verify(
         precision = precision.stricter(difference.error, difference.allowed)
         log.warning("operators go back to float32: %.2f of the tolerance is aimed for", precision.strictness)
         built = _build_again(directory, captured, options, precision)
+
+
+def _results(directory: Path, built: Built, samples: Sequence[Sample], threads: int) -> list[list[torch.Tensor]]:
+    """What the machine code gives. Its library is closed again: the next build has its name, and would not open."""
+    run = loading.runner(directory, built.plan, threads)
+    return [run(tensors) for tensors, _ in samples]
 
 
 def _build_again(directory: Path, captured: Captured, options: Options, precision: Precision) -> Built:
