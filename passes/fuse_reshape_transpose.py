@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import dialect, rewrite
+from . import dialect, memory, rewrite
 from .index_map import IndexMap, identity
 from .refusals import keep
 from .rewrite import Operator
@@ -75,6 +75,9 @@ def _round(graph: fx.GraphModule) -> int:
             continue
         head = current.get(chain.head, chain.head)
         target, rest = chain.spelling()
+        if target is not dialect.permute and memory.would_share(node, head):
+            keep(log, node, "the graph returns what this chain copies from %s", head)
+            continue
         if chain.cost == 0:
             current[node] = head
         elif node.target is not target or list(node.args) != [head, *rest]:

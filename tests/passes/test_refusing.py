@@ -16,6 +16,7 @@ from graphwright.passes.fold_scale import fold_scale
 from graphwright.passes.fuse_attention import fuse_attention
 from graphwright.passes.fuse_conv_depthwise import fuse_conv_depthwise
 from graphwright.passes.fuse_conv_transpose import fuse_conv_transpose
+from graphwright.passes.fuse_reshape_transpose import fuse_reshape_transpose
 from graphwright.passes.printer import format_graph
 from graphwright.passes.recognise_activations import recognise_activations
 from graphwright.passes.refusals import recording
@@ -105,6 +106,12 @@ REFUSED = {
         lambda x: pair(x, POINT, DEPTH),
         [torch.randn(0, 8, 4, 2)],
         "empty",
+    ),
+    "a returned copy whose moves come to nothing": (
+        fuse_reshape_transpose,
+        lambda x: x.unsqueeze(1).transpose(1, 2).clone().reshape(2, 3),
+        [torch.randn(2, 3)],
+        "the graph returns what this chain copies",
     ),
     "range in range": (recognise_activations, lambda x: x.clamp(min=0).clamp(1, 2), [X], "one range"),
     "two upper ends": (recognise_activations, lambda x: x.clamp(max=2).clamp(max=1), [X], "one range"),
