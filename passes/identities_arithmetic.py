@@ -9,6 +9,7 @@ Not here, each with the value that refutes it (tests/passes/test_identities.py c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -30,17 +31,17 @@ _BLIND_TO_THE_SIGN_OF_ZERO = (
 )
 
 
-def _inner(*operators: rewrite.Operator) -> object:
+def _inner(*operators: rewrite.Operator) -> Callable[[Site], fx.Node | None]:
     """f(g(x)) -> x for every g of `operators`."""
 
     def apply(site: Site) -> fx.Node | None:
         (x, *_) = site.args
-        return x.args[0] if calls(x, *operators) else None
+        return x.args[0] if calls(x, *operators) else None  # type: ignore[return-value]
 
     return apply
 
 
-def _drop_outer(*inner: rewrite.Operator) -> object:
+def _drop_outer(*inner: rewrite.Operator) -> Callable[[Site], fx.Node | None]:
     """f(g(x)) -> g(x) for every g of `inner`."""
 
     def apply(site: Site) -> fx.Node | None:
@@ -132,10 +133,10 @@ def _neutral(site: Site) -> fx.Node | None:
     zero = -0.0 if site.is_float and target is aten.add.Tensor else 0
     neutral = zero if target in (aten.add.Tensor, aten.sub.Tensor) else 1
     if site.same_dtype(x) and is_number(site.uniform(other), neutral):
-        return x
+        return x  # type: ignore[no-any-return]
     symmetric = target in (aten.add.Tensor, aten.mul.Tensor) and site.arguments.get("alpha", 1) == 1
     if symmetric and site.same_dtype(other) and is_number(site.uniform(x), neutral):
-        return other
+        return other  # type: ignore[no-any-return]
     return None
 
 

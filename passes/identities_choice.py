@@ -38,7 +38,7 @@ def _not_of_not(site: Site) -> fx.Node | None:
     if not calls(x, *_NOTS) or dtype_of(x.args[0]) != site.dtype:
         return None
     # Of integers, only bitwise_not undoes itself.
-    return x.args[0] if site.dtype == torch.bool or x.target is site.node.target is aten.bitwise_not.default else None
+    return x.args[0] if site.dtype == torch.bool or x.target is site.node.target is aten.bitwise_not.default else None  # type: ignore[return-value]
 
 
 def _not_of_comparison(site: Site) -> fx.Node | None:
@@ -48,7 +48,7 @@ def _not_of_comparison(site: Site) -> fx.Node | None:
     ordered = x.target not in _EQUALITIES
     if ordered and (dtype_of(x.args[0]) in rewrite.FLOATS or not _exact(x.args[1])):
         return None
-    return site.call(_OPPOSITE[x.target], *x.args)
+    return site.call(_OPPOSITE[x.target], *x.args)  # type: ignore[index]
 
 
 def _exact(other: object) -> bool:

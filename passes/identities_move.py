@@ -152,7 +152,7 @@ def _range(node: fx.Node, dim: int) -> tuple[fx.Node, int, int] | None:
     x, sizes, along = (*split.args, 0)[:3]  # type: ignore[union-attr]
     if along % len(rewrite.shape_of(x)) != dim:
         return None
-    first = index * sizes if isinstance(sizes, int) else sum(sizes[:index])  # type: ignore[operator,misc]
+    first: Any = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
     return x, first, first + rewrite.shape_of(node)[dim]
 
 
@@ -183,7 +183,7 @@ def _attention_mask(site: Site) -> fx.Node | None:
     everything = site.uniform(mask)
     if mask is not None and (everything is True or (everything == 0 and not isinstance(everything, bool))):
         a["attn_mask"] = None
-    elif calls(mask, aten.expand.default) and len(rewrite.shape_of(mask.args[0])) >= 2:
+    elif calls(mask, aten.expand.default) and len(rewrite.shape_of(mask.args[0])) >= 2:  # type: ignore[arg-type]
         a["attn_mask"] = mask.args[0]
     else:
         return None
@@ -197,12 +197,12 @@ def _flip_of_flip(site: Site) -> fx.Node | None:
     turned = {d % rank for d in dims}
     inner = x
     if calls(x, aten.flip.default):
-        turned ^= {d % rank for d in x.args[1]}  # type: ignore[union-attr]
+        turned ^= {d % rank for d in rewrite.arguments(x)["dims"]}
         inner = x.args[0]
     turned = {d for d in turned if site.shape[d] > 1}
     if inner is x and turned == {d % rank for d in dims}:
         return None
-    return site.call(aten.flip.default, inner, sorted(turned)) if turned else inner  # type: ignore[return-value]
+    return site.call(aten.flip.default, inner, sorted(turned)) if turned else inner
 
 
 def _arange_index(site: Site) -> fx.Node | None:

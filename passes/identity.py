@@ -27,7 +27,7 @@ Number = bool | int | float
 # Constants beyond this are weights: whether all their elements are equal is not worth the look.
 _UNIFORM_ELEMENTS = 1 << 22
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
-_FULL = {
+_FULL: dict[Operator, Callable[[fx.Node], Any]] = {
     aten.full.default: lambda node: node.args[1],
     aten.scalar_tensor.default: lambda node: node.args[0],
     aten.zeros.default: lambda node: 0,
@@ -130,5 +130,5 @@ def is_power_of_two(value: object, dtype: torch.dtype) -> bool:
 
 
 def _number(tensor: torch.Tensor) -> Number:
-    value: Number = tensor.item()  # type: ignore[assignment]
+    value: Number = tensor.item()
     return value

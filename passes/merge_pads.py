@@ -46,7 +46,7 @@ def merge_pads(graph: fx.GraphModule, hw: Hardware) -> int:
     for node in list(graph.graph.nodes):
         if node._erased or rewrite.value_of(node) is None:
             continue
-        for rule in _RULES.get(node.target, ()):  # type: ignore[call-overload]
+        for rule in _RULES.get(node.target, ()):
             new = rule(graph, node)
             if new is not None:
                 node.replace_all_uses_with(new)
@@ -58,7 +58,7 @@ def merge_pads(graph: fx.GraphModule, hw: Hardware) -> int:
 
 def _amounts(pad: fx.Node) -> list[int]:
     """Elements in front and behind, for every dim from the last to the first."""
-    given = [int(n) for n in pad.args[1]]  # type: ignore[union-attr]
+    given = [int(n) for n in rewrite.arguments(pad)["pad"]]
     return given + [0] * (2 * len(rewrite.shape_of(pad)) - len(given))
 
 

@@ -85,7 +85,7 @@ def _simplified(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
             keep(log, node, "%s: %s", identity.text, reason)
             rewrite.erase_cone(new)
             continue
-        return new
+        return new  # type: ignore[no-any-return]
     return None
 
 
