@@ -149,11 +149,14 @@ def _range(node: fx.Node, dim: int) -> tuple[fx.Node, int, int] | None:
     if node.target is not operator.getitem or not calls(node.args[0], *_SPLITS):
         return None
     split, index = node.args
-    x, sizes, along = (*split.args, 0)[:3]  # type: ignore[union-attr]
+    assert isinstance(split, fx.Node)
+    assert isinstance(index, int)
+    arguments: tuple[Any, ...] = (*split.args, 0)
+    x, sizes, along = arguments[:3]
     if along % len(rewrite.shape_of(x)) != dim:
         return None
-    first: Any = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
-    return x, first, first + rewrite.shape_of(node)[dim]
+    start = index * sizes if isinstance(sizes, int) else sum(sizes[:index])
+    return x, start, start + rewrite.shape_of(node)[dim]
 
 
 def _expand_of_expand(site: Site) -> fx.Node | None:

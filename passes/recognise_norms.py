@@ -111,7 +111,7 @@ def _root(node: fx.Node) -> fx.Node | None:
 
 
 def _is_power(node: fx.Node, exponent: float) -> bool:
-    return rewrite.calls(node, aten.pow.Tensor_Scalar) and node.args[1] == exponent
+    return rewrite.calls(node, aten.pow.Tensor_Scalar) and bool(node.args[1] == exponent)
 
 
 def _moments(value: fx.Node, spread: fx.Node) -> tuple[fx.Node, tuple[int, ...], bool, list[fx.Node]] | None:
@@ -132,9 +132,11 @@ def _moments(value: fx.Node, spread: fx.Node) -> tuple[fx.Node, tuple[int, ...],
 
 def _mean(node: object) -> tuple[fx.Node, tuple[int, ...], list[fx.Node]] | None:
     """(x, dims, the nodes that make it) of mean(x, dims, keepdim=True), or of the mean beside a variance."""
-    if rewrite.calls(node, operator.getitem) and node.args[1] == 1:
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is operator.getitem and node.args[1] == 1:
         spread = _variance_of(node.args[0])
-        return None if spread is None else (*spread, [node, node.args[0]])  # type: ignore[return-value,list-item]
+        return None if spread is None else (*spread, [node, node.args[0]])  # type: ignore[list-item]
     if not rewrite.calls(node, aten.mean.dim):
         return None
     a = rewrite.arguments(node)
@@ -145,9 +147,9 @@ def _mean(node: object) -> tuple[fx.Node, tuple[int, ...], list[fx.Node]] | None
 
 
 def _variance(node: fx.Node) -> tuple[fx.Node, tuple[int, ...], list[fx.Node]] | None:
-    if rewrite.calls(node, operator.getitem) and node.args[1] == 0:
+    if node.target is operator.getitem and node.args[1] == 0:
         spread = _variance_of(node.args[0])
-        return None if spread is None else (*spread, [node, node.args[0]])  # type: ignore[return-value,list-item]
+        return None if spread is None else (*spread, [node, node.args[0]])  # type: ignore[list-item]
     spread = _variance_of(node)
     return None if spread is None else (*spread, [node])
 

@@ -218,20 +218,14 @@ def _rewrite(graph: fx.GraphModule, group: Group, carried: dict[fx.Node, Move]) 
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), twin)
         value = rewrite.packed(node.meta["val"], move.source)
-        new = rewrite.call(graph, node.target, args, kwargs, before=node, value=value)  # type: ignore[arg-type]
+        assert isinstance(node.target, rewrite.Operator), node
+        new = rewrite.call(graph, node.target, args, kwargs, before=node, value=value)
         twins[node] = new
         readers = [user for user in node.users if user not in inside]
         if readers:
             moved_value = rewrite.packed(node.meta["val"])
-            behind = rewrite.call(
-                graph,
-                some.target,
-                (new, *some.args[1:]),
-                some.kwargs,
-                before=node,
-                value=moved_value,
-                source=node,  # type: ignore[arg-type]
-            )
+            args = (new, *some.args[1:])
+            behind = rewrite.call(graph, some.target, args, some.kwargs, before=node, value=moved_value)  # type: ignore[arg-type]
             for reader in readers:
                 reader.replace_input_with(node, behind)
     rewrite.erase_unused(*reversed(group.nodes), *group.moves)

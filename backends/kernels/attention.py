@@ -15,7 +15,8 @@
                by rows of v, D_v / lanes accumulators + one broadcast, a chunk of v for all rows while it is in L1
     tasks      units (batch, group of heads, part of the blocks), dealt out in equal runs
 
-A row of -inf only gives zeros, as torch does (`_safe_softmax`), or NaN where `fill` is given, as softmax; NaN gives NaN.
+A row of -inf only gives zeros, as torch does (`_safe_softmax`), or NaN where `fill` is given, as softmax does; NaN
+gives NaN.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def attention(
     scale: float,
     fill: float | None = None,
 ) -> te.Tensor:
-    """softmax(q k^T scale + mask) v; a row that the mask leaves nothing of is zeros, as in torch, or NaN with `fill`."""
+    """softmax(q k^T scale + mask) v; a row the mask leaves nothing of is zeros, as torch has it, NaN with `fill`."""
     dtype = ex.compute_dtype(out.dtype)
     lead = out.shape[:-2]
     queries, keys, depth = shape_of(q)[-2], shape_of(k)[-2], shape_of(q)[-1]
