@@ -1,6 +1,6 @@
 """Evaluate once, at compile time, what depends on constants only.
 
-    f(constant, ...) -> constant
+    f(constant, ...) -> constant            clone(constant) where the graph returns it
 
 Refused where the result would make the weights grow by more than what it frees and `_GROWTH` bytes in
 total; for random operators and operators with effects; and for `expand` and `full`, which say in a few
@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import rewrite
+from . import memory, rewrite
 from .refusals import keep
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ def fold_constants(graph: fx.GraphModule, hw: Hardware) -> int:
         unread.update(dict.fromkeys(cone))
     for node, value in values.items():
         stored = rewrite.add_constant(graph, f"{names[node]}_folded", value, node)
-        node.replace_all_uses_with(stored)
+        given = memory.escapes(node)  # to the caller, who may write to it
+        node.replace_all_uses_with(rewrite.call(graph, aten.clone.default, (stored,), before=node) if given else stored)
     rewrite.erase_unused(*[n for n in reversed(constants) if n in unread or n in values])
     return rewrite.finish(graph, len(values))
 
@@ -100,6 +101,9 @@ def _roots(constants: dict[fx.Node, int]) -> list[fx.Node]:
     roots: list[fx.Node] = []
     stay: set[fx.Node] = set()
     for node in reversed(constants):
+        if _given_away(node):
+            stay.add(node)
+            continue
         if node.op == "get_attr" or all(user in constants and user not in stay for user in node.users):
             continue
         if node.target in _COMPACT or rewrite.value_of(node) is None:
@@ -107,6 +111,13 @@ def _roots(constants: dict[fx.Node, int]) -> list[fx.Node]:
         else:
             roots.append(node)
     return roots[::-1]
+
+
+def _given_away(node: fx.Node) -> bool:
+    """Whether the node is the copy of a stored constant that the graph returns."""
+    if not rewrite.calls(node, aten.clone.default):
+        return False
+    return node.all_input_nodes[0].op == "get_attr" and memory.escapes(node)
 
 
 def _cone(root: fx.Node, constants: dict[fx.Node, int], values: dict[fx.Node, torch.Tensor]) -> list[fx.Node]:

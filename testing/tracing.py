@@ -16,6 +16,14 @@ from ..hwdb import Hardware, lookup
 from ..passes.canonicalise import canonicalise
 from ..passes.rewrite import run_fake
 
+aten = torch.ops.aten
+# Composite operators of torch reshape their own temporaries in place, which no functionalization sees.
+_OUT_OF_PLACE = {
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+}
+
 
 def trace(model: Any, inputs: Sequence[torch.Tensor], hw: Hardware | None = None) -> fx.GraphModule:
     """The graph that passes get: captured, without the constants that nobody reads, spelt canonically."""
@@ -50,6 +58,7 @@ def recorded(function: Callable[..., Any], inputs: Sequence[torch.Tensor], whole
             node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
     given = iter(inputs)
     for node in graph.graph.nodes:
+        node.target = _OUT_OF_PLACE.get(node.target, node.target)
         if node.op == "placeholder":
             node.meta["val"] = mode.from_tensor(next(given), static_shapes=True)
         elif node.op == "call_function":

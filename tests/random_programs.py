@@ -46,16 +46,32 @@ _IN_PLACE = re.compile(r"\w_\(|inplace=True|^\w+\[|\)\[0\] = ", re.M)
 def graph_of(program: Program, how: str) -> fx.GraphModule:
     """The program's graph: "whole", "core" (composites broken up) or "captured", as `compile` captures it."""
     if how == "captured" or _IN_PLACE.search("\n".join(program.lines)):
-        return trace(program.module(), program.arguments(), HW)
+        try:
+            return trace(program.module(), program.arguments(), HW)
+        except RuntimeError as error:
+            if "internal overlap" in str(error):  # windows changed in place: torch.export refuses them
+                raise CaptureError(str(error)) from error
+            raise
     return trace_quickly(program.module(), program.arguments(), how == "whole", HW)
+
+
+# Sums: in which order they add depends on how operands lie in memory, which a move may change.
+_SUMS = re.compile(r"mm|linear|conv|matmul|sum|mean|var|std|norm|softmax|logsumexp|attention|pool|prod|dot|addmv|lerp")
+
+
+def only_moves(graph: fx.GraphModule) -> bool:
+    """Whether every element of the results is computed alone, so that moving it cannot round it otherwise."""
+    return not any(n.op == "call_function" and _SUMS.search(str(n.target)) for n in graph.graph.nodes)
 
 
 def check_alone(program: Program, how: str) -> None:
     """Every pass by itself, first thing after capture."""
     graph = graph_of(program, how)
+    alone = only_moves(graph)
     for rewrite in DISTINCT:
         name = rewrite.__name__
-        check_passes([rewrite], graph, program.arguments(), exact=name in EXACT, rounds=name in ROUNDS, hw=HW)
+        exact = alone and name in EXACT
+        check_passes([rewrite], graph, program.arguments(), exact=exact, rounds=name in ROUNDS, hw=HW)
 
 
 def check_order(program: Program, how: str) -> None:

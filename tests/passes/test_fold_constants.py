@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from rewriting import HW, assert_kept, assert_rewrite, assert_same_numbers, text_of, trace, trace_core
 
 from graphwright.compiler.pipeline import copy_graph
+from graphwright.compiler.reference import run_eager
 from graphwright.passes import fold_constants as module
 from graphwright.passes.fold_constants import fold_constants
 from graphwright.passes.remove_dead import remove_dead
@@ -220,3 +221,15 @@ def test_any_graph_keeps_its_bits(steps):
     text = text_of(graph)
     assert fold_constants(graph, HW) == 0
     assert text_of(graph) == text
+
+
+def test_a_constant_that_is_returned_is_given_as_a_copy():
+    """The caller may write to what the graph returns; the stored constant stays as it is."""
+    graph = trace(lambda x: (x + 1, (torch.arange(4) * 2).reshape(2, 2)), [torch.ones(2)])
+    assert fold_constants(graph, HW) == 1
+    assert targets(graph) == ["aten.add.Tensor", "aten.clone.default"]
+    assert fold_constants(graph, HW) == 0
+    first, second = (run_eager(graph, [torch.ones(2)])[1] for _ in range(2))
+    first.zero_()
+    assert second.tolist() == [[0, 2], [4, 6]]
+    assert run_eager(graph, [torch.ones(2)])[1].tolist() == [[0, 2], [4, 6]]
