@@ -89,7 +89,7 @@ class Watch:
         return None
 
     def _bad_value(self, node: fx.Node) -> str | None:
-        if node.op == "output":
+        if node.op == "output" or _gives_nothing(node):
             return None
         if node.meta.get("val") is None:
             return (
@@ -108,6 +108,11 @@ class Watch:
             promised = format_type(node.meta["val"])
             return f'left {node.format_node()}, which gives {format_type(value)}, with meta["val"] of {promised}'
         return None
+
+
+def _gives_nothing(node: fx.Node) -> bool:
+    """Whether the node is called for its effect alone: a check that raises, say."""
+    return isinstance(node.target, rewrite.Operator) and not node.target._schema.returns
 
 
 Spelling = tuple[Any, tuple[Any, ...], dict[str, Any]]

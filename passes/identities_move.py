@@ -197,6 +197,8 @@ def _attention_mask(site: Site) -> fx.Node | None:
 def _flip_of_flip(site: Site) -> fx.Node | None:
     x, dims = site.args
     rank = len(site.shape)
+    if not rank:
+        return x  # type: ignore[no-any-return]
     turned = {d % rank for d in dims}
     inner = x
     if calls(x, aten.flip.default):

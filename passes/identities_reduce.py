@@ -26,6 +26,8 @@ _SUMS = (aten.sum.dim_IntList, aten.prod.dim_int)
 def _dims(site: Site) -> list[int]:
     """The dims that are reduced; all where none are named."""
     rank = len(rewrite.shape_of(site.args[0]))
+    if not rank:
+        return []  # a single number, whose dims may be called 0 or -1
     dims = site.arguments["dim"]
     named = [dims] if isinstance(dims, int) else dims
     return [d % rank for d in named] if named else list(range(rank))

@@ -78,12 +78,13 @@ def local(dtype: str, count: int = 1) -> Elements:
 
 
 @contextlib.contextmanager
-def grid(shape: Sequence[int], parallel: bool = False, each: int = 1) -> Iterator[tuple[Expr, ...]]:
+def grid(shape: Sequence[int | Expr], parallel: bool = False, each: int = 1) -> Iterator[tuple[Expr, ...]]:
     """Nested loops over `shape`; the outermost one runs on all threads if `parallel` and the work is worth it.
 
-    `each` elements are the work of one position.
+    `each` elements are the work of one position. Extents may be known at run time only where
+    nothing is parallel.
     """
-    outermost = next((level for level, extent in enumerate(shape) if extent > 1), None)
+    outermost = next((level for level, extent in enumerate(shape) if not isinstance(extent, int) or extent > 1), None)
     with contextlib.ExitStack() as stack:
         index = []
         for level, extent in enumerate(shape):

@@ -269,7 +269,7 @@ def test_the_report_and_the_graph(compiled: Any, image: torch.Tensor) -> None:
     [
         ({"target": "x86-64-v9"}, UnknownTarget, "x86-64-v"),
         ({"target": "raspbery-pi"}, UnknownTarget, "did you mean"),
-        ({"precision": "fp16"}, GraphwrightError, "not built yet"),
+        ({"precision": "int8"}, GraphwrightError, "not built yet"),
         ({"threads": 0}, InputError, "at least 1"),
         ({"threads": "2"}, InputError, "whole number"),
         ({"target": None}, InputError, "target is a name"),
