@@ -31,7 +31,7 @@ def add(out: Out, a: Operand, b: Operand, alpha: Scalar = 1) -> te.Tensor:
 
 @lowers(aten.sub.Tensor, aten.sub.Scalar)
 def sub(out: Out, a: Operand, b: Operand, alpha: Scalar = 1) -> te.Tensor:
-    return pointwise(out, lambda x, y: x - _scaled(y, alpha), a, b)
+    return pointwise(out, lambda x, y: ex.subtract(x, _scaled(y, alpha)), a, b)
 
 
 @lowers(aten.rsub.Tensor, aten.rsub.Scalar)
@@ -262,7 +262,7 @@ def _comparison(compare: Callable[..., Any], out: Out, a: Operand, b: Operand) -
 
 
 COMPARISONS: dict[str, Callable[..., Any]] = {
-    "eq": lambda x, y: x.equal(y),
+    "eq": ex.equal,
     "ne": ex.not_equal,
     "lt": lambda x, y: x < y,
     "le": lambda x, y: x <= y,

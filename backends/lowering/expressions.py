@@ -165,6 +165,19 @@ def multiply(a: Any, b: Any) -> Any:
     return a * b
 
 
+def subtract(a: Any, b: Any) -> Any:
+    """a - b, of floats as a sum: TVM's simplifier takes (a + b) - b for a, and a - a for 0, whatever was rounded.
+
+    Machine code has one subtraction again: LLVM knows that a product with -1 is exact.
+    """
+    return a + b * tirx.const(-1.0, dtype_of(b)) if is_float(dtype_of(a)) else a - b
+
+
+def equal(a: Any, b: Any) -> Any:
+    """Whether a == b, False where either is NaN: the simplifier takes a == a for True."""
+    return tirx.all(a <= b, b <= a) if is_float(dtype_of(a)) else a.equal(b)
+
+
 def divide(a: Any, b: Any) -> Any:
     """a / b for floats, also where `b` is the constant zero (which TVM refuses to fold)."""
     if isinstance(b, tirx.FloatImm) and b.value == 0:

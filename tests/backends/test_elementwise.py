@@ -209,3 +209,31 @@ def test_a_wrong_definition_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOWERINGS, aten.mul.Tensor, LOWERINGS[aten.add.Tensor])
     with pytest.raises(AssertionError, match="not close"):
         check(aten.mul.Tensor, NASTY[2:6], 3.0)
+
+
+ROUNDED = {
+    "what is added is taken away": lambda a, b: (a + b) - b,
+    "the first is taken away": lambda a, b: (b + a) - b,
+    "nothing is left, but of infinities": lambda a, b: a - a,
+    "NaN is not itself": lambda a, b: torch.where(a == a, a, b),
+    "the error of a sum": lambda a, b: a - ((a + b) - b),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_what_rounds_is_not_simplified(name: str, dtype: torch.dtype) -> None:
+    """Identities of real numbers do not hold for floats, and TVM's simplifier knows some of them."""
+    a = torch.tensor([9.21, -2.59, 1e-3, 0.0, 7e4, math.inf, -math.inf, math.nan], dtype=dtype)
+    b = 1.5 / torch.finfo(dtype).eps * torch.tensor([1, 1, 1, 1, 1, 0, 1, 1])  # adding it rounds to whole numbers
+    compiled = graphwright.compile(ROUNDED[name], (torch.randn(8).to(dtype), b.to(dtype)), cache=False, verify=False)
+    assert compiled.report().kernels
+    result, expected = compiled(a, b.to(dtype)), ROUNDED[name](a, b.to(dtype))
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shift", [12582912.0, 0.0, -0.0, 1.0])
+def test_numbers_added_and_taken_away(shift: float) -> None:
+    x = torch.cat([values(torch.float32), torch.tensor([9.21, -2.59])])
+    compiled = graphwright.compile(lambda x: (x + shift) - shift, (torch.randn_like(x),), cache=False, verify=False)
+    torch.testing.assert_close(compiled(x), (x + shift) - shift, rtol=0, atol=0, equal_nan=True)
