@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,9 @@ from .selection import select
 from .specialised import Specialised
 
 log = logging.getLogger(__name__)
+
+# torch.export keeps its state in globals: compilations of several threads take turns.
+_TRACING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def compile(
     options = replace(options, fallback=fallback, calibration=calibration)
     if isinstance(model, (ExportedProgram, str, os.PathLike)):
         program = export(model)
-        return assemble(program, (), example_of(program, example_inputs), options, started)
+        with _TRACING:
+            return assemble(program, (), example_of(program, example_inputs), options, started)
     if example_inputs is not None and dynamic_shapes is None:
         args, kwargs = arguments(example_inputs)
         return _compile(model, args, kwargs, options, started)
@@ -122,7 +127,18 @@ def compile(
 
 
 def _compile(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, started: float) -> Compiled:
-    return assemble(export(model, args, kwargs), parameters_of(model), (args, kwargs), options, started)
+    with _TRACING:
+        return assemble(export(model, args, kwargs), parameters_of(model), (args, kwargs), options, started)
+
+
+def check(options: Mapping[str, Any]) -> None:
+    """Raise what `compile` raises for the values of these options, whatever the model."""
+    get = options.get
+    _options(
+        get("target", "native"), get("precision", "fp32"), get("tolerance"), get("verify", True), get("cache", True),
+        get("threads"), None, get("passes"), get("kernel_fusion"),
+    )  # fmt: skip
+    check_options(get("precision", "fp32"), get("fallback"), get("calibration"), True)
 
 
 def _options(

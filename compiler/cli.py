@@ -190,6 +190,8 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Write a page with both graphs here, and print no graphs.")] = None,
 ) -> None:
     """Print the graph before and after each pass, the choices made and their reasons, and predicted costs."""
+    if html is not None and not html.absolute().parent.is_dir():
+        raise InputError(f"--html {html}: there is no directory {html.absolute().parent}")
     with progress(f"explaining {model} for {target}"):
         from .explain import explained
 

@@ -43,15 +43,14 @@ def graphwright(
 ) -> Callable[..., Any]:
     """The backend torch.compile calls. `options`: those of graphwright.compile that OPTIONS names.
 
-    Raises InputError for an option or a family of fusions it does not know, PassError for what is no pass.
+    Raises InputError for an option it does not know, and what `compile` raises for a wrong value.
     """
     chosen = {**(options or {}), **{k: v for k, v in settings.items() if k != "mode"}}
     if unknown := sorted(set(chosen) - OPTIONS):
         raise InputError(f"graphwright has no option {', '.join(unknown)}; it takes {', '.join(sorted(OPTIONS))}")
-    if not chosen.keys().isdisjoint({"passes", "kernel_fusion"}):
-        from .selection import select
+    from .api import check
 
-        select(chosen.get("passes"), chosen.get("kernel_fusion"))  # refused now, not at the first call
+    check(chosen)  # refused now: a graph that cannot be compiled runs in PyTorch
     return _Specialised(graph, chosen)
 
 

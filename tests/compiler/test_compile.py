@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -317,3 +318,12 @@ def test_a_compiled_model_says_how_it_is_copied(compiled: Any) -> None:
     for attempt in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match=r"save\(\) and graphwright\.load"):
             attempt(compiled)
+
+
+def test_threads_compile_at_once() -> None:
+    """torch.export keeps state in globals: compilations take turns."""
+    x = torch.randn(2, 3)
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda k: graphwright.compile(lambda x: x.sin() * k, x, cache=False), range(6)))
+    for k, compiled in enumerate(models):
+        close(compiled(x), x.sin() * k)

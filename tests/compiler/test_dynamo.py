@@ -91,6 +91,13 @@ def test_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls[0][1]["verify"] is False
 
 
+@pytest.mark.parametrize("options", [{"precision": "bf61"}, {"threads": 0}, {"tolerance": -1}, {"fallback": "fp16"}])
+def test_a_wrong_value_is_refused(options: dict[str, Any]) -> None:
+    model = torch.compile(Net().eval(), backend="graphwright", options=options)
+    with pytest.raises(Exception, match=r"precision|threads|tolerance|fallback"):
+        model(torch.randn(2, 8))
+
+
 def test_an_unknown_option_is_refused() -> None:
     model = torch.compile(Net().eval(), backend="graphwright", options={"thread": 1})
     with pytest.raises(Exception, match="no option thread; it takes"):
