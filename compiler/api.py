@@ -88,6 +88,8 @@ def compile(
     threads: threads one call uses; None takes torch.get_num_threads(), at most the machine's cores.
     tune: a time such as "30s": measure the cost model's best candidates so long, and keep what wins for this and later
         compilations on this machine. Without it nothing is measured, and what was kept is used.
+    memory_limit: the most bytes, such as "64MB", that the activations of one call may take in compiled code; where the
+        order of operators does not keep it, cheap values are computed again instead of being kept.
     passes: the passes to run, in order; None is `graphwright.passes.default.PASSES`, the list to start one's own from.
         Passes that a file of source does not tell apart (closures, functions typed into a shell) bypass the cache.
     kernel_fusion: the families of fusions to make, of those in `graphwright.passes.default.FAMILIES`; None makes all
@@ -96,9 +98,6 @@ def compile(
         NaN for finite inputs; `report().calls` counts.
     calibration: inputs besides the example to keep the tolerance on: a list of them, each as example_inputs, or a
         mapping from input names to tensors with a leading axis of samples. "adaptive" needs it.
-
-    memory_limit: the most bytes, such as "64MB", that the activations of one call may take in compiled code; where the
-        order of operators does not keep it, cheap values are computed again instead of being kept.
 
     Raises CaptureError, UnknownTarget, InputError, PassError, MemoryLimit, UnsupportedOp (targets where PyTorch cannot
     take over) and NumericMismatch, which names the pass or the operator to blame.

@@ -37,7 +37,7 @@ aten = torch.ops.aten
 
 _PERMUTES = (dialect.permute, aten.permute.default)
 _OF_ROWS = (aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int, aten.log_softmax.int)
-# Torch does not tag them, but they are.
+# Torch does not tag them, but they are; a dropout that draws numbers is not pure, and refused for that.
 _POINTWISE = frozenset({aten._to_copy.default, aten.dropout.default})
 
 
