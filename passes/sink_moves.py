@@ -146,8 +146,8 @@ def _keeps_rows(node: fx.Node) -> bool:
 
 
 def _sources(node: fx.Node, made: dict[fx.Node, Move], carried: dict[fx.Node, Move]) -> list[fx.Node]:
-    """The operands by which a node carries a move; none where it carries none."""
-    if node.op != "call_function" or not rewrite.is_pure(node) or rewrite.value_of(node) is None:
+    """The operands by which a node carries a move; none where it carries none, or nobody reads it."""
+    if node.op != "call_function" or not rewrite.is_pure(node) or rewrite.value_of(node) is None or not node.users:
         return []
     target, shape = node.target, rewrite.shape_of(node)
     pointwise = isinstance(target, rewrite.Operator) and (torch.Tag.pointwise in target.tags or target in _POINTWISE)

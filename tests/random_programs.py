@@ -55,13 +55,17 @@ def graph_of(program: Program, how: str) -> fx.GraphModule:
     return trace_quickly(program.module(), program.arguments(), how == "whole", HW)
 
 
-# Sums: in which order they add depends on how operands lie in memory, which a move may change.
-_SUMS = re.compile(r"mm|linear|conv|matmul|sum|mean|var|std|norm|softmax|logsumexp|attention|pool|prod|dot|addmv|lerp")
+# How operands lie in memory, which a move may change, decides in which order PyTorch adds, and whether it takes its
+# vector or its scalar code for a function: the last bit may differ.
+_BY_PLACE = re.compile(
+    r"mm|linear|conv|matmul|sum|mean|var|std|norm|softm|softplus|attention|pool|prod|dot|addmv|lerp|addc|alpha"
+    r"|sigmoid|tanh|exp|log|sin|cos|tan|(?<!r)elu|silu|mish|hardswish|erf|sqrt|pow|reciprocal|gamma|div|remainder|fmod"
+)
 
 
 def only_moves(graph: fx.GraphModule) -> bool:
-    """Whether every element of the results is computed alone, so that moving it cannot round it otherwise."""
-    return not any(n.op == "call_function" and _SUMS.search(str(n.target)) for n in graph.graph.nodes)
+    """Whether every element of the results is the same bits wherever it lies."""
+    return not any(n.op == "call_function" and _BY_PLACE.search(str(n.target)) for n in graph.graph.nodes)
 
 
 def check_alone(program: Program, how: str) -> None:

@@ -191,3 +191,15 @@ def test_any_graph_keeps_its_elements(data):
     fuse_reshape_transpose(graph, HW)
     assert moves(graph) <= there
     assert sink_moves(graph, HW) == 0 or moves(graph) <= there
+
+
+def test_nobody_reads_it():
+    """Nothing is gained by moving what is not read; remove_dead takes it away."""
+
+    def model(x):
+        x.permute(0, 2, 1).contiguous()
+        return x.reshape(1, 1, 16)
+
+    graph = trace_core(model, [torch.randn(2, 2, 4)])
+    sink_moves(graph, HW)
+    assert sink_moves(graph, HW) == 0
