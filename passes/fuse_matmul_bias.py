@@ -58,10 +58,15 @@ class _Product:
 def fuse_matmul_bias(graph: fx.GraphModule, hw: Hardware) -> int:
     """Fuse matrix products with their transposes and epilogues; returns the number of products changed."""
     count = 0
-    for node in list(graph.graph.nodes):
-        if node.op == "call_function" and node.target in _READERS:
-            count += _fuse(graph, node)
+    # A reshape that one product takes over may end up behind the product in front of it.
+    while changed := _round(graph):
+        count += changed
     return rewrite.finish(graph, count)
+
+
+def _round(graph: fx.GraphModule) -> int:
+    products = [n for n in graph.graph.nodes if n.op == "call_function" and n.target in _READERS]
+    return sum(_fuse(graph, node) for node in products)
 
 
 def _fuse(graph: fx.GraphModule, node: fx.Node) -> bool:

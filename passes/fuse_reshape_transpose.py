@@ -75,7 +75,7 @@ def _round(graph: fx.GraphModule) -> int:
             continue
         head = current.get(chain.head, chain.head)
         target, rest = chain.spelling()
-        if target is not dialect.permute and _shares(node, head):
+        if target is not dialect.permute and memory.would_share(node, head):
             keep(log, node, "the graph returns what this chain copies from %s", head)
             continue
         if chain.cost == 0:
@@ -88,12 +88,6 @@ def _round(graph: fx.GraphModule) -> int:
     if current:
         rewrite.erase_unused(*reversed(chains))
     return len(current)
-
-
-def _shares(node: fx.Node, head: fx.Node) -> bool:
-    """Whether the graph would return memory of `head` that it copies now: a reshape of what lies apart is a copy."""
-    apart = not head.meta["val"].is_contiguous() and memory.escapes(node)
-    return apart or memory.would_share(node, head)
 
 
 def map_of(node: fx.Node) -> IndexMap | None:

@@ -7,7 +7,7 @@ by the tables of `row_moves`: Swin's shifted windows are one copy instead of thr
 them that they undo are none.
 
 Kept: single moves, chains that are reshapes and permutes alone (`fuse_reshape_transpose` has a form for them), and rows
-so short that a table entry costs as much as the row.
+so short that a table entry costs as much as the row; a copy that the graph returns of what somebody else holds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import rewrite
+from . import memory, rewrite
 from .refusals import keep
 from .row_moves import gathered, is_move, reshaped, rows_moved
 
@@ -57,6 +57,9 @@ def _gather(graph: fx.GraphModule, last: fx.Node) -> bool:
         keep(log, last, "rows of %d elements are shorter than what says where they come from", value.shape[-1])
         return False
     shape = rewrite.shape_of(last)
+    if move.is_identity and memory.would_share(last, move.source):
+        keep(log, last, "the graph returns what this copies from %s", move.source)
+        return False
     if move.is_identity:
         new = reshaped(graph, move.source, shape, last)
     else:

@@ -47,6 +47,17 @@ def root(node: fx.Node) -> fx.Node:
     return node
 
 
+def _surely_root(node: fx.Node) -> fx.Node:
+    """The node whose memory the result lies in, where a reshape of what lies apart counts as the copy it may be."""
+    while views(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if node.target in _MAY_VIEW and not source.meta["val"].is_contiguous():
+            return node
+        node = source
+    return node
+
+
 def escapes(node: fx.Node) -> bool:
     """Whether the graph returns the memory of the result: the result itself, or a view of it."""
     waiting, seen = [node], {node}
@@ -63,7 +74,7 @@ def escapes(node: fx.Node) -> bool:
 def would_share(node: fx.Node, new: fx.Node) -> bool:
     """Whether with `new` in the place of `node`, the graph would return memory that somebody else holds."""
     owner = root(new)
-    if owner is root(node) or not escapes(node):
+    if owner is _surely_root(node) or not escapes(node):
         return False
     if owner.op != "call_function":
         return True

@@ -278,3 +278,20 @@ def test_any_neighbourhood_keeps_its_numbers(kind, steps, dtype):
     tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else CLOSE
     assert_same_numbers(before, graph, [x], **tolerance)
     assert fuse_matmul_bias(graph, HW) == 0
+
+
+def test_a_reshape_goes_in_front_of_a_chain_of_products():
+    """The second product hands it to the first, which was looked at before."""
+    first, second = torch.randn(1, 6), torch.randn(3, 1)
+
+    def before(x):
+        return F.linear(F.linear(x, first), second).flatten(0, 2)
+
+    graph = trace_core(before, [torch.randn(1, 1, 2, 6)], pre_dispatch=True)
+    original = copy_graph(graph)
+    assert fuse_matmul_bias(graph, HW) == 3
+    assert_same_numbers(original, graph, [torch.randn(1, 1, 2, 6)], **CLOSE)
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [
+        aten.reshape.default, dialect.linear, dialect.linear
+    ]  # fmt: skip
+    assert fuse_matmul_bias(graph, HW) == 0

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from rewriting import HW, assert_kept, assert_rewrite, assert_same_numbers, trace_core
 
 from graphwright.compiler.pipeline import copy_graph
+from graphwright.compiler.reference import run_eager
 from graphwright.passes.fuse_reshape_transpose import fuse_reshape_transpose
 from graphwright.passes.index_map import identity
 
@@ -194,4 +195,18 @@ def test_any_chain_keeps_its_elements(chain, read):
     fuse_reshape_transpose(graph, HW)
     graph.graph.lint()
     assert_same_numbers(before, graph, [x])
+    assert fuse_reshape_transpose(graph, HW) == 0
+
+
+def test_a_reshape_of_what_lies_apart_is_returned_as_a_copy():
+    """Undone by a second reshape, it would leave the graph returning a view of its input."""
+
+    def model(x):
+        return x.expand(2, 1, 1, 4).reshape(1, 8).permute(0, 1).reshape(2, 1, 1, 4)
+
+    x = torch.randn(1, 1, 4)
+    graph = trace_core(model, [x])
+    fuse_reshape_transpose(graph, HW)
+    (result,) = run_eager(graph, [x])
+    assert result.data_ptr() != x.data_ptr()
     assert fuse_reshape_transpose(graph, HW) == 0

@@ -13,6 +13,7 @@ from windows import image, operators, rolled, windows
 from graphwright.compiler.pipeline import copy_graph
 from graphwright.passes import dialect
 from graphwright.passes.gather_rows import gather_rows
+from graphwright.passes.refusals import recording
 from graphwright.passes.row_moves import inverse, rows_moved
 
 aten = torch.ops.aten
@@ -163,3 +164,10 @@ def test_any_chain_of_rows(chain):
     assert_same_numbers(before, graph, [x])
     assert gather_rows(graph, HW) == 0
     assert dialect.permute not in operators(graph)
+
+
+def test_a_roll_by_nothing_is_returned_as_a_copy():
+    graph = trace_core(lambda x: x.roll(0, 1), [torch.randn(1, 7, 6)])
+    with recording() as refusals:
+        assert gather_rows(graph, HW) == 0
+    assert [r.reason for r in refusals] == ["the graph returns what this copies from arg0_1"]

@@ -28,7 +28,6 @@ def budget(count: int) -> settings:
     )
 
 
-@pytest.mark.xfail(reason="fuse_matmul_bias finds one more linear of a single row on its second run", strict=False)
 @budget(60)
 @given(programs(families=PURE), FORMS)
 def test_each_pass_alone(program: Program, how: str) -> None:
@@ -41,7 +40,6 @@ def test_any_order(program: Program, how: str) -> None:
     check_order(program, how)
 
 
-@pytest.mark.xfail(reason="the graph returns an input for a roll by nothing; machine code copies it", strict=False)
 @budget(60)
 @given(programs(families=PURE), FORMS)
 def test_the_pipeline(program: Program, how: str) -> None:
