@@ -76,7 +76,7 @@ def would_share(node: fx.Node, new: fx.Node) -> bool:
     owner = root(new)
     if owner is _surely_root(node) or not escapes(node):
         return False
-    if owner.op != "call_function":
+    if owner.op != "call_function" or escapes(new):
         return True
     # `new` may be made of calls that nobody reads yet; what only leads to `node` goes with it.
     return any(not _leads_only_to(user, node, new) for user in owner.users)

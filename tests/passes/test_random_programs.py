@@ -28,25 +28,25 @@ def budget(count: int) -> settings:
     )
 
 
-@budget(60)
+@budget(150)
 @given(programs(families=PURE), FORMS)
 def test_each_pass_alone(program: Program, how: str) -> None:
     check_alone(program, how)
 
 
-@budget(50)
+@budget(120)
 @given(programs(families=PURE), FORMS)
 def test_any_order(program: Program, how: str) -> None:
     check_order(program, how)
 
 
-@budget(60)
+@budget(140)
 @given(programs(families=PURE), FORMS)
 def test_the_pipeline(program: Program, how: str) -> None:
     check_pipeline(program, how)
 
 
-@budget(15)
+@budget(25)
 @given(programs(families=("elementwise", "moves", "changes", "changes"), inputs=1))
 def test_programs_that_change_values_in_place(program: Program) -> None:
     try:
@@ -55,14 +55,14 @@ def test_programs_that_change_values_in_place(program: Program) -> None:
         assume(False)
 
 
-@budget(40)
+@budget(45)
 @given(programs(families=("moves", "elementwise", "logic"), special=True), FORMS)
 def test_zeros_of_both_signs_infinities_and_nan(program: Program, how: str) -> None:
     check_alone(program, how)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@budget(6)
+@budget(10)
 @given(data=st.data())
 def test_halves(dtype: str, data: st.DataObject) -> None:
     import torch

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from rewriting import HW, assert_kept, assert_rewrite, assert_same_numbers, check_values, trace_core
 
 from graphwright.compiler.pipeline import copy_graph
+from graphwright.compiler.reference import run_eager
 from graphwright.passes import rewrite
 from graphwright.passes.remove_dead import remove_dead
 from graphwright.passes.simplify import simplify
@@ -241,3 +242,17 @@ def test_it_is_linear():
     started = time.process_time()
     assert simplify(graph, HW) >= 2000
     assert time.process_time() - started < 20  # measured: below 3 s
+
+
+def test_a_selection_of_everything_is_no_second_result_in_one_place():
+    """The value is returned itself, behind a reshape; its copy stays a copy."""
+    index = torch.tensor([0])
+
+    def model(x):
+        y = x.neg().reshape(1, 1, 5)
+        return y, y.index_select(1, index)
+
+    graph = trace_core(model, [torch.randn(5)])
+    simplify(graph, HW)
+    first, second = run_eager(graph, [torch.randn(5)])
+    assert first.data_ptr() != second.data_ptr()
