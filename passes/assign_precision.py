@@ -2,8 +2,8 @@
 
 Two steps with a table between them, so that another way to decide can take the place of the first:
 
-    choices = choose_precisions(graph, hw, "auto")     # one Choice an operator that computes, with its reason
-    assign_precision(graph, choices)                   # rewrites those whose dtype is not float32
+    plan = plan_precisions(graph, hw, "auto")     # one Choice an operator that computes, with its reason
+    assign_precision(graph, plan.choices)         # rewrites those whose dtype is not float32
 
 The forms an operator may have, and their predicted seconds, are in precision_forms.py; the least predicted seconds
 within a budget of error are found by precision_cut.py. "bf16" and "fp16" choose between float32 and the one precision,
@@ -81,17 +81,6 @@ class Plan:
     def reduced(self) -> int:
         """How many operators are not float32."""
         return sum(choice.dtype != "float32" for choice in self.choices)
-
-
-def choose_precisions(
-    graph: fx.GraphModule,
-    hw: Hardware,
-    precision: str,
-    errors: Errors | None = None,
-    budget: float = math.inf,
-) -> tuple[Choice, ...]:
-    """Decide for every operator that computes in floating point; see `plan_precisions`."""
-    return plan_precisions(graph, hw, precision, errors, budget).choices
 
 
 def plan_precisions(

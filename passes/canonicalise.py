@@ -46,7 +46,7 @@ _RESHAPES = {
     aten.flatten.using_ints,
     aten.unflatten.int,
 }
-_PERMUTES: dict[Operator, Callable[..., torch.Tensor]] = {
+PERMUTES: dict[Operator, Callable[..., torch.Tensor]] = {
     aten.permute.default: torch.permute,
     aten.transpose.int: torch.transpose,
     aten.t.default: torch.t,
@@ -122,8 +122,8 @@ def _respelt(graph: fx.GraphModule, node: fx.Node) -> Spelling | None:
         shape = list(rewrite.shape_of(node))
         same = target is aten.reshape.default and list(node.args[1]) == shape  # type: ignore[arg-type]
         return None if same else (aten.reshape.default, (source, shape), {})
-    if target in _PERMUTES:
-        dims = _dims(node, source)
+    if target in PERMUTES:
+        dims = permuted_dims(node)
         same = target is aten.permute.default and list(node.args[1]) == dims  # type: ignore[arg-type]
         return None if same else (aten.permute.default, (source, dims), {})
     if target is aten.contiguous.default:
@@ -145,11 +145,11 @@ def _respelt(graph: fx.GraphModule, node: fx.Node) -> Spelling | None:
     return None
 
 
-def _dims(node: fx.Node, source: fx.Node) -> list[int]:
-    """The order of dims that a permuting operator gives, found by permuting distinct extents."""
-    rank = len(rewrite.shape_of(source))
+def permuted_dims(node: fx.Node) -> list[int]:
+    """The order of dims that a call of one of PERMUTES gives, found by permuting distinct extents."""
+    rank = len(rewrite.shape_of(node))
     probe = torch.empty(tuple(range(2, 2 + rank)), device="meta")
-    return [d - 2 for d in _PERMUTES[node.target](probe, *node.args[1:], **node.kwargs).shape]  # type: ignore[index]
+    return [d - 2 for d in PERMUTES[node.target](probe, *node.args[1:], **node.kwargs).shape]  # type: ignore[index]
 
 
 def _convolution(node: fx.Node) -> Spelling | None:

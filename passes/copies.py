@@ -17,23 +17,11 @@ import torch
 from torch import fx
 
 from . import dialect, rewrite
+from .canonicalise import PERMUTES, permuted_dims
 from .dialect_joined import joined_rows
 
 aten = torch.ops.aten
 
-_PERMUTES = frozenset(
-    {
-        aten.permute.default,
-        aten.transpose.int,
-        aten.t.default,
-        aten.mT.default,
-        aten.numpy_T.default,
-        aten.movedim.int,
-        aten.movedim.intlist,
-        aten.swapaxes.default,
-        aten.swapdims.default,
-    }
-)
 # Those whose result has as many elements as their operand only where they do nothing.
 _RESIZES = frozenset(
     {
@@ -100,11 +88,8 @@ def is_copy(node: fx.Node) -> bool:
     if node.target is dialect.permute:
         _, shape, dims, _ = node.args
         return _reorders(shape, dims)  # type: ignore[arg-type]
-    if node.target in _PERMUTES:
-        shape = rewrite.shape_of(source)
-        probe = torch.empty(tuple(range(2, 2 + len(shape))), device="meta")
-        turned = node.target(probe, *node.args[1:], **node.kwargs)
-        return _reorders(shape, [d - 2 for d in turned.shape])
+    if node.target in PERMUTES:
+        return _reorders(rewrite.shape_of(source), permuted_dims(node))
     return False
 
 

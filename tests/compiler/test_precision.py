@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,9 @@ import torch
 from torch import nn
 
 import graphwright
-from graphwright.compiler import api, compare
+from graphwright.compiler import compare
 from graphwright.errors import GraphwrightError, InputError
 from graphwright.hwdb import detect
-
-
-@pytest.fixture
-def starved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine with its smallest cache only, so that small weights count as streamed; no bfloat16 arithmetic."""
-    hw = detect()
-    narrow = {f for f in hw.features if "bf16" in f}
-    small = dataclasses.replace(hw, caches=hw.caches[:1], dram_gbs=10.0, features=hw.features - narrow)
-    monkeypatch.setattr(api, "lookup", lambda target: small)
 
 
 class Net(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -15,21 +14,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import graphwright
-from graphwright.compiler import api, precision
+from graphwright.compiler import precision
 from graphwright.compiler.cli import app
 from graphwright.compiler.variants import Rule, Variants, are_finite, calibrated, scales_of
 from graphwright.errors import InputError
-from graphwright.hwdb import detect
 from graphwright.passes.assign_precision import Choice, Plan
-
-
-@pytest.fixture
-def starved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine with its smallest cache only, so that small weights count as streamed; no bfloat16 arithmetic."""
-    hw = detect()
-    narrow = {f for f in hw.features if "bf16" in f}
-    small = dataclasses.replace(hw, caches=hw.caches[:1], dram_gbs=10.0, features=hw.features - narrow)
-    monkeypatch.setattr(api, "lookup", lambda target: small)
 
 
 @pytest.fixture

@@ -17,9 +17,13 @@ from graphwright.compiler.capture import capture, export
 from graphwright.compiler.reference import relative_l2, run_eager, run_float64
 from graphwright.hwdb import Hardware, lookup
 from graphwright.passes import dialect, mixed
-from graphwright.passes.assign_precision import Choice, assign_precision, choose_precisions, plan_precisions
+from graphwright.passes.assign_precision import Choice, assign_precision, plan_precisions
 
 DOTS, PLAIN = "znver4", "x86-64-v3"
+
+
+def choose_precisions(*asked) -> tuple[Choice, ...]:
+    return plan_precisions(*asked).choices
 
 
 def captured(model: nn.Module, *inputs: torch.Tensor, hw: Hardware) -> fx.GraphModule:
