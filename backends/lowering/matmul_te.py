@@ -212,7 +212,7 @@ def attention(
     def finished(*index: Any) -> Any:
         whole = total(*index[:-1], 0)
         empty = whole.equal(ex.constant(0, dtype))
-        one = ex.constant(1 if fill is None else math.nan, dtype)
+        one = ex.constant(1 if fill is None or not keys else math.nan, dtype)  # a sum of no keys is 0
         return ex.cast(mixed(*index) / tirx.Select(empty, one, whole), out.dtype)
 
     return te.compute(out.shape, finished, name="attention")

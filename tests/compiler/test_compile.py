@@ -327,3 +327,10 @@ def test_threads_compile_at_once() -> None:
         models = list(pool.map(lambda k: graphwright.compile(lambda x: x.sin() * k, x, cache=False), range(6)))
     for k, compiled in enumerate(models):
         close(compiled(x), x.sin() * k)
+
+
+def test_attention_without_keys_gives_zeros() -> None:
+    """As operators written out, where the softmax of nothing weighs nothing, and as one."""
+    q, k, v = torch.randn(2, 3, 7, 5), torch.randn(2, 3, 0, 5), torch.randn(2, 3, 0, 5)
+    for attend in (lambda q, k, v: torch.softmax(q @ k.mT * 0.4, -1) @ v, nn.functional.scaled_dot_product_attention):
+        close(graphwright.compile(attend, (q, k, v), cache=False)(q, k, v), torch.zeros(2, 3, 7, 5))
