@@ -20,7 +20,7 @@ from tvm import tirx
 from tvm.ir import TensorLoad
 
 from ...hwdb import Hardware
-from ...passes.region_kernel import row_bytes
+from ..region_kernel import row_bytes
 from . import access
 from .access import Views, combiner, element_bits
 from .emit import choose_plan

@@ -14,11 +14,11 @@ from tvm import ir, relax
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
 from ...hwdb.cost import predict_seconds
-from ...passes.region_kernel import ENTRY_SECONDS
 from ..aot.program import Buffer, Program, Step
 from ..cpu.expand_math import expand_math
 from ..cpu.predict import predicted_seconds
 from ..cpu.schedule import schedule
+from ..region_kernel import ENTRY_SECONDS
 from .registry import KernelCall, KernelInfo
 from .waking import is_parallel, with_waking
 

@@ -22,10 +22,10 @@ from tvm.ir import Call, TensorLoad
 
 from ...hwdb import Hardware
 from ...passes.refusals import keep
-from ...passes.region_kernel import Facts, Problem, Region
-from ...passes.regions import form_regions
 from ..cpu.access import element_bits, size_of
 from ..cpu.stages import Stage, collect, cost, inline_producers, intrinsic, read_stages
+from ..region_kernel import Facts, Problem, Region
+from ..regions import form_regions
 from .operators import LOWERINGS
 from .registry import Out
 

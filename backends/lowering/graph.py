@@ -1,6 +1,6 @@
 """A region of the fx graph -> Relax -> fused PrimFuncs -> the program that the ahead-of-time path compiles.
 
-Operators with a kernel of ours become opaque calls; the others become tensor expressions, joined as `passes.regions`
+Operators with a kernel of ours become opaque calls; the others become tensor expressions, joined as `backends.regions`
 decides, which the generic schedule turns into parallel, vectorised loops.
 """
 

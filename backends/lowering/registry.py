@@ -1,8 +1,9 @@
 """The two operator tables: how a node becomes a tensor expression, or a kernel of ours.
 
 `LOWERINGS` holds tensor-expression (TE) definitions: correct for every dtype and shape they admit, fused with
-their neighbours (`passes.regions`) and scheduled by `backends.cpu.schedule`. `KERNELS` holds hand-scheduled loop nests
-for the operators that carry the time; a kernel may refuse a node (with the reason), and then the TE definition serves.
+their neighbours (`backends.regions`) and scheduled by `backends.cpu.schedule`. `KERNELS` holds hand-scheduled loop
+nests for the operators that carry the time; a kernel may refuse a node (with the reason), and then the TE definition
+serves.
 """
 
 from __future__ import annotations

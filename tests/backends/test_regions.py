@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphwright.backends.region_kernel import Facts, Kernels, Problem, Region
+from graphwright.backends.regions import form_regions, post_dominators
 from graphwright.hwdb import Hardware, detect
 from graphwright.hwdb.records import Cache
-from graphwright.passes.region_kernel import Facts, Kernels, Problem, Region
-from graphwright.passes.regions import form_regions, post_dominators
 
 ROWS, COLUMNS = 512, 1024
 FULL = (ROWS, COLUMNS)
