@@ -15,10 +15,11 @@ import os
 import platform
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import UnknownTarget
 from . import isa as instruction_set
 from .loader import Database, database
 from .records import Cache, Hardware
@@ -35,8 +36,16 @@ def detect() -> Hardware:
 
 
 def detect_at(root: Path, allowed: Collection[int] | None, machine: str) -> Hardware:
-    """Return the machine whose /proc and /sys lie below `root`, for a process that may use CPUs `allowed`."""
-    isa = _MACHINES.get(machine.lower(), "x86_64")
+    """Return the machine whose /proc and /sys lie below `root`, for a process that may use CPUs `allowed`.
+
+    Raises UnknownTarget where `machine`, as uname prints it, is of another instruction set than the records'.
+    """
+    isa = _MACHINES.get(machine.lower())
+    if isa is None:
+        raise UnknownTarget(
+            f"this machine is {machine}, and what can be detected is {', '.join(sorted(set(_MACHINES.values())))}; "
+            "name a target instead of 'native' (`graphwright hw list`)"
+        )
     processors = _cpuinfo(root / "proc/cpuinfo")
     usable = [cpu for cpu in sorted(processors) if allowed is None or cpu in allowed] or sorted(processors)
     if not usable:
@@ -239,21 +248,22 @@ def _name(fields: dict[str, str], root: Path) -> str:
 
 
 def _clock_mhz(
-    root: Path, usable: Iterable[int], processors: dict[int, dict[str, str]], typical: float | None
+    root: Path, usable: Collection[int], processors: dict[int, dict[str, str]], typical: float | None
 ) -> float | None:
-    """Return the highest clock the usable cores reach.
+    """Return the highest clock of the usable cores; the mean where favoured cores or a second cluster differ.
 
     Without cpufreq (virtual machines) /proc/cpuinfo shows the guaranteed clock, which the cores exceed: the
     family's typical clock counts where it is higher, so that a peak stays an upper bound.
     """
-    highest = 0.0
+    highest = []
     shown = 0.0
     for cpu in usable:
         text = _read(root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/cpuinfo_max_freq").strip()
-        highest = max(highest, int(text) / 1e3 if text.isdigit() else 0.0)
+        if text.isdigit() and int(text):
+            highest.append(int(text) / 1e3)
         match = re.match(r"[0-9.]+", processors[cpu].get("cpu MHz", ""))
         shown = max(shown, float(match.group()) if match else 0.0)
-    return highest or max(shown, typical or 0.0) or None
+    return sum(highest) / len(highest) if highest else max(shown, typical or 0.0) or None
 
 
 def _caches(root: Path, cpu: int) -> tuple[Cache, ...]:

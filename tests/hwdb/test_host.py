@@ -6,31 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from replay import unfold
 
+from graphwright.errors import UnknownTarget
 from graphwright.hwdb import Cache, Hardware, detect, lookup, missing_features, obstacle
 from graphwright.hwdb.host import cpu_quota, detect_at
-
-MACHINES = Path(__file__).parent / "machines"
-
-
-def unfold(name: str, root: Path) -> str:
-    """Write the files of the recording `name` below `root` and return the machine name that uname printed."""
-    machine = ""
-    file: Path | None = None
-    for line in (MACHINES / f"{name}.txt").read_text().splitlines():
-        if line.startswith("machine "):
-            machine = line.split()[1]
-        elif line.startswith("== "):
-            file = None if line == "== files" else root / line[3:]
-        elif file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a") as out:
-                out.write(line + "\n")
-        elif line.startswith("sys/"):
-            path, _, value = line.partition(":")
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_text(value + "\n")
-    return machine
 
 
 def replay(name: str, root: Path, allowed: set[int] | None = None) -> Hardware:
@@ -167,6 +147,64 @@ def test_old_processor_without_avx(tmp_path):
     assert (hw.id, hw.vector_bits, hw.vector_registers) == ("x86-64", 128, 16)
     assert "avx2" not in hw.features  # its base is masked, though the flag itself is still there
     assert "fma" not in hw.features
+
+
+def test_avx512_with_vnni_and_bf16(tmp_path):
+    hw = replay("zen4-avx512-vm", tmp_path)
+    assert (hw.id, hw.vector_bits, hw.vector_registers, hw.fma_per_cycle) == ("zen4", 512, 32, 1)
+    assert (hw.dot_product("int8"), hw.dot_product("bfloat16")) == ("vnni", "bf16")
+
+
+def test_granite_rapids_has_amx(tmp_path):
+    hw = replay("granite-rapids-6972p", tmp_path)
+    assert (hw.id, hw.cores, hw.vector_bits) == ("graniterapids", 96, 512)
+    assert (hw.dot_product("int8"), hw.dot_product("bfloat16")) == ("amx", "amx")
+    assert hw.vector_dot_product("int8") == "vnni"
+
+
+def test_favoured_cores_raise_the_clock_by_their_share(tmp_path):
+    hw = replay("arrow-lake-285", tmp_path)  # 8 of 24 cores are performance cores, without AVX-512
+    assert (hw.cores, hw.vector_bits) == (8, 256)
+    assert hw.clock_mhz == pytest.approx((2 * 5600 + 6 * 5400) / 8)
+    assert hw.dot_product("int8") == "vnni"
+
+
+def test_graviton2(tmp_path):
+    hw = replay("graviton2", tmp_path)
+    assert (hw.id, hw.cores, hw.llvm_cpu) == ("neoverse-n1", 64, "neoverse-n1")
+    assert hw.cache(2) == Cache(2, 1 << 20, 64, 8, 1)
+    assert hw.cache(3) == Cache(3, 32 << 20, 64, 16, 64)
+    assert hw.dot_product("int8") == "sdot"
+    assert "-sha3" in hw.tvm_target()["mattr"]
+
+
+def test_raspberry_pi_5(tmp_path):
+    hw = replay("raspberry-pi-5", tmp_path)
+    assert (hw.id, hw.name, hw.cores) == ("cortex-a76", "Raspberry Pi 5 Model B Rev 1.0", 4)
+    assert hw.peak_flops() == pytest.approx(153.6e9)  # 4 cores x 2 FMA x 4 lanes x 2 x 2.4 GHz
+    assert hw.cache(3) == Cache(3, 2 << 20, 64, 16, 4)
+    assert hw.supports("float16")
+
+
+def test_a_phone_with_two_clocks_of_one_big_core(tmp_path):
+    hw = replay("kirin-980-phone", tmp_path)
+    assert (hw.id, hw.cores) == ("cortex-a76", 4)
+    assert hw.clock_mhz == pytest.approx((1920 + 2600) / 2)
+    assert hw.supports("float16")
+    assert hw.dot_product("int8") is None  # its kernel does not tell of the instructions
+
+
+def test_arm_features_are_those_of_the_system(tmp_path):
+    hw = replay("ampere-one", tmp_path)
+    assert hw.cores == 4
+    assert hw.dot_product("int8") == "i8mm"
+    assert hw.dot_product("bfloat16") == "bf16"
+    assert "-sve" in hw.tvm_target()["mattr"]
+
+
+def test_another_instruction_set_is_not_taken_for_x86(tmp_path):
+    with pytest.raises(UnknownTarget, match=r"riscv64.*name a target"):
+        replay("spacemit-k1", tmp_path)
 
 
 def test_nothing_to_read_still_gives_a_machine(tmp_path):
