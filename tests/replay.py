@@ -4,7 +4,7 @@
     note ...                                        where the recording is from
     == proc/cpuinfo                                 a file, up to the next "=="
     == files                                        files of one line, as grep -H prints them: path:value
-    == nvidia-smi                                   what `accelerators.NVIDIA_SMI` printed
+    == nvidia-smi                                   what `host_gpus.NVIDIA_SMI` printed
 
 Machines with many equal processors are written short: `processor : 0-63` is 64 blocks of /proc/cpuinfo, `cpu0-63` in a
 path 64 files, and the value `@` the number of the processor itself.

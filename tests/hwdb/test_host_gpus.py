@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from replay import nvidia_smi, unfold
 
-from graphwright.hwdb.accelerators import FoundGpu, gfx_target, gpus_at
+from graphwright.hwdb.host_gpus import FoundGpu, gfx_target, gpus_at
 
 
 def replay(name, root):
