@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from ..errors import InputError
+from ..errors import InputError, UnknownTarget
 from ..hwdb import Hardware, lookup
 from . import tune as tuning
 from .assemble import assemble
@@ -154,6 +154,8 @@ def _options(
     if not isinstance(target, str):
         raise InputError(f"target is a name, got {target!r}; `graphwright hw list` shows them")
     hw = lookup(target)
+    if why := hw.refusal():
+        raise UnknownTarget(f"cannot compile for {target!r} ({hw.name}): {why}")
     check_precision(precision)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise InputError(f"tolerance is a relative error and must be a positive number, got {tolerance!r}")

@@ -128,7 +128,6 @@ def predict(
 
 
 def _facts(hw: Hardware) -> list[str]:
-    target = hw.tvm_target()
     dots = [f"{dtype} {family}" for dtype in ("int8", "bfloat16") if (family := hw.dot_product(dtype))]
     rows = {
         "id": hw.id,
@@ -143,7 +142,7 @@ def _facts(hw: Hardware) -> list[str]:
         **{f"L{cache.level} cache": _cache(hw, cache.level) for cache in hw.caches},
         "memory": _rate(hw.dram_gbs),
         "launch": f"{hw.launch_us:g} us a parallel region",
-        "LLVM": f"{target['mtriple']} {target['mcpu']}",
+        "LLVM": f"{hw.triple} {hw.llvm_cpu}",
         "confidence": hw.confidence,
     }
     return [f"{key:16s} {value}" for key, value in rows.items()]
@@ -159,9 +158,9 @@ def _sources(hw: Hardware) -> list[str]:
         where = Path(record.where.split(":")[0]).name
         lines.append(f"  {record.id} ({where}, {record.values['confidence']} confidence): {', '.join(own)}")
         stated |= set(own) - {"features", "without"}
-        lines += [f"    from {_source(database().sources[id])}" for id in record.values["source"]]
+        lines += [f"    from {_source(database().source(id))}" for id in record.values["source"]]
     if hw.native:
-        lines.append(f"  read from this machine, in place of the above: {_source(database().sources['host'])}")
+        lines.append(f"  read from this machine, in place of the above: {_source(database().source('host'))}")
     return lines
 
 
@@ -192,5 +191,5 @@ def _data(hw: Hardware) -> dict[str, Any]:
         **dataclasses.asdict(hw),
         "features": sorted(hw.features),
         "peak_flops": hw.peak_flops(),
-        "tvm_target": hw.tvm_target(),
+        "tvm_target": hw.tvm_target() if hw.kind != "npu" else None,
     }

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import CaptureError, GraphwrightError, InputError, suggest
-from ..hwdb.records import dtype_name
+from ..hwdb.dtypes import dtype_name
 
 _DTYPES = (
     "float32",

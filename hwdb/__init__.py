@@ -9,9 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .cost import Work
-from .records import Cache, Hardware, Source
+from .records import Cache, Cluster, Hardware, Occupancy, Source
 
-__all__ = ["Cache", "Hardware", "Source", "Work", "detect", "lookup", "missing_features", "names", "obstacle"]
+__all__ = [
+    "Cache",
+    "Cluster",
+    "Hardware",
+    "Occupancy",
+    "Source",
+    "Work",
+    "detect",
+    "lookup",
+    "missing_features",
+    "names",
+    "obstacle",
+]
 
 
 def detect() -> Hardware:

@@ -69,7 +69,7 @@ def detect_at(root: Path, allowed: Collection[int] | None, machine: str) -> Hard
         "cores": cores,
         "clock_mhz": _clock_mhz(root, usable, processors, values.get("clock_mhz")),
         "native": True,
-        "sources": tuple(records.sources[source] for source in ("host", *values["source"])),
+        "sources": tuple(records.source(source) for source in ("host", *values["source"])),
     }
     caches = _caches(root, usable[0])
     if caches:
@@ -175,9 +175,9 @@ def _record_of(records: Database, isa: str, fields: dict[str, str], flags: set[s
     """Return the processor's record: by its numbers, else by archspec's nearest ancestor, else by level."""
     numbers = _numbers(isa, fields)
     key = "cpuid" if isa == "x86_64" else "parts"
-    for id, record in records.records.items():
-        if any(_matches(pattern, numbers) for pattern in record.values.get(key, ())):
-            return _specialised(records, id, features)
+    for record in records.with_key(key):
+        if any(_matches(pattern, numbers) for pattern in record.values[key]):
+            return _specialised(records, record.id, features)
     found = _archspec_ancestor(records, isa, fields.get("vendor_id", "generic"), flags)
     if found is not None:
         log.info("unknown processor %s: taken as %s", "/".join(numbers), found)
@@ -192,11 +192,11 @@ def _record_of(records: Database, isa: str, fields: dict[str, str], flags: set[s
 
 def _specialised(records: Database, id: str, features: frozenset[str]) -> str:
     """Return the record with `id`'s numbers and more features: Cascade Lake has those of Skylake-SP."""
-    for other, record in records.records.items():
-        if record.kind == "architecture" and record.values.get("extends") == id:
+    for record in records.with_key("extends"):
+        if record.kind == "architecture" and record.values["extends"] == id:
             shares = not ({"cpuid", "parts"} & set(record.values))
-            if shares and records.merged(other)["features"] <= features:
-                return other
+            if shares and records.merged(record.id)["features"] <= features:
+                return record.id
     return id
 
 

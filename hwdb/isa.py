@@ -96,10 +96,48 @@ ARM_FLAGS = {
     "cssc": "cssc",
 }
 
-FLAGS = {"x86_64": X86_FLAGS, "aarch64": ARM_FLAGS}
+# LLVM feature -> hardware capability of 32-bit Arm (Linux arch/arm/include/uapi/asm/hwcap.h).
+ARMV7_FLAGS = {
+    "neon": "neon",
+    "vfp2": "vfp",
+    "vfp3": "vfpv3",
+    "vfp4": "vfpv4",
+    "fp16": "half",
+    "hwdiv": "idivt",
+    "hwdiv-arm": "idiva",
+}
+
+# LLVM feature -> name in the "isa" line (Linux Documentation/arch/riscv/uabi.rst).
+RISCV_FLAGS = {
+    name: name
+    for name in (
+        *("m", "a", "f", "d", "c", "v", "zba", "zbb", "zbc", "zbs", "zfh", "zfhmin"),
+        *("zvfh", "zvfhmin", "zicond", "zvl256b", "zvl512b", "zvl1024b"),
+    )
+}
+
+# LLVM feature -> "Features" of /proc/cpuinfo (Linux arch/loongarch/kernel/proc.c).
+LOONGARCH_FLAGS = {"f": "fpu", "d": "fpu", "lsx": "lsx", "lasx": "lasx", "ual": "ual"}
+
+FLAGS = {
+    "x86_64": X86_FLAGS,
+    "aarch64": ARM_FLAGS,
+    "armv7": ARMV7_FLAGS,
+    "riscv64": RISCV_FLAGS,
+    "loongarch64": LOONGARCH_FLAGS,
+}
 
 # Features every processor of the family has: never turned off.
-BASELINE = {"x86_64": frozenset({"sse", "sse2"}), "aarch64": frozenset({"fp-armv8", "neon"})}
+BASELINE = {
+    "x86_64": frozenset({"sse", "sse2"}),
+    "aarch64": frozenset({"fp-armv8", "neon"}),
+    "armv7": frozenset({"vfp2", "vfp3"}),
+    "riscv64": frozenset({"m", "a", "f", "d", "c"}),
+    "loongarch64": frozenset({"f", "d", "ual"}),
+}
+
+# Calling convention that LLVM has to be told: floats in floating-point registers.
+ABI = {"riscv64": "lp64d", "loongarch64": "lp64d"}
 
 # Matrix registers beside the vector registers, with instructions of their own.
 TILE_FEATURES = frozenset({"amx-tile", "amx-int8", "amx-bf16", "amx-fp16"})
@@ -159,8 +197,14 @@ def vector_shape(isa: str, features: frozenset[str]) -> tuple[int, int]:
     AVX-512 counts only with its VL and BW parts, which narrow vectors and byte data need. SVE machines are
     used through NEON, whose registers are the low 128 bits.
     """
-    if isa == "aarch64":
-        return 128, 32
+    if isa in ("aarch64", "armv7"):
+        return (128, 32) if isa == "aarch64" else (128, 16)
+    if isa == "riscv64":
+        if "v" not in features:
+            return 64, 32  # the floating-point registers, one value each
+        return max((bits for bits in (1024, 512, 256) if f"zvl{bits}b" in features), default=128), 32
+    if isa == "loongarch64":
+        return (256, 32) if "lasx" in features else (128, 32)
     if {"avx512f", "avx512vl", "avx512bw"} <= features:
         return 512, 32
     return (256, 16) if "avx" in features else (128, 16)

@@ -1,139 +1,72 @@
-"""Read the TOML records beside this file, check them, and build `Hardware` from a record and what it extends.
+"""The database: records of TOML files by name, what they inherit, and where each fact is stated.
 
-    [architecture.ID], [device.ID]    facts that differ from the record named by `extends`; source, confidence
-    [source.ID]                       where facts come from
+    database()                      the records of the package, of GRAPHWRIGHT_HWDB and of `register`
+    database().lineage("zen4")      the record and its ancestors, nearest first
+    database().merged("zen4")       its facts with the inherited ones filled in
 
-A key that is absent is unknown, or inherited. `features` adds to the parent's, `without` removes. A mistake
-in a file raises RecordError naming the file, the line of the record, the record and the key.
+A mistake in a file raises RecordError naming the file, the line, the record and the key.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
+import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecordError, UnknownTarget, suggest
 from . import isa as instruction_set
-from .records import Cache, Hardware, Source
-
-_NUMBER = (int, float)
-# Key -> the types it takes. Sizes and rates are positive; unknown is absent, never 0.
-_KEYS: dict[str, tuple[type, ...]] = {
-    "extends": (str,),
-    "name": (str,),
-    "aliases": (list,),
-    "isa": (str,),
-    "triple": (str,),
-    "llvm_cpu": (str,),
-    "cpuid": (list,),
-    "parts": (list,),
-    "features": (list,),
-    "without": (list,),
-    "fma_per_cycle": (int, float, dict),
-    "fma_latency_cycles": (int,),
-    "cores": (int,),
-    "clock_mhz": _NUMBER,
-    "caches": (list,),
-    "core_dram_gbs": _NUMBER,
-    "dram_gbs": _NUMBER,
-    "launch_us": _NUMBER,
-    "wake_us": _NUMBER,
-    "source": (list,),
-    "confidence": (str,),
-}
-_CACHE_KEYS = {"level", "size_bytes", "line_bytes", "ways", "shared_by_cores"}
-_SOURCE_KINDS = {
-    "vendor_datasheet",
-    "vendor_doc",
-    "driver_dump",
-    "measured",
-    "press",
-    "derived",
-    "memory",
-    "system",
-}
-# What a record says of itself only: not handed down to those that extend it.
-_OWN = {"aliases", "cpuid", "parts", "features", "without", "source", "confidence", "extends"}
-_NEEDED = ("name", "isa", "triple", "llvm_cpu", "fma_per_cycle", "fma_latency_cycles", "cores")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One table of a TOML file, checked by itself."""
-
-    id: str
-    kind: str
-    where: str  # "x86.toml:12: architecture.haswell"
-    values: Mapping[str, Any]
+from . import schema
+from .build import build
+from .files import Record, records_of
+from .records import Hardware, Source
 
 
 class Database:
-    """Every record of some directories of TOML files; read once, built on demand."""
+    """Every record of some TOML files: found at once, parsed and built on demand."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.records: dict[str, Record] = {}
-        self.sources: dict[str, Source] = {}
-        self._aliases: dict[str, str] = {}
+        self._sources: dict[str, Record] = {}
+        self._names: dict[str, str] = {}
         for file in files:
-            self._read(file)
-        for record in self.records.values():
-            self._check_references(record)
+            for record in records_of(file):
+                self.enter(record)
 
-    def _read(self, file: Path) -> None:
-        text = file.read_text(encoding="utf-8")
-        toml = _toml()
-        try:
-            tables = toml.loads(text)
-        except toml.TOMLDecodeError as error:
-            raise RecordError(f"{file}: not valid TOML: {error}") from error
-        for kind, entries in tables.items():
-            if kind not in ("architecture", "device", "source"):
-                near = suggest(kind, ("architecture", "device", "source"))
-                raise RecordError(f"{file}: [{kind}]: unknown kind of record{near}")
-            for id, values in entries.items():
-                where = f"{file}:{_line(text, kind, id)}: {kind}.{id}"
-                if kind == "source":
-                    self.sources[id] = _source(id, values, where)
-                    continue
-                _check_values(values, where)
-                self._enter(Record(id, kind, where, values))
+    def enter(self, record: Record) -> None:
+        """Take in one more record. Raises RecordError where its id or an alias belongs to another."""
+        table = self._sources if record.kind == "source" else self.records
+        if record.id in table:
+            record.mistake("", f"this record already exists: {table[record.id].where}")
+        if record.kind != "source":
+            for name in (record.id, *record.aliases):
+                other = self._names.get(spelling(name), record.id)
+                if other != record.id:
+                    record.mistake("aliases", f"the name {name!r} already belongs to {self.records[other].where}")
+            self._names.update({spelling(name): record.id for name in (record.id, *record.aliases)})
+        table[record.id] = record
 
-    def _enter(self, record: Record) -> None:
-        for name in (record.id, *record.values.get("aliases", ())):
-            other = self._aliases.setdefault(spelling(name), record.id)
-            if other != record.id:
-                raise RecordError(f"{record.where}: the name {name!r} already belongs to {self.records[other].where}")
-        if record.id in self.records:
-            raise RecordError(f"{record.where}: this record already exists: {self.records[record.id].where}")
-        self.records[record.id] = record
+    def remove(self, id: str) -> None:
+        """Take a record and its names out again; for a registered record that turns out to be wrong."""
+        del self.records[id]
+        self._names = {name: owner for name, owner in self._names.items() if owner != id}
 
-    def _check_references(self, record: Record) -> None:
-        for id in record.values["source"]:
-            if id not in self.sources:
-                raise RecordError(f"{record.where}: source {id!r} is not in any [source.*]{suggest(id, self.sources)}")
-        lineage = self.lineage(record.id)
-        values = self.merged(record.id)
-        missing = [key for key in _NEEDED if key not in values]
-        if missing:
-            raise RecordError(
-                f"{record.where}: {', '.join(missing)} missing here and in what it extends "
-                f"({' > '.join(r.id for r in lineage[1:]) or 'nothing'})"
-            )
-        isa = values["isa"]
-        if isa not in instruction_set.FLAGS:
-            raise RecordError(f"{record.where}: isa {isa!r} is not one of {', '.join(instruction_set.FLAGS)}")
-        for key in ("features", "without"):
-            for name in record.values.get(key, ()):
-                if name not in instruction_set.FLAGS[isa]:
-                    raise RecordError(
-                        f"{record.where}: {key}: {name!r} is not a known {isa} feature"
-                        f"{suggest(name, instruction_set.FLAGS[isa])}"
-                    )
+    def check(self, ids: Iterable[str] | None = None) -> None:
+        """Read and check every record (or those of `ids`) with its sources and ancestors. Raises RecordError."""
+        for id in self.records if ids is None else ids:
+            self._check(self.records[id])
+        for source in self._sources if ids is None else ():
+            self.source(source)
+
+    def source(self, id: str) -> Source:
+        """Return the source called `id`; raises KeyError where there is none."""
+        return Source(id, **self._sources[id].values)
+
+    def sources_of(self, record: Record) -> tuple[Source, ...]:
+        """Return where the facts stated by `record` itself come from."""
+        return tuple(self.source(id) for id in record.values["source"])
 
     def lineage(self, id: str) -> tuple[Record, ...]:
         """Return the record and its ancestors, nearest first."""
@@ -141,9 +74,9 @@ class Database:
         while (parent := chain[-1].values.get("extends")) is not None:
             if parent not in self.records:
                 near = suggest(parent, self.records)
-                raise RecordError(f"{chain[-1].where}: extends {parent!r}, which does not exist{near}")
+                chain[-1].mistake("extends", f"extends {parent!r}, which does not exist{near}")
             if self.records[parent] in chain:
-                raise RecordError(f"{chain[-1].where}: extends {parent!r}, which extends it in turn")
+                chain[-1].mistake("extends", f"extends {parent!r}, which extends it in turn")
             chain.append(self.records[parent])
         return tuple(chain)
 
@@ -153,7 +86,13 @@ class Database:
         values: dict[str, Any] = {}
         features: set[str] = set()
         for record in reversed(lineage):
-            values.update({key: value for key, value in record.values.items() if key not in _OWN})
+            for key, value in record.values.items():
+                if key in schema.TABLES:
+                    values[key] = {**values.get(key, {}), **value}
+                elif key not in schema.OWN:
+                    values[key] = value
+            if clusters := record.values.get("clusters"):
+                values.update(_of_largest(clusters, record.values))
             features |= set(record.values.get("features", ()))
             features -= set(record.values.get("without", ()))
         own = lineage[0].values
@@ -166,47 +105,64 @@ class Database:
 
     def find(self, name: str) -> str | None:
         """Return the id of the record that `name` (an id or alias in any spelling) means."""
-        return self._aliases.get(spelling(name))
+        return self._names.get(spelling(name))
 
     def id_of(self, name: str) -> str:
         """Like `find`; raises UnknownTarget with the nearest names."""
         found = self.find(name)
         if found is None:
-            known = {*self.records, *(a for r in self.records.values() for a in r.values.get("aliases", ()))}
             raise UnknownTarget(
-                f"unknown target {name!r}{suggest(spelling(name), {'native', *known})} "
+                f"unknown target {name!r}{suggest(spelling(name), {'native', *self._names})} "
                 "(`graphwright hw list` prints all names; 'native' is this machine)"
             )
         return found
 
     def build(self, id: str, **facts: Any) -> Hardware:
         """Build the Hardware of record `id`; `facts` (fields of Hardware) replace the record's."""
-        values = self.merged(id)
-        features = instruction_set.closed(facts.pop("features", values["features"]))
-        bits, registers = instruction_set.vector_shape(values["isa"], features)
-        cores = facts.pop("cores", values["cores"])
-        result: dict[str, Any] = {
-            "id": id,
-            "name": values["name"],
-            "isa": values["isa"],
-            "triple": values["triple"],
-            "llvm_cpu": values["llvm_cpu"],
-            "features": features,
-            "vector_bits": bits,
-            "vector_registers": registers,
-            "fma_per_cycle": _at_width(values["fma_per_cycle"], bits),
-            "fma_latency_cycles": values["fma_latency_cycles"],
-            "cores": cores,
-            "clock_mhz": values.get("clock_mhz"),
-            "caches": tuple(Cache(**entry) for entry in values.get("caches", ())),
-            "dram_gbs": _dram_gbs(values, cores),
-            "confidence": values["confidence"],
-            "sources": tuple(self.sources[source] for source in values["source"]),
-        }
-        for name in ("launch_us", "wake_us"):
-            if name in values:
-                result[name] = float(values[name])
-        return Hardware(**{**result, **facts})
+        return build(id, self.merged(id), self.sources_of(self.records[id]), **facts)
+
+    def with_key(self, key: str) -> Iterator[Record]:
+        """Yield the records that state `key` themselves, in the order of the files; only they are parsed."""
+        return (record for record in self.records.values() if record.states(key))
+
+    def _check(self, record: Record) -> None:
+        for id in record.values["source"]:
+            if id not in self._sources:
+                record.mistake("source", f"source {id!r} is not in any [source.*]{suggest(id, self._sources)}")
+            self.source(id)
+        if set(record.values.get("aliases", ())) != set(record.aliases):
+            record.mistake("aliases", "write `aliases = [...]` at the beginning of a line")
+        lineage = self.lineage(record.id)
+        values = self.merged(record.id)
+        for key, message in schema.class_mistakes({k: v for k, v in values.items() if k != "features"}):
+            parents = " > ".join(parent.id for parent in lineage[1:]) or "nothing"
+            record.mistake(key, f"{message} ({parents})" if message.endswith("extends") else message)
+        isa, cpu = values["isa"], values.get("class", "cpu") in ("cpu", "board")
+        known: Iterable[str] = instruction_set.FLAGS if cpu else schema.ACCELERATOR_ISAS
+        if isa not in known:
+            record.mistake("isa", f"isa {isa!r} is not one of {', '.join(known)}")
+        for key in ("features", "without"):
+            for name in record.values.get(key, ()):
+                flags: Mapping[str, str] = instruction_set.FLAGS[isa] if cpu else {}
+                if name not in flags:
+                    record.mistake(key, f"{key}: {name!r} is not a known {isa} feature{suggest(name, flags)}")
+        for key in ("gpu", "npu"):
+            if (other := record.values.get(key)) is not None and other not in self.records:
+                record.mistake(key, f"{key} {other!r} does not exist{suggest(other, self.records)}")
+        for cluster in (clusters := record.values.get("clusters", ())):
+            if cluster["core"] not in self.records:
+                near = suggest(cluster["core"], self.records)
+                record.mistake("clusters", f"core {cluster['core']!r} does not exist{near}")
+        if clusters and clusters[0]["core"] not in {parent.id for parent in lineage}:
+            record.mistake(
+                "clusters", f"the fastest cores come first, and the record extends theirs: {lineage[1].id!r}"
+            )
+
+
+def _of_largest(clusters: list[dict[str, Any]], stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Cores and clock of the first cluster, unless stated: work is shared by equal cores only."""
+    first = {"cores": clusters[0]["count"], "clock_mhz": clusters[0].get("clock_mhz")}
+    return {key: value for key, value in first.items() if value is not None and key not in stated}
 
 
 def spelling(name: str) -> str:
@@ -214,88 +170,23 @@ def spelling(name: str) -> str:
     return re.sub(r"[_ .]+", "-", name.strip().lower())
 
 
-@functools.cache
 def database() -> Database:
-    """Return the records that come with the package."""
-    return Database(sorted(Path(__file__).parent.glob("*.toml")))
+    """Return the records that come with the package, and those of the directories in GRAPHWRIGHT_HWDB.
+
+    The directories are separated as in PATH. Raises RecordError for a mistake in a user's file.
+    """
+    return _database(os.environ.get("GRAPHWRIGHT_HWDB", ""))
 
 
-def _toml() -> Any:
-    try:
-        return importlib.import_module("tomllib")
-    except ModuleNotFoundError:  # Python 3.10
-        return importlib.import_module("tomli")
-
-
-def _line(text: str, kind: str, id: str) -> int:
-    header = re.search(rf'^\[\s*{kind}\s*\.\s*"?{re.escape(id)}"?\s*\]', text, re.MULTILINE)
-    return text.count("\n", 0, header.start()) + 1 if header else 1
-
-
-def _source(id: str, values: Mapping[str, Any], where: str) -> Source:
-    for key in ("kind", "title"):
-        if not isinstance(values.get(key), str):
-            raise RecordError(f"{where}: {key} missing")
-    for key in values:
-        if key not in ("kind", "title", "url", "date"):
-            raise RecordError(f"{where}: unknown key {key!r}{suggest(key, ('kind', 'title', 'url', 'date'))}")
-    if values["kind"] not in _SOURCE_KINDS:
-        raise RecordError(f"{where}: kind {values['kind']!r} is not one of {', '.join(sorted(_SOURCE_KINDS))}")
-    return Source(id, **values)
-
-
-def _check_values(values: Mapping[str, Any], where: str) -> None:
-    for key, value in values.items():
-        if key not in _KEYS:
-            raise RecordError(f"{where}: unknown key {key!r}{suggest(key, _KEYS)}")
-        if isinstance(value, bool) or not isinstance(value, _KEYS[key]):
-            expected = " or ".join(kind.__name__ for kind in _KEYS[key])
-            raise RecordError(f"{where}: {key} = {value!r} is not {expected}")
-        if isinstance(value, _NUMBER) and value <= 0:
-            raise RecordError(f"{where}: {key} = {value!r}: leave an unknown value out instead of writing it as 0")
-        if key != "caches" and isinstance(value, list) and not all(isinstance(item, str) for item in value):
-            raise RecordError(f"{where}: {key} is a list of strings")
-    for key in ("source", "confidence"):
-        if not values.get(key):
-            raise RecordError(f"{where}: {key} missing: every record says where it comes from and how sure it is")
-    if values["confidence"] not in ("high", "medium", "low"):
-        raise RecordError(f"{where}: confidence {values['confidence']!r} is not high, medium or low")
-    if isinstance(rates := values.get("fma_per_cycle"), dict):
-        for bits, rate in rates.items():
-            if bits not in ("128", "256", "512") or not isinstance(rate, _NUMBER) or rate <= 0:
-                raise RecordError(f"{where}: fma_per_cycle: {bits} = {rate!r}: vector bits (128, 256, 512) to a rate")
-    _check_caches(values.get("caches", ()), where)
-
-
-def _check_caches(caches: Iterable[Any], where: str) -> None:
-    last = 0
-    for cache in caches:
-        if not isinstance(cache, dict) or not {"level", "size_bytes"} <= set(cache):
-            raise RecordError(f"{where}: caches: each has at least level and size_bytes, not {cache!r}")
-        for key, value in cache.items():
-            if key not in _CACHE_KEYS:
-                raise RecordError(f"{where}: caches: unknown key {key!r}{suggest(key, _CACHE_KEYS)}")
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise RecordError(f"{where}: caches: {key} = {value!r} is not a positive integer")
-        if cache["level"] <= last:
-            raise RecordError(f"{where}: caches: levels must ascend, L{cache['level']} follows L{last}")
-        last = cache["level"]
-
-
-def _at_width(rate: Any, bits: int) -> float:
-    """Return the rate at `bits`, else at the nearest narrower known width, else at the nearest wider one."""
-    if not isinstance(rate, dict):
-        return float(rate)
-    widths = sorted(int(width) for width in rate)
-    known = [width for width in widths if width <= bits] or widths[:1]
-    return float(rate[str(known[-1])])
-
-
-def _dram_gbs(values: Mapping[str, Any], cores: int) -> float | None:
-    """Return what the memory sustains: one core's stream times the cores, up to what all channels give."""
-    limits = []
-    if "core_dram_gbs" in values:
-        limits.append(float(values["core_dram_gbs"]) * cores)
-    if "dram_gbs" in values:
-        limits.append(float(values["dram_gbs"]))
-    return min(limits, default=None)
+@functools.cache
+def _database(directories: str) -> Database:
+    records = Database(sorted(Path(__file__).parent.glob("*.toml")))
+    for directory in filter(None, directories.split(os.pathsep)):
+        if not Path(directory).is_dir():
+            raise RecordError(f"GRAPHWRIGHT_HWDB names {directory!r}, which is not a directory")
+        known = set(records.records)
+        for file in sorted(Path(directory).glob("*.toml")):
+            for record in records_of(file):
+                records.enter(record)
+        records.check(set(records.records) - known)
+    return records

@@ -9,34 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from . import isa as instruction_set
+from .dtypes import BITS, dtype_name
 
-# Bytes of one element, by the dtype names of torch, TVM and common speech.
-_ITEM_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint8": 1,
-    "bool": 1,
-}
-_SPELLINGS = {
-    "fp64": "float64",
-    "f64": "float64",
-    "double": "float64",
-    "fp32": "float32",
-    "f32": "float32",
-    "float": "float32",
-    "fp16": "float16",
-    "f16": "float16",
-    "half": "float16",
-    "bf16": "bfloat16",
-    "i8": "int8",
-    "u8": "uint8",
-}
+# What CPUs compute with, be it by widening.
+_CPU_DTYPES = frozenset(
+    {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+)
 
 # Multiply-adds of one dot-product instruction, as a multiple of the float32 multiply-adds of one vector.
 # AMX: a TDPBSSD does 16 x 16 x 64 int8 products in 16 cycles (Intel optimization manual, chapter on AMX):
@@ -50,11 +28,15 @@ _DOT_RATE = {
     ("bfloat16", "amx"): 16.0,
 }
 
-
-def dtype_name(dtype: str) -> str:
-    """Return the full name of `dtype`: "fp32" and "torch.float32" are "float32"."""
-    name = dtype.removeprefix("torch.")
-    return _SPELLINGS.get(name, name)
+# Feature -> m, n, k, type multiplied, type accumulated. Intel optimization manual (AMX tiles of 16 rows of 64 bytes),
+# Arm architecture reference manual (SMMLA, BFMMLA).
+_MATRIX_INSTRUCTIONS = (
+    ("amx-int8", 16, 16, 64, "int8", "int32"),
+    ("amx-bf16", 16, 16, 32, "bfloat16", "float32"),
+    ("amx-fp16", 16, 16, 32, "float16", "float32"),
+    ("i8mm", 2, 2, 8, "int8", "int32"),
+    ("bf16", 2, 2, 4, "bfloat16", "float32"),
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +48,7 @@ class Source:
     title: str
     url: str | None = None
     date: str | None = None
+    accessed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +63,58 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """Equal cores of a processor that has several kinds."""
+
+    core: str  # the record of the microarchitecture
+    count: int
+    clock_mhz: float | None = None
+
+
+@dataclass(frozen=True)
+class Board:
+    """What is in the package beside the cores: the chip's name, and the records of its GPU and NPU."""
+
+    soc: str | None = None
+    gpu: str | None = None
+    npu: str | None = None
+
+
+@dataclass(frozen=True)
+class MatrixShape:
+    """One matrix instruction: c[m, n] += a[m, k] @ b[k, n], with the types multiplied and accumulated."""
+
+    m: int
+    n: int
+    k: int
+    dtype: str
+    accumulate: str
+
+    def __str__(self) -> str:
+        return f"m{self.m}n{self.n}k{self.k}:{self.dtype}:{self.accumulate}"
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How many blocks of a GPU kernel are resident on one unit at a time, and what keeps out the next one."""
+
+    blocks_per_unit: int
+    warps_per_unit: int
+    share: float  # of the warps a unit can hold
+    limited_by: str  # "threads", "blocks", "registers" or "shared memory"
+
+
+@dataclass(frozen=True)
 class Hardware:
-    """A CPU target: enough facts to choose kernels, tiles and precision, and to ask LLVM for code."""
+    """A machine: enough facts to choose kernels, tiles and precision, and to ask LLVM for code.
+
+    As it stands this is a CPU, or a board with one. `Gpu` and `Npu` (accelerators.py) extend it: their cores are the
+    units that share nothing but the outer caches, a vector is one warp, and the questions are the same.
+    """
 
     id: str
     name: str
-    isa: Literal["x86_64", "aarch64"]
+    isa: str  # x86_64, aarch64, armv7, riscv64, loongarch64; nvptx, amdgcn, spirv, metal; none
     triple: str
     llvm_cpu: str
     features: frozenset[str]  # LLVM feature names without '+': "avx2", "fma", "avx512f", "neon", "dotprod"
@@ -102,13 +131,24 @@ class Hardware:
     native: bool = False
     confidence: Literal["high", "medium", "low"] = "medium"
     sources: tuple[Source, ...] = field(default=())
+    kind: Literal["cpu", "board", "gpu", "npu"] = "cpu"
+    vendor: str | None = None
+    year: int | None = None
+    dram_bytes: int | None = None  # the largest option
+    tdp_watts: float | None = None
+    clusters: tuple[Cluster, ...] = ()  # of processors with unequal cores, the fastest first; `cores` are the first's
+    board: Board | None = None
+    toolchain: str | None = None  # "none": nothing we know makes code for it
 
     def lanes(self, dtype: str = "float32") -> int:
         """Elements of `dtype` in one vector register."""
-        return self.vector_bits // (8 * _ITEM_BYTES[dtype_name(dtype)])
+        return self.vector_bits // BITS[dtype_name(dtype)]
 
-    def peak_flops(self, dtype: str = "float32") -> float | None:
-        """FLOP/s of all cores together for `dtype` multiply-adds, or None where the clock is unknown."""
+    def peak_flops(self, dtype: str = "float32", *, sparse: bool = False) -> float | None:
+        """FLOP/s of all cores together for `dtype` multiply-adds, or None where the rates are unknown.
+
+        `sparse` counts the zeros that structured (2:4) sparsity skips, where the hardware can skip them.
+        """
         if self.clock_mhz is None:
             return None
         name = dtype_name(dtype)
@@ -159,14 +199,36 @@ class Hardware:
             return bool(self.features & {"fullfp16", "avx512fp16"})
         if name == "bfloat16":
             return self.dot_product(name) is not None
-        return name in _ITEM_BYTES
+        return name in _CPU_DTYPES
+
+    def matrix_instructions(self, dtype: str) -> tuple[MatrixShape, ...]:
+        """Instructions that multiply small matrices of `dtype`, the preferred one first; empty where there are none."""
+        return tuple(
+            MatrixShape(m, n, k, name, accumulate)
+            for feature, m, n, k, name, accumulate in _MATRIX_INSTRUCTIONS
+            if feature in self.features and name == dtype_name(dtype)
+        )
+
+    def occupancy(self, registers: int, shared_bytes: int, threads: int) -> Occupancy | None:
+        """Blocks of `threads` threads that are resident on one unit at a time; None where there are no such blocks.
+
+        `registers` of 32 bits are per thread, `shared_bytes` per block.
+        """
+        return None
+
+    def refusal(self) -> str | None:
+        """Why graphwright makes no code for this machine, or None where it does."""
+        if self.toolchain == "none":
+            return "no compiler for it is known here; it is in the database for planning"
+        return None
 
     def tvm_target(self) -> dict[str, Any]:
         """The description TVM's Target takes: kind, mtriple, mcpu, mattr, num-cores."""
-        return {
+        target = {
             "kind": "llvm",
             "mtriple": self.triple,
             "mcpu": self.llvm_cpu,
             "mattr": instruction_set.attributes(self.isa, self.features),
             "num-cores": self.cores,
         }
+        return {**target, "mabi": abi} if (abi := instruction_set.ABI.get(self.isa)) else target

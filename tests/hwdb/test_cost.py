@@ -65,7 +65,9 @@ WORKS = st.builds(
     tasks=st.none() | st.integers(1, 1000),
     efficiency=st.floats(0.05, 1.0),
 )
-MACHINES = st.sampled_from([name for name in hwdb.names() if name != "native"]).map(hwdb.lookup)
+MACHINES = st.sampled_from(
+    [hw for name in hwdb.names() if (hw := hwdb.lookup(name)).kind in ("cpu", "board") and hw.clock_mhz and hw.dram_gbs]
+)
 
 
 @given(MACHINES, WORKS, st.floats(1.0, 100.0))
