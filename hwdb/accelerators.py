@@ -44,7 +44,9 @@ class Accelerator(Hardware):
         factor = self.sparse_factor.get(name, 1.0) if sparse else 1.0
         if name in self.peak_ops:
             return self.peak_ops[name] * factor
-        matrix = self._rate(self.matrix_flops, name, self.tensor_clock_mhz or self.clock_mhz)
+        # Matrix units that slow down do so for the narrow types: H100 multiplies float64 at its boost clock.
+        clock = self.clock_mhz if name == "float64" else self.tensor_clock_mhz or self.clock_mhz
+        matrix = self._rate(self.matrix_flops, name, clock)
         vector = self._rate(self.vector_flops, name, self.clock_mhz)
         if matrix is None and vector is None:
             return self.peak_flops("float32") if name in ("float16", "bfloat16", "tf32", "int8") else None

@@ -53,6 +53,14 @@ class Record:
             self.mistake(key, message)
         return values
 
+    @property
+    def name(self) -> str:
+        """The product's name, or "" where the record leaves it to its ancestor; the text is only searched."""
+        if self.given is not None:
+            return str(self.given.get("name", ""))
+        found = re.search(r'^name\s*=\s*"([^"\n]*)"', self.text, re.MULTILINE)
+        return found[1] if found else ""
+
     def states(self, key: str) -> bool:
         """Whether the record itself gives `key`; cheap, since its text is only searched."""
         if self.given is not None:

@@ -23,6 +23,9 @@ from .build import build
 from .files import Record, records_of
 from .records import Hardware, Source
 
+# Words of a product's name that people leave out.
+_BRANDS = re.compile(r"\b(nvidia|geforce|tesla|quadro|amd|radeon|instinct|intel)\b")
+
 
 class Database:
     """Every record of some TOML files: found at once, parsed and built on demand."""
@@ -31,6 +34,7 @@ class Database:
         self.records: dict[str, Record] = {}
         self._sources: dict[str, Record] = {}
         self._names: dict[str, str] = {}
+        self._bare_names: dict[str, str] | None = None
         for file in files:
             for record in records_of(file):
                 self.enter(record)
@@ -46,12 +50,14 @@ class Database:
                 if other != record.id:
                     record.mistake("aliases", f"the name {name!r} already belongs to {self.records[other].where}")
             self._names.update({spelling(name): record.id for name in (record.id, *record.aliases)})
+            self._bare_names = None
         table[record.id] = record
 
     def remove(self, id: str) -> None:
         """Take a record and its names out again; for a registered record that turns out to be wrong."""
         del self.records[id]
         self._names = {name: owner for name, owner in self._names.items() if owner != id}
+        self._bare_names = None
 
     def check(self, ids: Iterable[str] | None = None) -> None:
         """Read and check every record (or those of `ids`) with its sources and ancestors. Raises RecordError."""
@@ -104,8 +110,22 @@ class Database:
         }
 
     def find(self, name: str) -> str | None:
-        """Return the id of the record that `name` (an id or alias in any spelling) means."""
-        return self._names.get(spelling(name))
+        """Return the id of the record that `name` means: an id or alias in any spelling, or the product's name.
+
+        Brands and hyphens may be left out or added where one record only is meant: "NVIDIA GeForce RTX 4090",
+        "rtx4090" and "Radeon RX 7900 XTX" as drivers and people write them.
+        """
+        return self._names.get(spelling(name)) or self._products().get(_bare(name))
+
+    def _products(self) -> dict[str, str]:
+        """Bare spellings of ids, aliases and names that mean one record. Made on the first miss: few ask for it."""
+        if self._bare_names is None:
+            owners: dict[str, set[str]] = {}
+            for record in self.records.values():
+                for name in (record.id, *record.aliases, record.name):
+                    owners.setdefault(_bare(name), set()).add(record.id)
+            self._bare_names = {name: min(ids) for name, ids in owners.items() if name and len(ids) == 1}
+        return self._bare_names
 
     def id_of(self, name: str) -> str:
         """Like `find`; raises UnknownTarget with the nearest names."""
@@ -168,6 +188,10 @@ def _of_largest(clusters: list[dict[str, Any]], stated: Mapping[str, Any]) -> di
 def spelling(name: str) -> str:
     """Return `name` as names are compared: lower case, `_`, ` ` and `.` as `-`."""
     return re.sub(r"[_ .]+", "-", name.strip().lower())
+
+
+def _bare(name: str) -> str:
+    return _BRANDS.sub("", spelling(name)).replace("-", "")
 
 
 def database() -> Database:

@@ -251,7 +251,9 @@ NEEDED = {
     "npu": ("name", "isa", "vendor"),
 }
 # What a GPU that code can be made for must say besides.
-NEEDED_FOR_CODE = ("llvm_cpu", "warp_threads", "max_threads_per_block", "shared_bytes_per_block", "vector_flops")
+NEEDED_FOR_CODE = ("warp_threads", "max_threads_per_block", "shared_bytes_per_block", "vector_flops")
+# Those that LLVM makes machine code for name the processor; SPIR-V and Metal are compiled by the driver.
+COMPILED_BY_LLVM = ("nvptx", "amdgcn")
 
 # What a record says of itself only: not handed down to those that extend it.
 OWN = frozenset(
@@ -287,6 +289,7 @@ def class_mistakes(merged: Mapping[str, Any]) -> Iterator[Mistake]:
     needed: Iterable[str] = NEEDED[kind]
     if kind == "gpu" and merged.get("isa") != "none":
         needed = (*needed, *NEEDED_FOR_CODE)
+        needed = (*needed, "llvm_cpu") if merged.get("isa") in COMPILED_BY_LLVM else needed
     missing = [key for key in needed if key not in merged]
     if missing:
         yield missing[0], f"{', '.join(missing)} missing here and in what it extends"
