@@ -37,6 +37,18 @@ def test_llvm_knows_every_cpu_and_agrees_on_features(codegen):
         assert hw.features == llvm, id
 
 
+def test_llvm_knows_every_gpu_processor_and_tvm_takes_the_target(codegen):
+    from tvm.target import Target
+
+    for id in hwdb.names():
+        hw = hwdb.lookup(id)
+        if hw.kind != "gpu" or hw.isa == "none":
+            continue
+        if hw.isa in ("nvptx", "amdgcn"):
+            assert codegen.llvm_is_valid_cpu(hw.llvm_cpu, hw.triple), id
+        assert Target(hw.tvm_target()).attrs["thread_warp_size"] == hw.warp_threads, id
+
+
 def test_the_attributes_leave_exactly_the_features(codegen):
     for name in ("native", "raspberry-pi-4", "zen4", "x86-64"):
         hw = hwdb.lookup(name)
