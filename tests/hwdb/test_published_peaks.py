@@ -56,6 +56,13 @@ def test_sparse_is_at_least_dense_and_narrower_types_are_no_slower():
             assert hw.peak_flops(dtype, sparse=True) >= hw.peak_flops(dtype), f"{id}: {dtype}"
 
 
+def test_a_matrix_rate_has_an_instruction_and_an_instruction_a_rate():
+    for id in hwdb.names():
+        hw = hwdb.lookup(id)
+        if hw.kind == "gpu" and hw.isa != "none":
+            assert {shape.dtype for shape in hw.matrix_shapes} == set(hw.matrix_flops), id
+
+
 def test_there_are_figures_for_every_vendor():
     vendors = {hwdb.lookup(device).vendor for device in PUBLISHED["peaks"]}
     assert vendors == {"nvidia", "amd", "intel", "apple"}
