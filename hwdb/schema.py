@@ -10,6 +10,7 @@ as (key, message) pairs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -117,18 +118,38 @@ def vector_rate(value: Any) -> str | None:
     return None
 
 
+def cache_table(entry: str | Mapping[str, int], level: int) -> Mapping[str, int]:
+    """Return the fields of a cache; "36M 12 /24 @128" is size, ways, cores that share it, bytes of a line.
+
+    All but the size may be left out. The entries of a list written so are level 1, 2, 3; ValueError for other text.
+    """
+    if not isinstance(entry, str):
+        return entry
+    parts = _CACHE_TEXT.fullmatch(entry)
+    if parts is None:
+        raise ValueError(entry)
+    size, unit, ways, sharing, line = parts.groups()
+    fields = {"ways": ways, "shared_by_cores": sharing, "line_bytes": line}
+    known = {key: int(text) for key, text in fields.items() if text is not None}
+    return {"level": level, "size_bytes": int(size) << (10 if unit == "K" else 20), **known}
+
+
 def caches(value: Any) -> str | None:
     last = 0
     if not isinstance(value, list):
         return "is not a list"
-    for cache in value:
+    for level, entry in enumerate(value, 1):
+        try:
+            cache = cache_table(entry, level)
+        except ValueError:
+            return f"has {entry!r}, which is not like '36M 12 /24': size, ways, cores that share it"
         if not isinstance(cache, dict) or not {"level", "size_bytes"} <= set(cache):
             return f"each has at least level and size_bytes, not {cache!r}"
-        for key, entry in cache.items():
+        for key, number_of in cache.items():
             if key not in _CACHE_KEYS:
                 return f"unknown key {key!r}{suggest(key, _CACHE_KEYS)}"
-            if whole(entry):
-                return f"{key} = {entry!r} is not a positive integer"
+            if whole(number_of):
+                return f"{key} = {number_of!r} is not a positive integer"
         if cache["level"] <= last:
             return f"levels must ascend, L{cache['level']} follows L{last}"
         last = cache["level"]
@@ -154,6 +175,7 @@ def one_of(*known: str) -> Callable[[Any], str | None]:
     return check
 
 
+_CACHE_TEXT = re.compile(r"(\d+)([KM])(?: (\d+))?(?: /(\d+))?(?: @(\d+))?")
 _CACHE_KEYS = ("level", "size_bytes", "line_bytes", "ways", "shared_by_cores")
 
 # Of every class. `class` is inherited; `toolchain = "none"` says that nothing we know makes code for it.

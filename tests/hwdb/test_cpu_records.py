@@ -1,0 +1,120 @@
+"""Processors and boards: names people type, caches against recorded machines, clusters, and what may be called sure."""
+
+from __future__ import annotations
+
+import pytest
+from replay import unfold
+
+from graphwright import hwdb
+from graphwright.errors import RecordError
+from graphwright.hwdb import Cache
+from graphwright.hwdb.host import detect_at
+from graphwright.hwdb.loader import Database, database
+from graphwright.hwdb.schema import cache_table
+
+CPUS = [
+    id for id, record in database().records.items() if database().merged(id).get("class", "cpu") in ("cpu", "board")
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "id", "isa"),
+    [
+        ("raspberry-pi-zero-2w", "raspberry-pi-zero-2w", "aarch64"),
+        ("raspberry-pi-3b+", "raspberry-pi-3b-plus", "aarch64"),
+        ("pi4", "raspberry-pi-4b", "aarch64"),
+        ("rpi5", "raspberry-pi-5", "aarch64"),
+        ("raspberry-pi-2", "raspberry-pi-2b", "armv7"),
+        ("raspberry-pi-3-32bit", "raspberry-pi-3b-32bit", "armv7"),
+        ("armv7", "armv7", "armv7"),
+        ("arm64", "aarch64", "aarch64"),
+        ("android-arm64", "android-arm64", "aarch64"),
+        ("apple-m", "apple-m1", "aarch64"),
+        ("m4", "apple-m4", "aarch64"),
+        ("rk3588s", "rk3588", "aarch64"),
+        ("jetson-agx-orin", "jetson-agx-orin", "aarch64"),
+        ("beaglebone black", "beaglebone-black", "armv7"),
+        ("graviton3", "graviton3", "aarch64"),
+        ("grace", "grace", "aarch64"),
+        ("N100", "intel-n100", "x86_64"),
+        ("Ryzen 9 7950X", "ryzen-9-7950x", "x86_64"),
+        ("visionfive2", "visionfive-2", "riscv64"),
+        ("3a6000", "loongson-3a6000", "loongarch64"),
+    ],
+)
+def test_the_names_people_type(name, id, isa):
+    hw = hwdb.lookup(name)
+    assert (hw.id, hw.isa) == (id, isa)
+
+
+@pytest.mark.parametrize(
+    ("machine", "record"),
+    [
+        ("haswell-i7-4770", "core-i7-4770"),
+        ("raspberry-pi-4", "raspberry-pi-4b"),
+        ("raspberry-pi-5", "raspberry-pi-5"),
+        ("rk3588-big-little", "rk3588"),
+        ("graviton2", "graviton2"),
+    ],
+)
+def test_caches_are_those_the_machine_reported(tmp_path, machine, record):
+    seen = detect_at(tmp_path, None, unfold(machine, tmp_path))
+    stated = hwdb.lookup(record)
+    assert [(c.level, c.size_bytes, c.ways, c.shared_by_cores) for c in stated.caches] == [
+        (c.level, c.size_bytes, c.ways, c.shared_by_cores) for c in seen.caches
+    ]
+    assert stated.features == seen.features
+    assert stated.cores == seen.cores
+
+
+def test_multiply_adds_a_cycle_as_measured():
+    """InstLatx64: VFMADD132PS of the width the record counts; small cores split 256 bits."""
+    rates = {id: hwdb.lookup(id).fma_per_cycle for id in ("raptorlake", "gracemont", "skymont", "zen4", "zen5")}
+    assert rates == {"raptorlake": 2, "gracemont": 1, "skymont": 2, "zen4": 1, "zen5": 2}
+    latencies = {id: hwdb.lookup(id).fma_latency_cycles for id in rates}
+    assert latencies == {"raptorlake": 4, "gracemont": 6, "skymont": 4, "zen4": 4, "zen5": 4}
+    assert hwdb.lookup("zen5-mobile").fma_per_cycle == 1
+
+
+def test_a_narrow_neon_unit_is_half_a_vector():
+    """VFP Benchmark: 2 operations a cycle on the A7, 4 on the A8 and A9, 8 on the A15."""
+    per_cycle = {id: 8 * hwdb.lookup(id).fma_per_cycle for id in ("cortex-a7", "cortex-a8", "cortex-a9", "cortex-a15")}
+    assert per_cycle == {"cortex-a7": 2, "cortex-a8": 4, "cortex-a9": 4, "cortex-a15": 8}
+
+
+@pytest.mark.parametrize("id", CPUS)
+def test_clusters_begin_with_the_fastest_cores(id):
+    hw = hwdb.lookup(id)
+    if not hw.clusters or hw.clusters[-1].clock_mhz is None:
+        return
+    rates = [cluster.clock_mhz * hwdb.lookup(cluster.core).fma_per_cycle for cluster in hw.clusters]
+    assert rates == sorted(rates, reverse=True)
+    assert hw.cores == hw.clusters[0].count
+
+
+@pytest.mark.parametrize("id", list(database().records))
+def test_what_is_only_remembered_is_not_called_sure(id):
+    hw = hwdb.lookup(id)
+    kinds = {source.kind for source in hw.sources}
+    if kinds <= {"memory", "derived"}:
+        assert hw.confidence == "low"
+    elif "memory" in kinds:
+        assert hw.confidence in ("low", "medium")
+
+
+def test_caches_in_short():
+    assert Cache(**cache_table("36M 12 /24", 3)) == Cache(3, 36 << 20, 64, 12, 24)
+    assert Cache(**cache_table("8M 16 /12 @256", 2)) == Cache(2, 8 << 20, 256, 16, 12)
+    assert Cache(**cache_table("12M /8", 3)) == Cache(3, 12 << 20, 64, None, 8)
+    assert Cache(**cache_table("48K", 1)) == Cache(1, 48 << 10)
+
+
+@pytest.mark.parametrize("text", ["36 MB", "12M/8", "1G", "0", "32K 8 4"])
+def test_caches_in_short_that_are_wrong(text, tmp_path):
+    file = tmp_path / "own.toml"
+    file.write_text(
+        f'[device.x]\nextends = "zen4"\nname = "x"\ncaches = ["{text}"]\nsource = ["typical"]\nconfidence = "low"\n'
+    )
+    own = Database([file])
+    with pytest.raises(RecordError, match=r"own\.toml:4: device\.x: caches .*size, ways, cores that share it"):
+        own.records["x"].values  # noqa: B018  (reading checks it)
