@@ -47,7 +47,7 @@ class Record:
     @functools.cached_property
     def values(self) -> Mapping[str, Any]:
         """What the record says, each value checked by itself. Raises RecordError."""
-        values = self._parsed() if self.given is None else self.given
+        values = schema.written_out(self._parsed() if self.given is None else self.given)
         check = schema.source_mistakes if self.kind == "source" else schema.mistakes
         for key, message in check(values):
             self.mistake(key, message)

@@ -178,6 +178,8 @@ def one_of(*known: str) -> Callable[[Any], str | None]:
 _CACHE_TEXT = re.compile(r"(\d+)([KM])(?: (\d+))?(?: /(\d+))?(?: @(\d+))?")
 _CACHE_KEYS = ("level", "size_bytes", "line_bytes", "ways", "shared_by_cores")
 
+_SIZE = re.compile(r"(\d+)([KMG])")
+
 # Of every class. `class` is inherited; `toolchain = "none"` says that nothing we know makes code for it.
 COMMON = {
     "extends": text,
@@ -283,6 +285,23 @@ OWN = frozenset(
 )
 # Tables whose entries are inherited one by one.
 TABLES = frozenset({"vector_flops", "matrix_flops", "sparse_factor", "rate_scale", "peak_ops"})
+
+
+def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record's values with the short forms of files written out.
+
+    l2_bytes = "32M"                          33554432; K, M and G are powers of 1024
+    source = "high: xla-spec, nvidia-a100"    source = ["xla-spec", "nvidia-a100"], confidence = "high"
+    """
+    result = dict(values)
+    for key, value in values.items():
+        if "bytes" in key.split("_") and isinstance(value, str) and (size := _SIZE.fullmatch(value)):
+            result[key] = int(size[1]) << {"K": 10, "M": 20, "G": 30}[size[2]]
+    if isinstance(stated := values.get("source"), str):
+        confidence, _, ids = stated.rpartition(":")
+        given = {"confidence": confidence.strip()} if confidence else {}
+        result |= {**given, "source": [id.strip() for id in ids.split(",")]}
+    return result
 
 
 def mistakes(values: Mapping[str, Any]) -> Iterator[Mistake]:

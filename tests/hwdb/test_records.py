@@ -49,6 +49,28 @@ def read(tmp_path: Path, text: str) -> Database:
     return records
 
 
+def test_short_forms_are_written_out(tmp_path):
+    text = BASE + '[device.own]\nextends = "base"\ndram_bytes = "24G"\nsource = "high: manual, manual"\n'
+    values = read(tmp_path, text).records["own"].values
+    assert values["dram_bytes"] == 24 * 2**30
+    assert (values["source"], values["confidence"]) == (["manual", "manual"], "high")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('dram_bytes = "24X"', r"own\.toml:19: device\.own: dram_bytes = '24X' is not a whole number"),
+        ('source = "manual"', r"own\.toml:17: device\.own: confidence missing"),
+        ('source = "sure: manual"', r"own\.toml:17: device\.own: confidence = 'sure' is not one of high"),
+    ],
+)
+def test_wrong_short_forms_are_refused(tmp_path, line, message):
+    text = BASE + f'[device.own]\nextends = "base"\n{line}\n'
+    text += "" if line.startswith("source") else 'source = "high: manual"\n'
+    with pytest.raises(RecordError, match=message):
+        read(tmp_path, text)
+
+
 @pytest.mark.parametrize("id", IDS)
 def test_every_record_answers_every_question(id):
     hw = hwdb.lookup(id)
