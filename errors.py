@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -52,5 +51,7 @@ class ToolMissing(GraphwrightError):
 
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'a' or 'b'?` for the known names nearest to `name`, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    from rapidfuzz import fuzz, process
+
+    near = [found for found, _, _ in process.extract(name, list(known), scorer=fuzz.ratio, limit=3, score_cutoff=60)]
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

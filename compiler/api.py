@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from ..errors import InputError, UnknownTarget
-from ..hwdb import Hardware, lookup
+from ..errors import InputError
+from ..hwdb import Hardware, Target, compile_target
 from . import tune as tuning
 from .assemble import assemble
 from .calibration import check_options
@@ -55,7 +55,7 @@ def compile(
     model: Model,
     example_inputs: Any = None,
     *,
-    target: str = "native",
+    target: Target = "native",
     precision: str = "fp32",
     tolerance: float | None = None,
     dynamic_shapes: Any = None,
@@ -75,7 +75,8 @@ def compile(
     example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments; shapes, dtypes and
         arguments that are not tensors become part of the compiled model, as do the weights at this moment. Without
         it the model is compiled at its first call, and again for every further set of shapes.
-    target: "native", or a machine of the database (`graphwright hw list`).
+    target: "native"; a machine of the database by name or alias (`graphwright hw list`); a TVM target dictionary; or a
+        `Hardware`. Where the facts of a machine are uncertain, the report says so and its caches count as small ones.
     precision: "fp32"; "bf16" or "fp16": products with constant weights in that precision (sums, bias and activation in
         float32) where the machine gains by it; "auto": the fastest mixture by the cost model within `tolerance`;
         "adaptive": as "auto" beside a float32 build, between which the size of the inputs decides at each call. The
@@ -141,7 +142,7 @@ def check(options: Mapping[str, Any]) -> None:
 
 
 def _options(
-    target: str,
+    target: Target,
     precision: str,
     tolerance: float | None,
     verify: bool,
@@ -151,11 +152,7 @@ def _options(
     passes: Sequence[Pass] | None,
     kernel_fusion: Sequence[str] | None,
 ) -> Options:
-    if not isinstance(target, str):
-        raise InputError(f"target is a name, got {target!r}; `graphwright hw list` shows them")
-    hw = lookup(target)
-    if why := hw.refusal():
-        raise UnknownTarget(f"cannot compile for {target!r} ({hw.name}): {why}")
+    hw = compile_target(target)
     check_precision(precision)
     if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
         raise InputError(f"tolerance is a relative error and must be a positive number, got {tolerance!r}")

@@ -169,6 +169,7 @@ def _write(
         },
         fusions=None if options.fusions is None else tuple(sorted(options.fusions)),
         notes=(*built.notes, *notes),
+        caution=options.hw.caution,
         **built.sizes,
     )
     described = loading.Description(built.plan, captured.signature, report, twin)

@@ -17,7 +17,7 @@ from torch import fx
 
 from ..backends.choices import Choices
 from ..backends.lowering.registry import KernelInfo
-from ..hwdb import Hardware, lookup
+from ..hwdb import Hardware, Target, compile_target
 from ..passes.copies import Copies, count_copies
 from ..passes.families import restrict
 from ..passes.printer import diff_graphs, format_graph
@@ -100,7 +100,7 @@ def explained(
     model: Model,
     example_inputs: Any = None,
     *,
-    target: str = "native",
+    target: Target = "native",
     passes: Sequence[Pass] | None = None,
     kernel_fusion: Sequence[str] | None = None,
     precision: str = "fp32",
@@ -111,7 +111,7 @@ def explained(
     Arguments as in `graphwright.compile`. Raises what compile raises, but for wrong numbers: nothing is run. Reduced
     precisions are decided in PyTorch.
     """
-    hw = lookup(target)
+    hw = compile_target(target)
     check_precision(precision)
     chosen, fusions = select(passes, kernel_fusion)
     whole = capture(export(model, *arguments(example_inputs)), parameters_of(model))
@@ -208,4 +208,6 @@ def _machine(hw: Hardware) -> str:
     peak = hw.peak_flops("float32")
     rate = "unknown" if peak is None else f"{peak / 1e9:.0f} GFLOP/s"
     caches = ", ".join(f"L{c.level} {c.size_bytes // 1024} KiB" for c in hw.caches)
-    return f"target {hw.id}: {hw.name}, {hw.cores} cores, {hw.vector_bits}-bit vectors, peak {rate} fp32, {caches}"
+    return f"target {hw.id}: {hw.name}, {hw.cores} cores, {hw.vector_bits}-bit vectors, peak {rate} fp32, {caches}" + (
+        f"; {hw.caution}" if hw.caution else ""
+    )

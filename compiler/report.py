@@ -55,6 +55,7 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage
     fusions: tuple[str, ...] | None = None  # families that kernel_fusion chose; None: all
     notes: tuple[str, ...] = ()  # how precisions were decided, and what was measured
+    caution: str | None = None  # what is uncertain about the target
     calls: dict[str, int] | None = None  # of each build since loading, where there are two: variants.Counts
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,6 +89,8 @@ class Report:
             f"activations {size(self.arena_bytes)} (at most {size(self.arena_lower_bound_bytes)} live at once, "
             f"{size(self.activations_bytes)} without sharing)",
         ]
+        if self.caution:
+            lines.append(self.caution)
         if self.stages:
             lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.stages.items()))
         lines += passes_lines(self.passes)

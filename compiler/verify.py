@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..errors import InputError, NumericMismatch
-from ..hwdb import Hardware, lookup, obstacle
+from ..hwdb import Hardware, Target, compile_target, obstacle
 from ..passes.families import restrict
 from . import loading, pipeline
 from .build import build
@@ -47,7 +47,7 @@ def verify_model(
     model: Model,
     example_inputs: Any = None,
     *,
-    target: str = "native",
+    target: Target = "native",
     tolerance: float | None = None,
     passes: Sequence[Pass] | None = None,
     kernel_fusion: Sequence[str] | None = None,
@@ -56,7 +56,7 @@ def verify_model(
 
     Arguments as in `graphwright.compile`. Raises NumericMismatch naming the pass or operator that is wrong.
     """
-    hw = lookup(target)
+    hw = compile_target(target)
     chosen, fusions = select(passes, kernel_fusion)
     program = export(model, *arguments(example_inputs))
     captured = capture(program)

@@ -1,28 +1,37 @@
 """Facts about hardware and questions about them. Imports neither torch nor tvm.
 
 hw = detect()                   this machine, as this process may use it
-hw = lookup("raspberry-pi-4")   any record by name, alias or "native"; UnknownTarget offers the nearest names
+hw = lookup("raspberry-pi-4")   any record by name, alias, "native" or TVM target; UnknownTarget offers near names
+hw = register("my-board", extends="raspberry-pi-5", clock_mhz=2800)      a machine of one's own
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from .cost import Work
-from .records import Cache, Cluster, Hardware, Occupancy, Source
+from .records import Cache, Cluster, Hardware, MatrixShape, Occupancy, Source
+
+# What `target=` takes: a name, a description as TVM's Target takes it, or a machine.
+Target = str | Mapping[str, Any] | Hardware
 
 __all__ = [
     "Cache",
     "Cluster",
     "Hardware",
+    "MatrixShape",
     "Occupancy",
     "Source",
+    "Target",
     "Work",
+    "compile_target",
     "detect",
     "lookup",
     "missing_features",
     "names",
     "obstacle",
+    "register",
 ]
 
 
@@ -33,17 +42,35 @@ def detect() -> Hardware:
     return read()
 
 
-def lookup(name: str) -> Hardware:
-    """Return the record called `name`; "native" is this machine.
+def lookup(target: Target) -> Hardware:
+    """Return the machine of that name, or the one that a TVM target dictionary describes; "native" is this machine.
 
     Raises UnknownTarget, with the nearest names, where there is none.
     """
-    from .loader import database, spelling
+    from .targets import resolve
 
-    if spelling(name) == "native":
-        return detect()
-    records = database()
-    return records.build(records.id_of(name))
+    return resolve(target)
+
+
+def compile_target(target: Target) -> Hardware:
+    """As `lookup`, for generating code: with generic limits where the facts are uncertain.
+
+    Raises UnknownTarget also where no code can be made for the machine.
+    """
+    from .targets import compile_target as checked
+
+    return checked(target)
+
+
+def register(id: str, *, extends: str, kind: str = "device", **facts: Any) -> Hardware:
+    """Add a machine to the database of this process, or replace one that was registered before; return it.
+
+    `facts` are the keys of a record (docs/hardware.md) that differ from the record `extends`; without `source` they
+    are what the program says, without `confidence` its is medium. Raises RecordError for a wrong fact.
+    """
+    from .loader import register as enter
+
+    return enter(id, {"extends": extends, **facts}, kind)
 
 
 def names() -> list[str]:

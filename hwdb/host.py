@@ -192,8 +192,8 @@ def _record_of(records: Database, isa: str, fields: dict[str, str], flags: set[s
 
 def _specialised(records: Database, id: str, features: frozenset[str]) -> str:
     """Return the record with `id`'s numbers and more features: Cascade Lake has those of Skylake-SP."""
-    for record in records.with_key("extends"):
-        if record.kind == "architecture" and record.values["extends"] == id:
+    for record in records.children(id):
+        if record.kind == "architecture":
             shares = not ({"cpuid", "parts"} & set(record.values))
             if shares and records.merged(record.id)["features"] <= features:
                 return record.id

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,8 @@ from . import isa as instruction_set
 from . import schema
 from .build import build
 from .files import Record, records_of
+from .naming import bare, spelling, squeezed
 from .records import Hardware, Source
-
-# Words of a product's name that people leave out.
-_BRANDS = re.compile(r"\b(nvidia|geforce|tesla|quadro|amd|radeon|instinct|intel)\b")
 
 
 class Database:
@@ -34,7 +31,6 @@ class Database:
         self.records: dict[str, Record] = {}
         self._sources: dict[str, Record] = {}
         self._names: dict[str, str] = {}
-        self._bare_names: dict[str, str] | None = None
         for file in files:
             for record in records_of(file):
                 self.enter(record)
@@ -50,14 +46,14 @@ class Database:
                 if other != record.id:
                     record.mistake("aliases", f"the name {name!r} already belongs to {self.records[other].where}")
             self._names.update({spelling(name): record.id for name in (record.id, *record.aliases)})
-            self._bare_names = None
         table[record.id] = record
+        vars(self).pop("_bare_names", None)
 
-    def remove(self, id: str) -> None:
-        """Take a record and its names out again; for a registered record that turns out to be wrong."""
-        del self.records[id]
+    def remove(self, id: str) -> Record | None:
+        """Take the record `id` out, if there is one, and return it."""
         self._names = {name: owner for name, owner in self._names.items() if owner != id}
-        self._bare_names = None
+        vars(self).pop("_bare_names", None)
+        return self.records.pop(id, None)
 
     def check(self, ids: Iterable[str] | None = None) -> None:
         """Read and check every record (or those of `ids`) with its sources and ancestors. Raises RecordError."""
@@ -110,32 +106,31 @@ class Database:
         }
 
     def find(self, name: str) -> str | None:
-        """Return the id of the record that `name` means: an id or alias in any spelling, or the product's name.
+        """Return the id of the record that `name` means: an id, an alias or the product's name, or None.
 
-        Brands and hyphens may be left out or added where one record only is meant: "NVIDIA GeForce RTX 4090",
+        Spelling does not matter, nor do brands and hyphens where one record only is meant: "NVIDIA GeForce RTX 4090",
         "rtx4090" and "Radeon RX 7900 XTX" as drivers and people write them.
         """
-        return self._names.get(spelling(name)) or self._products().get(_bare(name))
-
-    def _products(self) -> dict[str, str]:
-        """Bare spellings of ids, aliases and names that mean one record. Made on the first miss: few ask for it."""
-        if self._bare_names is None:
-            owners: dict[str, set[str]] = {}
-            for record in self.records.values():
-                for name in (record.id, *record.aliases, record.name):
-                    owners.setdefault(_bare(name), set()).add(record.id)
-            self._bare_names = {name: min(ids) for name, ids in owners.items() if name and len(ids) == 1}
-        return self._bare_names
+        return self._names.get(spelling(name)) or self._bare_names.get(squeezed(name))
 
     def id_of(self, name: str) -> str:
         """Like `find`; raises UnknownTarget with the nearest names."""
         found = self.find(name)
         if found is None:
             raise UnknownTarget(
-                f"unknown target {name!r}{suggest(spelling(name), {'native', *self._names})} "
+                f"unknown target {name!r}{suggest(bare(name), {'native', *self._names})} "
                 "(`graphwright hw list` prints all names; 'native' is this machine)"
             )
         return found
+
+    @functools.cached_property
+    def _bare_names(self) -> dict[str, str]:
+        """Ids, aliases and product names, squeezed, that mean one record. Made on the first miss: few ask for it."""
+        owners: dict[str, set[str]] = {}
+        for record in self.records.values():
+            for name in (record.id, *record.aliases, record.name):
+                owners.setdefault(squeezed(name), set()).add(record.id)
+        return {name: min(ids) for name, ids in owners.items() if name and len(ids) == 1}
 
     def build(self, id: str, **facts: Any) -> Hardware:
         """Build the Hardware of record `id`; `facts` (fields of Hardware) replace the record's."""
@@ -144,6 +139,10 @@ class Database:
     def with_key(self, key: str) -> Iterator[Record]:
         """Yield the records that state `key` themselves, in the order of the files; only they are parsed."""
         return (record for record in self.records.values() if record.states(key))
+
+    def children(self, id: str) -> Iterator[Record]:
+        """Yield the records that extend `id`; only they are parsed."""
+        return (record for record in self.records.values() if record.extends(id))
 
     def _check(self, record: Record) -> None:
         for id in record.values["source"]:
@@ -185,32 +184,50 @@ def _of_largest(clusters: list[dict[str, Any]], stated: Mapping[str, Any]) -> di
     return {key: value for key, value in first.items() if value is not None and key not in stated}
 
 
-def spelling(name: str) -> str:
-    """Return `name` as names are compared: lower case, `_`, ` ` and `.` as `-`."""
-    return re.sub(r"[_ .]+", "-", name.strip().lower())
-
-
-def _bare(name: str) -> str:
-    return _BRANDS.sub("", spelling(name)).replace("-", "")
+# What programs registered, to be entered into every database that is read.
+_registered: dict[str, Record] = {}
 
 
 def database() -> Database:
-    """Return the records that come with the package, and those of the directories in GRAPHWRIGHT_HWDB.
+    """Return the records that come with the package, of the directories in GRAPHWRIGHT_HWDB, and of `register`.
 
     The directories are separated as in PATH. Raises RecordError for a mistake in a user's file.
     """
     return _database(os.environ.get("GRAPHWRIGHT_HWDB", ""))
 
 
+def register(id: str, values: Mapping[str, Any], kind: str = "device") -> Hardware:
+    """Enter a record from a program, in place of one it registered before. Raises RecordError for a wrong fact."""
+    records = database()
+    given = {"source": ["program"], "confidence": "medium", **values}
+    given.setdefault("name", id)
+    record = Record(id, kind, "", 0, "", tuple(given.get("aliases", ())), given)
+    if id in records.records and id not in _registered:
+        record.mistake("", f"this record already exists: {records.records[id].where}")
+    replaced = records.remove(id)
+    try:
+        records.enter(record)
+        records.check([id])
+    except RecordError:
+        records.remove(id)
+        if replaced is not None:
+            records.enter(replaced)
+        raise
+    _registered[id] = record
+    return records.build(id)
+
+
 @functools.cache
 def _database(directories: str) -> Database:
     records = Database(sorted(Path(__file__).parent.glob("*.toml")))
+    shipped = set(records.records)
     for directory in filter(None, directories.split(os.pathsep)):
         if not Path(directory).is_dir():
             raise RecordError(f"GRAPHWRIGHT_HWDB names {directory!r}, which is not a directory")
-        known = set(records.records)
         for file in sorted(Path(directory).glob("*.toml")):
             for record in records_of(file):
                 records.enter(record)
-        records.check(set(records.records) - known)
+    for record in _registered.values():
+        records.enter(record)
+    records.check(set(records.records) - shipped)
     return records

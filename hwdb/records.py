@@ -139,6 +139,7 @@ class Hardware:
     clusters: tuple[Cluster, ...] = ()  # of processors with unequal cores, the fastest first; `cores` are the first's
     board: Board | None = None
     toolchain: str | None = None  # "none": nothing we know makes code for it
+    caution: str | None = None  # what is uncertain about the facts, and what was done about it
 
     def lanes(self, dtype: str = "float32") -> int:
         """Elements of `dtype` in one vector register."""

@@ -170,7 +170,7 @@ def clusters(value: Any) -> str | None:
 
 def one_of(*known: str) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        return None if value in known else f"is not one of {', '.join(known)}{suggest(str(value), known)}"
+        return None if value in known else f"is not one of {', '.join(known)}"
 
     return check
 
@@ -326,7 +326,7 @@ def class_mistakes(merged: Mapping[str, Any]) -> Iterator[Mistake]:
     for key in merged:
         if key not in KEYS[kind]:
             owners = [other for other in CLASSES if key in KEYS[other]]
-            yield key, f"belongs to {' and '.join(owners)} records, and this one is a {kind}"
+            yield key, f"{key} belongs to {' and '.join(owners)} records, and this one is a {kind}"
     needed: Iterable[str] = NEEDED[kind]
     if kind == "gpu" and merged.get("isa") != "none":
         needed = (*needed, *NEEDED_FOR_CODE)

@@ -1,0 +1,28 @@
+"""How names of hardware are compared: spelling does not matter, and neither do the words that sell it."""
+
+from __future__ import annotations
+
+import re
+
+# Left out of "NVIDIA GeForce RTX 4090", "Intel(R) Xeon(R) Platinum 8480+", "AMD Ryzen 9 7950X 16-Core Processor".
+_DECORATION = re.compile(
+    r"\((?:r|tm|c)\)|[®™]|@.*"
+    r"|\b(?:nvidia|geforce|quadro|tesla|amd|radeon|instinct|intel|apple|genuine|graphics|gpu|cpu|processor|accelerator"
+    r"|(?:\d+|quad|six|eight|twelve|sixteen)-core|with|rev [\d.]+|v[0-9] ?@)\b",
+    re.IGNORECASE,
+)
+
+
+def spelling(name: str) -> str:
+    """Return `name` as names are compared: lower case, `_`, ` ` and `.` as `-`."""
+    return re.sub(r"[_ .]+", "-", name.strip().lower())
+
+
+def bare(name: str) -> str:
+    """Return the spelling of `name` without vendor, brand and decoration; empty where nothing else is left."""
+    return re.sub(r"-+", "-", spelling(_DECORATION.sub(" ", name))).strip("-")
+
+
+def squeezed(name: str) -> str:
+    """Return `bare(name)` without hyphens, for which rtx4090 and RTX-4090 are one name."""
+    return bare(name).replace("-", "")

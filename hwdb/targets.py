@@ -1,0 +1,191 @@
+"""From what a user gives as target to the Hardware to compile for.
+
+    "raspberry-pi-5", "Raspberry Pi 5", "native"          names of the database
+    {"kind": "llvm", "mtriple": ..., "mcpu": ...}         a description as TVM's Target takes it, also as JSON text
+
+Hardware that no record describes is taken as the most specific ancestor known: an sm_101 as the sm_100 before it, a
+processor of archspec's as the ancestor archspec gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InputError, UnknownTarget, suggest
+from . import isa as instruction_set
+from .accelerators import Gpu
+from .loader import Database, database
+from .naming import spelling
+from .records import Hardware
+
+log = logging.getLogger(__name__)
+
+# The attributes of TVM's targets that mean something here, and those that say nothing about the machine.
+_READ = {
+    "llvm": ("mtriple", "mcpu", "mattr", "num-cores", "mabi"),
+    "cuda": ("arch",),
+    "rocm": ("mcpu", "mtriple"),
+}
+_LIMITS = {
+    "max_threads_per_block": "max_threads_per_block",
+    "max_shared_memory_per_block": "shared_bytes_per_block",
+    "thread_warp_size": "warp_threads",
+    "registers_per_block": "registers_per_unit",
+}
+_IGNORED = {"kind", "tag", "keys", "host", "libs", "device", "opt-level", "max_num_threads", "l2_cache_size_bytes"}
+_ROOTS = {
+    "x86_64": "x86-64",
+    "aarch64": "aarch64",
+    "arm64": "aarch64",
+    "armv7": "armv7",
+    "riscv64": "riscv64",
+    "loongarch64": "loongarch64",
+}
+
+
+def compile_target(target: str | Mapping[str, Any] | Hardware) -> Hardware:
+    """Return the machine to compile for, with generic limits where its facts are uncertain.
+
+    Raises UnknownTarget where there is no such machine, or no code can be made for it; InputError for other types.
+    """
+    hw = resolve(target)
+    if why := hw.refusal():
+        raise UnknownTarget(f"cannot compile for {hw.id} ({hw.name}): {why}")
+    return with_generic_limits(hw) if hw.confidence == "low" and not hw.native else hw
+
+
+def resolve(target: str | Mapping[str, Any] | Hardware) -> Hardware:
+    """Return the machine that `target` names or describes. Raises UnknownTarget, InputError."""
+    if isinstance(target, Hardware):
+        return target
+    if isinstance(target, Mapping):
+        return from_tvm(target)
+    if not isinstance(target, str):
+        raise InputError(f"a target is a name of `graphwright hw list` or a TVM target dictionary, not {target!r}")
+    if target.lstrip().startswith("{"):
+        try:
+            return from_tvm(json.loads(target))
+        except json.JSONDecodeError as error:
+            raise UnknownTarget(f"target {target!r} is not valid JSON: {error}") from error
+    if spelling(target) == "native":
+        from .host import detect
+
+        return detect()
+    records = database()
+    return records.build(records.find(target) or ancestor(records, target) or records.id_of(target))
+
+
+def with_generic_limits(hw: Hardware) -> Hardware:
+    """Return `hw` with the caches of its instruction set's generic record: kernels then fit wherever they may run."""
+    records = database()
+    root = records.build(_ROOTS[hw.isa])
+    generic = tuple(
+        own if (own := hw.cache(cache.level)) and own.size_bytes < cache.size_bytes else cache for cache in root.caches
+    )
+    caution = f"the facts of {hw.id} are uncertain (confidence low): compiled for caches as {root.name} has them"
+    log.info("%s", caution)
+    return dataclasses.replace(hw, caches=generic, caution=caution)
+
+
+def from_tvm(target: Mapping[str, Any]) -> Hardware:
+    """Return the machine that a TVM target dictionary describes.
+
+    Raises UnknownTarget for kinds and attributes that are not understood: ignoring one would be wrong code.
+    """
+    kind = target.get("kind")
+    if kind not in _READ:
+        raise UnknownTarget(
+            f"TVM target kind {kind!r} is not understood; one of {', '.join(_READ)}{suggest(str(kind), _READ)}"
+        )
+    for key in target:
+        known = {*_IGNORED, *_READ[kind], *(_LIMITS if kind != "llvm" else ())}
+        if key not in known:
+            raise UnknownTarget(f"TVM target attribute {key!r} of {kind} is not understood{suggest(key, known)}")
+    return _from_llvm(target) if kind == "llvm" else _from_gpu(target)
+
+
+def _from_llvm(target: Mapping[str, Any]) -> Hardware:
+    triple = target.get("mtriple", "")
+    family = re.split("-", triple)[0] if triple else platform.machine().lower()
+    isa = next((isa for isa in ("aarch64", "arm64", "armv7", "riscv64", "loongarch64") if family.startswith(isa)), "")
+    isa = {"arm64": "aarch64", "": "x86_64" if family in ("x86_64", "amd64") else ""}.get(isa, isa)
+    if not isa:
+        raise UnknownTarget(f"mtriple {triple!r}: {family} is not one of {', '.join(_ROOTS)}")
+    records = database()
+    cpu = target.get("mcpu", "generic")
+    id = _record_of_cpu(records, isa, cpu)
+    features = set(records.merged(id)["features"])
+    for attribute in target.get("mattr", ()):
+        name = attribute[1:]
+        if name in instruction_set.FLAGS[isa]:  # others do not change what kernels are chosen
+            (features.add if attribute[0] == "+" else features.discard)(name)
+    facts: dict[str, Any] = {"features": frozenset(features)}
+    if triple:
+        facts["triple"] = re.sub("^arm64-", "aarch64-", triple)  # LLVM takes arm64 for another architecture
+    if "num-cores" in target:
+        facts["cores"] = target["num-cores"]
+    return records.build(id, **facts)
+
+
+def _record_of_cpu(records: Database, isa: str, cpu: str) -> str:
+    """The architecture that LLVM's name `cpu` means; else its nearest ancestor; else any of the instruction set."""
+    for record in records.with_key("llvm_cpu"):
+        if (
+            record.kind == "architecture"
+            and record.values["llvm_cpu"] == cpu
+            and records.merged(record.id)["isa"] == isa
+        ):
+            return record.id
+    near = ancestor(records, cpu)
+    if near is not None and records.merged(near)["isa"] == isa:
+        return near
+    if cpu not in ("generic", ""):
+        log.warning("unknown processor %s: taken as %s", cpu, _ROOTS[isa])
+    return _ROOTS[isa]
+
+
+def _from_gpu(target: Mapping[str, Any]) -> Hardware:
+    cpu = target.get("arch", target.get("mcpu", ""))
+    hw = resolve(cpu)
+    if not isinstance(hw, Gpu):
+        raise UnknownTarget(f"{cpu!r} is not a GPU")
+    return dataclasses.replace(hw, **{_LIMITS[key]: value for key, value in target.items() if key in _LIMITS})
+
+
+def ancestor(records: Database, name: str) -> str | None:
+    """Return the most specific record that hardware called `name`, unknown to the database, descends from, or None."""
+    found = _older_gpu(records, name.strip().lower()) or _by_archspec(records, name)
+    if found is not None:
+        log.warning("unknown hardware %s: taken as %s", name, found)
+    return found
+
+
+def _older_gpu(records: Database, name: str) -> str | None:
+    """Of sm_101 the newest compute capability before it; of gfx1103 the last target before it that begins gfx11."""
+    nvidia = re.fullmatch(r"sm[_-](\d+)[a-z]?", name)
+    amd = re.fullmatch(r"gfx[0-9a-f]{3,4}", name)
+    if not nvidia and not amd:
+        return None
+    known = [record.values["llvm_cpu"] for record in records.with_key("llvm_cpu") if record.kind == "architecture"]
+    if nvidia:
+        numbers = [int(match.group(1)) for cpu in known if (match := re.fullmatch(r"sm_(\d+)[a-z]?", cpu))]
+        older = [number for number in numbers if number <= int(nvidia.group(1))]
+        return records.find(f"sm_{max(older)}") if older else None
+    family = [cpu for cpu in known if cpu.startswith("gfx") and len(cpu) == len(name) and cpu[:-2] == name[:-2]]
+    nearest = [cpu for cpu in family if cpu <= name] or family
+    return records.find(max(nearest)) if nearest else None
+
+
+def _by_archspec(records: Database, name: str) -> str | None:
+    from archspec.cpu import TARGETS
+
+    target = next((target for known, target in TARGETS.items() if spelling(known) == spelling(name)), None)
+    ancestors = () if target is None else target.ancestors
+    ids = (records.find(other.name.replace("x86_64", "x86-64")) for other in ancestors)
+    return next((id for id in ids if id is not None), None)
