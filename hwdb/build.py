@@ -8,7 +8,7 @@ from typing import Any
 from . import isa as instruction_set
 from .accelerators import Gpu, Npu
 from .records import Board, Cache, Cluster, Hardware, MatrixShape, Source
-from .schema import ACCELERATOR_ISAS, cache_table, matrix_shape
+from .schema import ACCELERATOR_ISAS, matrix_shape
 
 # Keys that are fields of the same name.
 _SHARED = ("vendor", "year", "clock_mhz", "dram_bytes", "tdp_watts", "toolchain")
@@ -86,7 +86,7 @@ def _cpu(common: dict[str, Any], values: Mapping[str, Any], facts: dict[str, Any
         "fma_per_cycle": _at_width(values["fma_per_cycle"], bits),
         "fma_latency_cycles": values["fma_latency_cycles"],
         "cores": cores,
-        "caches": tuple(Cache(**cache_table(entry, level)) for level, entry in enumerate(values.get("caches", ()), 1)),
+        "caches": tuple(Cache(**entry) for entry in values.get("caches", ())),
         "dram_gbs": _dram_gbs(values, cores),
         "clusters": clusters,
         "board": None if board == Board() else board,

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from ..errors import RecordError, suggest
 from . import schema
+from .short_forms import written_out
 
 # [kind.id] or [kind."id"]; `aliases = [...]`, on one line or several.
 _LANDMARK = re.compile(
@@ -47,7 +48,7 @@ class Record:
     @functools.cached_property
     def values(self) -> Mapping[str, Any]:
         """What the record says, each value checked by itself. Raises RecordError."""
-        values = schema.written_out(self._parsed() if self.given is None else self.given)
+        values = written_out(self._parsed() if self.given is None else self.given)
         check = schema.source_mistakes if self.kind == "source" else schema.mistakes
         for key, message in check(values):
             self.mistake(key, message)

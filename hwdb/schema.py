@@ -10,7 +10,6 @@ as (key, message) pairs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -118,33 +117,13 @@ def vector_rate(value: Any) -> str | None:
     return None
 
 
-def cache_table(entry: str | Mapping[str, int], level: int) -> Mapping[str, int]:
-    """Return the fields of a cache; "36M 12 /24 @128" is size, ways, cores that share it, bytes of a line.
-
-    All but the size may be left out. The entries of a list written so are level 1, 2, 3; ValueError for other text.
-    """
-    if not isinstance(entry, str):
-        return entry
-    parts = _CACHE_TEXT.fullmatch(entry)
-    if parts is None:
-        raise ValueError(entry)
-    size, unit, ways, sharing, line = parts.groups()
-    fields = {"ways": ways, "shared_by_cores": sharing, "line_bytes": line}
-    known = {key: int(text) for key, text in fields.items() if text is not None}
-    return {"level": level, "size_bytes": int(size) << (10 if unit == "K" else 20), **known}
-
-
 def caches(value: Any) -> str | None:
     last = 0
     if not isinstance(value, list):
         return "is not a list"
-    for level, entry in enumerate(value, 1):
-        try:
-            cache = cache_table(entry, level)
-        except ValueError:
-            return f"has {entry!r}, which is not like '36M 12 /24': size, ways, cores that share it"
+    for cache in value:
         if not isinstance(cache, dict) or not {"level", "size_bytes"} <= set(cache):
-            return f"each has at least level and size_bytes, not {cache!r}"
+            return f"each has at least level and size_bytes, or is like '36M 12 /24', not {cache!r}"
         for key, number_of in cache.items():
             if key not in _CACHE_KEYS:
                 return f"unknown key {key!r}{suggest(key, _CACHE_KEYS)}"
@@ -162,7 +141,7 @@ def clusters(value: Any) -> str | None:
         return "is not a list of clusters"
     for cluster in value:
         if not isinstance(cluster, dict) or not {"core", "count"} <= set(cluster) <= {"core", "count", "clock_mhz"}:
-            return f"each has core, count and maybe clock_mhz, not {cluster!r}"
+            return f"each has core, count and maybe clock_mhz, or is like '4 cortex-a76 2400', not {cluster!r}"
         if text(cluster["core"]) or whole(cluster["count"]) or number(cluster.get("clock_mhz", 1)):
             return f"{cluster!r} is not a name, a count and a clock"
     return None
@@ -175,10 +154,8 @@ def one_of(*known: str) -> Callable[[Any], str | None]:
     return check
 
 
-_CACHE_TEXT = re.compile(r"(\d+)([KM])(?: (\d+))?(?: /(\d+))?(?: @(\d+))?")
 _CACHE_KEYS = ("level", "size_bytes", "line_bytes", "ways", "shared_by_cores")
 
-_SIZE = re.compile(r"(\d+)([KMG])")
 
 # Of every class. `class` is inherited; `toolchain = "none"` says that nothing we know makes code for it.
 COMMON = {
@@ -285,23 +262,6 @@ OWN = frozenset(
 )
 # Tables whose entries are inherited one by one.
 TABLES = frozenset({"vector_flops", "matrix_flops", "sparse_factor", "rate_scale", "peak_ops"})
-
-
-def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record's values with the short forms of files written out.
-
-    l2_bytes = "32M"                          33554432; K, M and G are powers of 1024
-    source = "high: xla-spec, nvidia-a100"    source = ["xla-spec", "nvidia-a100"], confidence = "high"
-    """
-    result = dict(values)
-    for key, value in values.items():
-        if "bytes" in key.split("_") and isinstance(value, str) and (size := _SIZE.fullmatch(value)):
-            result[key] = int(size[1]) << {"K": 10, "M": 20, "G": 30}[size[2]]
-    if isinstance(stated := values.get("source"), str):
-        confidence, _, ids = stated.rpartition(":")
-        given = {"confidence": confidence.strip()} if confidence else {}
-        result |= {**given, "source": [id.strip() for id in ids.split(",")]}
-    return result
 
 
 def mistakes(values: Mapping[str, Any]) -> Iterator[Mistake]:

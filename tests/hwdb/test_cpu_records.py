@@ -10,7 +10,7 @@ from graphwright.errors import RecordError
 from graphwright.hwdb import Cache
 from graphwright.hwdb.host import detect_at
 from graphwright.hwdb.loader import Database, database
-from graphwright.hwdb.schema import cache_table
+from graphwright.hwdb.short_forms import written_out
 
 CPUS = [
     id for id, record in database().records.items() if database().merged(id).get("class", "cpu") in ("cpu", "board")
@@ -102,19 +102,26 @@ def test_what_is_only_remembered_is_not_called_sure(id):
         assert hw.confidence in ("low", "medium")
 
 
-def test_caches_in_short():
-    assert Cache(**cache_table("36M 12 /24", 3)) == Cache(3, 36 << 20, 64, 12, 24)
-    assert Cache(**cache_table("8M 16 /12 @256", 2)) == Cache(2, 8 << 20, 256, 16, 12)
-    assert Cache(**cache_table("12M /8", 3)) == Cache(3, 12 << 20, 64, None, 8)
-    assert Cache(**cache_table("48K", 1)) == Cache(1, 48 << 10)
+def test_caches_and_clusters_in_short():
+    short = {"caches": ["48K", "8M 16 /12 @256", "12M /8"], "clusters": ["4 cortex-a76 2201.6", "2 denver2"]}
+    values = written_out(short)
+    assert tuple(Cache(**entry) for entry in values["caches"]) == (
+        Cache(1, 48 << 10),
+        Cache(2, 8 << 20, 256, 16, 12),
+        Cache(3, 12 << 20, 64, None, 8),
+    )
+    assert values["clusters"] == [
+        {"core": "cortex-a76", "count": 4, "clock_mhz": 2201.6},
+        {"core": "denver2", "count": 2},
+    ]
 
 
-@pytest.mark.parametrize("text", ["36 MB", "12M/8", "1G", "0", "32K 8 4"])
+@pytest.mark.parametrize("text", ["36 MB", "12M/8", "0", "32K 8 4"])
 def test_caches_in_short_that_are_wrong(text, tmp_path):
     file = tmp_path / "own.toml"
     file.write_text(
         f'[device.x]\nextends = "zen4"\nname = "x"\ncaches = ["{text}"]\nsource = ["typical"]\nconfidence = "low"\n'
     )
     own = Database([file])
-    with pytest.raises(RecordError, match=r"own\.toml:4: device\.x: caches .*size, ways, cores that share it"):
+    with pytest.raises(RecordError, match=r"own\.toml:4: device\.x: caches .*like '36M 12 /24', not"):
         own.records["x"].values  # noqa: B018  (reading checks it)
