@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from . import loader, targets
 from .cost import Work
 from .records import Cache, Cluster, Hardware, MatrixShape, Occupancy, Source
 
@@ -47,9 +48,7 @@ def lookup(target: Target) -> Hardware:
 
     Raises UnknownTarget, with the nearest names, where there is none.
     """
-    from .targets import resolve
-
-    return resolve(target)
+    return targets.resolve(target)
 
 
 def compile_target(target: Target) -> Hardware:
@@ -57,9 +56,7 @@ def compile_target(target: Target) -> Hardware:
 
     Raises UnknownTarget also where no code can be made for the machine.
     """
-    from .targets import compile_target as checked
-
-    return checked(target)
+    return targets.compile_target(target)
 
 
 def register(id: str, *, extends: str, kind: str = "device", **facts: Any) -> Hardware:
@@ -68,16 +65,12 @@ def register(id: str, *, extends: str, kind: str = "device", **facts: Any) -> Ha
     `facts` are the keys of a record (docs/hardware.md) that differ from the record `extends`; without `source` they
     are what the program says, without `confidence` its is medium. Raises RecordError for a wrong fact.
     """
-    from .loader import register as enter
-
-    return enter(id, {"extends": extends, **facts}, kind)
+    return loader.register(id, {"extends": extends, **facts}, kind)
 
 
 def names() -> list[str]:
     """Return every name that `lookup` takes, aliases left out; "native" comes first."""
-    from .loader import database
-
-    return ["native", *sorted(database().records)]
+    return ["native", *sorted(loader.database().records)]
 
 
 def missing_features(required: Iterable[str]) -> list[str]:

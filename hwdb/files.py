@@ -7,13 +7,13 @@ text between is parsed when somebody asks for the record, so that looking one up
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NoReturn
+
+import tomli  # compiled: a third of tomllib's time
 
 from ..errors import RecordError, suggest
 from . import schema
@@ -21,10 +21,11 @@ from .short_forms import written_out
 
 # [kind.id] or [kind."id"]; `aliases = [...]`, on one line or several.
 _LANDMARK = re.compile(
-    r"""^(?: \[ \s* ([\w-]+) \s* \. \s* (?: "([^"\n]+)" | ([\w-]+) ) \s* \]
-           | aliases \s* = \s* \[ ([^\]]*) \] )""",
-    re.MULTILINE | re.VERBOSE,
+    r"""\n(?: \[ \s* ([\w-]+) \s* \. \s* (?: "([^"\n]+)" | ([\w-]+) ) \s* \]
+            | aliases \s* = \s* \[ ([^\]]*) \] )""",
+    re.VERBOSE,
 )
+_COMMENTS = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*")
 _STRING = re.compile(r"""["']([^"'\n]*)["']""")
 
 
@@ -35,10 +36,26 @@ class Record:
     id: str
     kind: str
     file: str
-    line: int
-    text: str  # from its header to the next
+    content: str = field(repr=False)  # a newline and the whole file
+    start: int  # where in it the record's header begins, after a newline
+    end: int  # where the next one does
     aliases: tuple[str, ...] = ()
     given: Mapping[str, Any] | None = None  # what a program registered, in place of text
+
+    @staticmethod
+    def registered(id: str, kind: str, given: Mapping[str, Any]) -> Record:
+        """A record that a program states rather than a file."""
+        return Record(id, kind, "", "", 0, 0, tuple(given.get("aliases", ())), given)
+
+    @property
+    def text(self) -> str:
+        """From the record's header to the next."""
+        return self.content[self.start : self.end]
+
+    @property
+    def line(self) -> int:
+        """Of the header in the file."""
+        return self.content.count("\n", 0, self.start)
 
     @property
     def where(self) -> str:
@@ -84,7 +101,7 @@ class Record:
         return f"{self.file}:{line}: {self.kind}.{self.id}" if self.given is None else f"register({self.id!r})"
 
     def _parsed(self) -> Mapping[str, Any]:
-        tables = parsed(self.text, self.file, self.line)
+        tables = parsed(self.content, self.start, self.end, self.file)
         for kind in tables:
             if kind != self.kind:
                 self.mistake("", f"[{kind}]: a record is [kind.id]{suggest(kind, schema.KINDS)}")
@@ -94,41 +111,30 @@ class Record:
 
 def records_of(file: Path) -> Iterator[Record]:
     """Yield the records of `file`, none of them parsed yet. Raises RecordError for what is no record."""
-    text = file.read_text(encoding="utf-8")
+    name, text = str(file), "\n" + file.read_text(encoding="utf-8")
     heads: list[tuple[int, str, str, list[str]]] = []  # where it starts, kind, id, aliases
     for mark in _LANDMARK.finditer(text):
         kind, quoted, bare, aliases = mark.groups()
         if kind is not None:
-            heads.append((mark.start(), kind, quoted or bare, []))
+            heads.append((mark.start() + 1, kind, quoted or bare, []))
         elif heads:
             heads[-1][3].extend(_STRING.findall(aliases))
     first = heads[0][0] if heads else len(text)
-    if text[:first].strip() and parsed(text[:first], str(file), 1):
+    if not _COMMENTS.fullmatch(text, 0, first) and parsed(text, 1, first, name):
         raise RecordError(f"{file}:1: values before the first record; a record begins with [kind.id]")
-    line, last = 1, 0
     for index, (start, kind, id, names) in enumerate(heads):
         end = heads[index + 1][0] if index + 1 < len(heads) else len(text)
-        line, last = line + text.count("\n", last, start), start
+        record = Record(id, kind, name, text, start, end, tuple(names))
         if kind not in schema.KINDS:
-            raise RecordError(f"{file}:{line}: [{kind}.{id}]: unknown kind of record{suggest(kind, schema.KINDS)}")
-        yield Record(id, kind, str(file), line, text[start:end], tuple(names))
+            raise RecordError(f"{record.where}: unknown kind of record{suggest(kind, schema.KINDS)}")
+        yield record
 
 
-def parsed(text: str, file: str, line: int) -> dict[str, Any]:
-    """Parse TOML that begins at `line` of `file`. Raises RecordError with the line in the file."""
-    toml = _toml()
+def parsed(content: str, start: int, end: int, file: str) -> dict[str, Any]:
+    """Parse the TOML of content[start:end]. Raises RecordError with the line in the file."""
     try:
-        tables: dict[str, Any] = toml.loads(text)
-    except toml.TOMLDecodeError as error:
+        return tomli.loads(content[start:end])
+    except tomli.TOMLDecodeError as error:
         found = re.search(r"at line (\d+)", str(error))
-        at = line + int(found.group(1)) - 1 if found else line + text.count("\n")
-        raise RecordError(f"{file}:{at}: not valid TOML: {error}") from error
-    return tables
-
-
-@functools.cache
-def _toml() -> ModuleType:
-    try:
-        return importlib.import_module("tomllib")
-    except ModuleNotFoundError:  # Python 3.10
-        return importlib.import_module("tomli")
+        line = content.count("\n", 0, start) + int(found.group(1)) - 1 if found else content.count("\n", 0, end)
+        raise RecordError(f"{file}:{line}: not valid TOML: {error}") from error

@@ -144,14 +144,10 @@ TILE_FEATURES = frozenset({"amx-tile", "amx-int8", "amx-bf16", "amx-fp16"})
 
 # A hypervisor may mask a feature and leave those built on it visible.
 _NEEDS = {
-    "avx2": "avx",
-    "fma": "avx",
-    "f16c": "avx",
-    "fma4": "avx",
-    "xop": "avx",
-    "vaes": "avx",
-    "vpclmulqdq": "avx",
-    "avx512f": "avx2",
+    **{name: "avx2" for name in X86_FLAGS if name.startswith("avx") and name not in ("avx", "avx2")},
+    **{name: "avx512f" for name in X86_FLAGS if name.startswith("avx512") and name != "avx512f"},
+    **{name: "amx-tile" for name in X86_FLAGS if name.startswith("amx-") and name != "amx-tile"},
+    **dict.fromkeys(("avx2", "fma", "f16c", "fma4", "xop", "vaes", "vpclmulqdq"), "avx"),
     "sve2": "sve",
     "sve-bitperm": "sve2",
     "fp16fml": "fullfp16",
@@ -166,29 +162,10 @@ def from_flags(isa: str, flags: Iterable[str]) -> frozenset[str]:
 
 def closed(features: Iterable[str]) -> frozenset[str]:
     """Return `features` without those that cannot run because what they build on is absent."""
-    kept = set(features)
-    for name in sorted(kept, key=_depth):
-        need = _need(name)
-        if need is not None and need not in kept:
-            kept.discard(name)
-    return frozenset(kept)
-
-
-def _need(name: str) -> str | None:
-    if name in _NEEDS:
-        return _NEEDS[name]
-    if name.startswith("avx512"):
-        return "avx512f"
-    if name.startswith("avx") and name != "avx":
-        return "avx2"
-    if name.startswith("amx-") and name != "amx-tile":
-        return "amx-tile"
-    return None
-
-
-def _depth(name: str) -> int:
-    need = _need(name)
-    return 0 if need is None else 1 + _depth(need)
+    kept = frozenset(features)
+    while lacking := {name for name in kept if _NEEDS.get(name, name) not in kept}:
+        kept -= lacking
+    return kept
 
 
 def vector_shape(isa: str, features: frozenset[str]) -> tuple[int, int]:

@@ -29,7 +29,9 @@ class Database:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.records: dict[str, Record] = {}
-        self._sources: dict[str, Record] = {}
+        self._source_records: dict[str, Record] = {}
+        self._sources: dict[str, Source] = {}
+        self._merged: dict[str, Mapping[str, Any]] = {}
         self._names: dict[str, str] = {}
         for file in files:
             for record in records_of(file):
@@ -37,15 +39,13 @@ class Database:
 
     def enter(self, record: Record) -> None:
         """Take in one more record. Raises RecordError where its id or an alias belongs to another."""
-        table = self._sources if record.kind == "source" else self.records
+        table = self._source_records if record.kind == "source" else self.records
         if record.id in table:
             record.mistake("", f"this record already exists: {table[record.id].where}")
         if record.kind != "source":
             for name in (record.id, *record.aliases):
-                other = self._names.get(spelling(name), record.id)
-                if other != record.id:
+                if (other := self._names.setdefault(spelling(name), record.id)) != record.id:
                     record.mistake("aliases", f"the name {name!r} already belongs to {self.records[other].where}")
-            self._names.update({spelling(name): record.id for name in (record.id, *record.aliases)})
         table[record.id] = record
         vars(self).pop("_bare_names", None)
 
@@ -53,57 +53,50 @@ class Database:
         """Take the record `id` out, if there is one, and return it."""
         self._names = {name: owner for name, owner in self._names.items() if owner != id}
         vars(self).pop("_bare_names", None)
+        self._merged.clear()
         return self.records.pop(id, None)
 
     def check(self, ids: Iterable[str] | None = None) -> None:
         """Read and check every record (or those of `ids`) with its sources and ancestors. Raises RecordError."""
         for id in self.records if ids is None else ids:
             self._check(self.records[id])
-        for source in self._sources if ids is None else ():
+        for source in self._source_records if ids is None else ():
             self.source(source)
 
     def source(self, id: str) -> Source:
         """Return the source called `id`; raises KeyError where there is none."""
-        return Source(id, **self._sources[id].values)
+        if id not in self._sources:
+            self._sources[id] = Source(id, **self._source_records[id].values)
+        return self._sources[id]
 
     def sources_of(self, record: Record) -> tuple[Source, ...]:
         """Return where the facts stated by `record` itself come from."""
         return tuple(self.source(id) for id in record.values["source"])
 
     def lineage(self, id: str) -> tuple[Record, ...]:
-        """Return the record and its ancestors, nearest first."""
+        """Return the record and its ancestors, nearest first. Raises RecordError where they go in a circle."""
         chain = [self.records[id]]
-        while (parent := chain[-1].values.get("extends")) is not None:
-            if parent not in self.records:
-                near = suggest(parent, self.records)
-                chain[-1].mistake("extends", f"extends {parent!r}, which does not exist{near}")
-            if self.records[parent] in chain:
-                chain[-1].mistake("extends", f"extends {parent!r}, which extends it in turn")
-            chain.append(self.records[parent])
+        while (parent := self._parent(chain[-1])) is not None:
+            if parent in chain:
+                chain[-1].mistake("extends", f"extends {parent.id!r}, which extends it in turn")
+            chain.append(parent)
         return tuple(chain)
 
-    def merged(self, id: str) -> dict[str, Any]:
+    def _parent(self, record: Record) -> Record | None:
+        parent = record.values.get("extends")
+        if parent is not None and parent not in self.records:
+            near = suggest(parent, self.records)
+            record.mistake("extends", f"extends {parent!r}, which does not exist{near}")
+        return None if parent is None else self.records[parent]
+
+    def merged(self, id: str) -> Mapping[str, Any]:
         """Return a record's facts with the inherited ones filled in; `features` is the final frozenset."""
-        lineage = self.lineage(id)
-        values: dict[str, Any] = {}
-        features: set[str] = set()
-        for record in reversed(lineage):
-            for key, value in record.values.items():
-                if key in schema.TABLES:
-                    values[key] = {**values.get(key, {}), **value}
-                elif key not in schema.OWN:
-                    values[key] = value
-            if clusters := record.values.get("clusters"):
-                values.update(_of_largest(clusters, record.values))
-            features |= set(record.values.get("features", ()))
-            features -= set(record.values.get("without", ()))
-        own = lineage[0].values
-        return {
-            **values,
-            "features": frozenset(features),
-            "source": own["source"],
-            "confidence": own["confidence"],
-        }
+        if id not in self._merged:
+            record = self.records[id]
+            parent = self._parent(record)
+            inherited = {} if parent is None else self.merged(parent.id)
+            self._merged[id] = _with_own(inherited, record.values)
+        return self._merged[id]
 
     def find(self, name: str) -> str | None:
         """Return the id of the record that `name` means: an id, an alias or the product's name, or None.
@@ -146,8 +139,8 @@ class Database:
 
     def _check(self, record: Record) -> None:
         for id in record.values["source"]:
-            if id not in self._sources:
-                record.mistake("source", f"source {id!r} is not in any [source.*]{suggest(id, self._sources)}")
+            if id not in self._source_records:
+                record.mistake("source", f"source {id!r} is not in any [source.*]{suggest(id, self._source_records)}")
             self.source(id)
         if set(record.values.get("aliases", ())) != set(record.aliases):
             record.mistake("aliases", "write `aliases = [...]` at the beginning of a line")
@@ -178,6 +171,21 @@ class Database:
             )
 
 
+def _with_own(inherited: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record knows: `inherited` from its parent, and its `own` values."""
+    values = dict(inherited)
+    for key, value in own.items():
+        if key in schema.TABLES:
+            values[key] = {**values.get(key, {}), **value}
+        elif key not in schema.OWN:
+            values[key] = value
+    if clusters := own.get("clusters"):
+        values.update(_of_largest(clusters, own))
+    features: frozenset[str] = values.get("features", frozenset())
+    values["features"] = features.union(own.get("features", ())).difference(own.get("without", ()))
+    return values | {"source": own["source"], "confidence": own["confidence"]}
+
+
 def _of_largest(clusters: list[dict[str, Any]], stated: Mapping[str, Any]) -> dict[str, Any]:
     """Cores and clock of the first cluster, unless stated: work is shared by equal cores only."""
     first = {"cores": clusters[0]["count"], "clock_mhz": clusters[0].get("clock_mhz")}
@@ -201,7 +209,7 @@ def register(id: str, values: Mapping[str, Any], kind: str = "device") -> Hardwa
     records = database()
     given = {"source": ["program"], "confidence": "medium", **values}
     given.setdefault("name", id)
-    record = Record(id, kind, "", 0, "", tuple(given.get("aliases", ())), given)
+    record = Record.registered(id, kind, given)
     if id in records.records and id not in _registered:
         record.mistake("", f"this record already exists: {records.records[id].where}")
     replaced = records.remove(id)

@@ -11,11 +11,12 @@ _DECORATION = re.compile(
     r"|(?:\d+|quad|six|eight|twelve|sixteen)-core|with|rev [\d.]+|v[0-9] ?@)\b",
     re.IGNORECASE,
 )
+_AS_HYPHENS = str.maketrans("_ .", "---")
 
 
 def spelling(name: str) -> str:
     """Return `name` as names are compared: lower case, `_`, ` ` and `.` as `-`."""
-    return re.sub(r"[_ .]+", "-", name.strip().lower())
+    return name.strip().lower().translate(_AS_HYPHENS)
 
 
 def bare(name: str) -> str:
