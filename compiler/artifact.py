@@ -59,6 +59,12 @@ class Artifact:
 
 def seal(directory: Path, hw: Hardware, description: dict[str, Any]) -> Artifact:
     """Write the manifest of the files in `directory`: code for `hw`, and `description` (JSON data)."""
+    target = {"id": hw.id, "name": hw.name, "isa": hw.isa, "triple": hw.triple, "features": sorted(hw.features)}
+    return seal_for(directory, target, description)
+
+
+def seal_for(directory: Path, target: dict[str, Any], description: dict[str, Any]) -> Artifact:
+    """As `seal`, for a machine as another manifest describes it."""
     files = {
         path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(directory.iterdir())
@@ -68,7 +74,7 @@ def seal(directory: Path, hw: Hardware, description: dict[str, Any]) -> Artifact
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "graphwright_version": __version__,
-        "target": {"id": hw.id, "name": hw.name, "isa": hw.isa, "triple": hw.triple, "features": sorted(hw.features)},
+        "target": target,
         "files": files,
         "description": description,
     }
@@ -100,7 +106,7 @@ def save(directory: Path, path: Path) -> Path:
             else:
                 made.mkdir()
                 for name in names:
-                    shutil.copyfile(directory / name, made / name)
+                    shutil.copy(directory / name, made / name)  # with its permissions: a bundle has a program
                 if path.is_dir():
                     os.rename(path, Path(scratch, "old"))
             os.replace(made, path)

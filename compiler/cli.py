@@ -106,11 +106,22 @@ def compile(
     tune: Annotated[str | None, typer.Option(help="A time such as 30s: measure candidates, keep what wins.")] = None,
     memory_limit: Annotated[str | None, typer.Option(help="The most that activations may take: 64MB.")] = None,
     kernel_fusion: Fusions = None,
+    bundle: Annotated[
+        bool | None,
+        typer.Option(
+            "--bundle/--artifact",
+            help="What machines without Python need, or what graphwright.load takes; default: by the target.",
+        ),
+    ] = None,
+    executable: Annotated[bool, typer.Option(help="A bundle of the static program alone.")] = False,
+    single_file: Annotated[bool, typer.Option(help="A bundle with the weights inside.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Compile MODEL to an artifact of machine code and weights."""
+    """Compile MODEL to an artifact of machine code and weights, or to a bundle for an ARM machine."""
+    bundled = _is_bundled(target, output, bundle, executable or single_file)
     with progress(f"loading {model}"):
         from . import api
+        from .compiled import Compiled
 
         loaded, examples = _load(model, input)
     with progress(f"compiling {model} for {target}"):
@@ -129,7 +140,12 @@ def compile(
             fallback=fallback,
             calibration=None if calibration is None else _arrays(calibration),
         )
-        saved = compiled.save(output)
+        if bundled:
+            if not isinstance(compiled, Compiled):
+                raise InputError("a bundle has fixed shapes: give --input SHAPE for every input")
+            saved = compiled.bundle(output, executable=executable, single_file=single_file)
+        else:
+            saved = compiled.save(output)
     report = compiled.report()
     typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
     typer.echo(f"wrote {saved or output}", err=as_json)
@@ -251,6 +267,19 @@ def progress(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(what):
         yield
+
+
+def _is_bundled(target: str, output: Path, asked: bool | None, options: bool) -> bool:
+    """A bundle is made where it is asked for, and for boards that cannot run here, unless OUT is a .gw file."""
+    if asked is False and options:
+        raise InputError("--executable and --single-file are about bundles: leave --artifact out")
+    if asked is not None or options:
+        return bool(asked or options)
+    from ..backends.aot.library import BUNDLED
+    from ..hwdb import lookup, obstacle
+
+    hw = lookup(target)
+    return hw.isa in BUNDLED and obstacle(hw) is not None and output.suffix != ".gw"
 
 
 def _names(given: str | None) -> list[str] | None:

@@ -136,6 +136,16 @@ class Compiled:
 
         return artifact.save(self._directory, Path(path))
 
+    def bundle(self, path: str | Path, *, executable: bool = False, single_file: bool = False) -> Path:
+        """Write to the directory `path` what an ARM machine without Python needs: docs/arm.md. Returns the path.
+
+        executable: the static program alone, without the library. single_file: the weights inside both.
+        Raises InputError where the model is not for such a machine or needs PyTorch.
+        """
+        from .bundle import bundle
+
+        return bundle(self._directory, Path(path), executable, single_file)
+
     def __reduce__(self) -> Any:
         raise TypeError("a compiled model is neither pickled nor copied: use save() and graphwright.load()")
 

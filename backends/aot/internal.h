@@ -27,6 +27,9 @@ void scratch_free(scratch *stack);
 
 enum { MESSAGE_BYTES = 256 };
 extern _Thread_local char message[MESSAGE_BYTES];
+void say(const char *text);
+void say_more(const char *text);
+void say_number(int64_t value);
 
 /* ---- pool.c ---- */
 

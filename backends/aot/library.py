@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 LIBRARY_NAME = "model.so"
 WEIGHTS_NAME = "weights.safetensors"
+OBJECT_NAME = "model.o"  # the generated code, not yet linked: what bundles are made from
+BUNDLED = ("aarch64", "armv7")  # instruction sets that get one
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class BuildInfo:
 
 
 def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildInfo:
-    """Compile `programs` for `hw` into directory/model.so. Equal programs give equal bytes."""
+    """Compile `programs` for `hw` into directory/model.so, and model.o where bundles are made for the instruction set.
+
+    Equal programs give equal bytes.
+    """
     from . import codegen, memory, region, toolchain
 
     start = time.perf_counter()
@@ -86,6 +91,8 @@ def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildIn
         for path, content in zip(objects, contents, strict=True):
             path.write_bytes(content)
         toolchain.link([*objects, *toolchain.runtime_objects(hw.triple)], output)
+        if hw.isa in BUNDLED:
+            toolchain.merge(objects, output.with_name(OBJECT_NAME))
     info = BuildInfo(
         library=output,
         weights=layout,

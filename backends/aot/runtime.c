@@ -24,20 +24,20 @@ int32_t gw_model_run(int32_t region, void *const *inputs, void *const *outputs, 
 
 _Thread_local char message[MESSAGE_BYTES];
 
-static void say(const char *text) {
+void say(const char *text) {
     size_t length = strlen(text);
     if (length >= sizeof message) length = sizeof message - 1;
     memcpy(message, text, length);
     message[length] = 0;
 }
 
-static void say_more(const char *text) {
+void say_more(const char *text) {
     size_t used = strlen(message);
     for (; *text && used + 1 < sizeof message; text++) message[used++] = *text;
     message[used] = 0;
 }
 
-static void say_number(int64_t value) {
+void say_number(int64_t value) {
     char digits[24], *end = digits + sizeof digits - 1, *first = end;
     uint64_t rest = value < 0 ? -(uint64_t)value : (uint64_t)value;
     *end = 0;

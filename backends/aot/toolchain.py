@@ -12,19 +12,19 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import platformdirs
 
 from ...errors import ToolMissing
+from . import elf
 
 _SOURCES = ("runtime.c", "pool.c", "scratch.c", "half.c")
-_HEADERS = ("runtime.h", "internal.h")
+_HERE = Path(__file__).parent
 _FLAGS = ("-O2", "-fPIC", "-ffunction-sections", "-std=c11", "-D_GNU_SOURCE", "-g0", "-Wall", "-Wextra", "-Werror")
 # What runtime.c, LLVM's lowering of plain C and TVM's intrinsics may ask of libc and libm.
 _C_LIBRARY = """
@@ -36,7 +36,7 @@ _MATH = """
     fmax fmin fmod hypot j0 j1 ldexp lgamma log log10 log1p log2 lrint lround nearbyint nextafter pow remainder rint
     round roundeven sin sincos sinh sqrt tan tanh tgamma trunc y0 y1
 """
-_EXPORTS = (
+EXPORTS = (
     "gw_init",
     "gw_run",
     "gw_free",
@@ -50,24 +50,46 @@ _EXPORTS = (
 
 def runtime_objects(triple: str) -> list[Path]:
     """The runtime compiled for an LLVM triple; from the cache where it is there."""
+    return c_objects([_HERE / name for name in _SOURCES], runtime_headers(), triple)
+
+
+def runtime_headers() -> list[Path]:
+    """The headers of the runtime: runtime.h is what it offers, internal.h what its files share."""
+    return [_HERE / name for name in ("runtime.h", "internal.h")]
+
+
+def c_objects(sources: Sequence[Path], headers: Sequence[Path], triple: str, flags: Sequence[str] = ()) -> list[Path]:
+    """C files compiled for an LLVM triple, kept under the digest of what they are made of.
+
+    headers: every file the sources include in quotes; their directories are searched.
+    """
     target = zig_target(triple)
-    here = Path(__file__).parent
+    folders = dict.fromkeys(path.parent for path in headers)
+    options = (*_FLAGS, *flags, *(f"-I{folder}" for folder in folders))
     digest = hashlib.sha256()
-    for part in (target, _zig_version(), *_FLAGS):
+    for part in (target, _zig_version(), *_FLAGS, *flags):
         digest.update(part.encode() + b"\0")
-    for name in (*_HEADERS, *_SOURCES):
-        digest.update((here / name).read_bytes())
-    kept = _workshop() / "runtime" / f"{target}-{digest.hexdigest()[:24]}"
-    objects = [kept / f"{Path(name).stem}.o" for name in _SOURCES]
-    if all(path.is_file() for path in objects):
-        return objects
-    kept.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=kept) as scratch:
-        for name, path in zip(_SOURCES, objects, strict=True):
-            made = Path(scratch, path.name)
-            _zig("cc", *_FLAGS, "-target", target, "-c", str(here / name), "-o", str(made))
-            os.replace(made, path)  # another process may be doing the same: an equal file replaces an equal file
-    return objects
+    for path in (*headers, *sources):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    folder = f"runtime/{target}-{digest.hexdigest()[:24]}"
+    command = ("cc", *options, "-target", target)
+    return [kept(folder, f"{path.stem}.o", functools.partial(_compile, command, path)) for path in sources]
+
+
+def _compile(command: Sequence[str], source: Path, directory: Path) -> None:
+    zig(*command, "-c", str(source), "-o", str(directory / f"{source.stem}.o"))
+
+
+def kept(folder: str, name: str, make: Callable[[Path], None]) -> Path:
+    """The file `name` in a folder of the cache; where it is not there, `make(directory)` leaves it in `directory`."""
+    path = _workshop() / folder / name
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            make(Path(scratch))
+            # Another process may be doing the same: an equal file replaces an equal file.
+            os.replace(Path(scratch, name), path)
+    return path
 
 
 def link(objects: Sequence[Path], output: Path) -> None:
@@ -77,11 +99,11 @@ def link(objects: Sequence[Path], output: Path) -> None:
     """
     with tempfile.TemporaryDirectory() as directory:
         script = Path(directory, "exports.map")
-        script.write_text(f"{{ global: {'; '.join(_EXPORTS)}; local: *; }};\n")
+        script.write_text(f"{{ global: {'; '.join(EXPORTS)}; local: *; }};\n")
         # 16 KiB pages are what some ARM systems use; the file grows by little.
         options = ("-shared", "--gc-sections", "--strip-all", "--build-id=none", "--hash-style=gnu")
         limits = ("-z", "now", "-z", "noexecstack", "-z", "max-page-size=16384", "-soname", output.name)
-        _zig(
+        zig(
             "ld.lld",
             *options,
             *limits,
@@ -92,26 +114,17 @@ def link(objects: Sequence[Path], output: Path) -> None:
             str(output),
         )
 
-    unknown = undefined_symbols(output) - {*_C_LIBRARY.split(), *_MATH.split(), *(f"{name}f" for name in _MATH.split())}
+    unknown = elf.read(output).undefined - {
+        *_C_LIBRARY.split(),
+        *_MATH.split(),
+        *(f"{name}f" for name in _MATH.split()),
+    }
     assert not unknown, f"generated code calls {sorted(unknown)}, which nothing provides"
 
 
-def undefined_symbols(library: Path) -> set[str]:
-    """The names a 64-bit little-endian ELF library expects to find in the process that loads it."""
-    content = library.read_bytes()
-    (sections,) = struct.unpack_from("<Q", content, 0x28)
-    size, count = struct.unpack_from("<HH", content, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQIIQQ", content, sections + i * size) for i in range(count)]
-    names = set()
-    for _, kind, _, _, offset, length, link, _, _, entry in headers:
-        if kind == 11:  # SHT_DYNSYM; its `link` is the section of its names
-            strings = headers[link][4]
-            for start in range(offset + entry, offset + length, entry):
-                name, _, _, section = struct.unpack_from("<IBBH", content, start)
-                if section == 0:  # SHN_UNDEF
-                    end = content.index(b"\0", strings + name)
-                    names.add(content[strings + name : end].decode())
-    return names
+def merge(objects: Sequence[Path], output: Path) -> None:
+    """Link objects to one relocatable object."""
+    zig("ld.lld", "-r", "--build-id=none", *map(str, objects), "-o", str(output))
 
 
 def zig_target(triple: str) -> str:
@@ -128,10 +141,15 @@ def _zig_version() -> str:
         raise ToolMissing("compiling needs the ziglang package: pip install ziglang") from error
 
 
-def _zig(*arguments: str) -> None:
+def zig(*arguments: str, scratch: Path | None = None) -> None:
+    """Run a command of the ziglang package; with `scratch`, what it makes for this run alone is kept there.
+
+    Raises ToolMissing with what it printed where it fails.
+    """
     command = [sys.executable, "-m", "ziglang", *arguments]
     caches = _workshop() / "zig"
-    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(caches), "ZIG_LOCAL_CACHE_DIR": str(caches)}
+    local = str(scratch or caches)
+    environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(caches), "ZIG_LOCAL_CACHE_DIR": local}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ToolMissing(

@@ -1,0 +1,83 @@
+"""Object files -> the program `run` and the library `model.so` of a bundle, with the ziglang wheel alone.
+
+The program is static: zig's own musl is in it, so it runs on any Linux of its processor. The first such link on a
+machine builds musl and the compiler's run-time library (23 s of processor time for aarch64), which the cache keeps.
+
+The library uses the C library of the process that loads it. It is linked against zig's stand-ins for glibc 2.28 (Debian
+10, Raspberry Pi OS of 2019), so it asks for no symbol version that is newer.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..aot import toolchain
+
+_HERE = Path(__file__).parent
+_LIBRARY_SOURCES = ("bundle.c",)
+_PROGRAM_SOURCES = ("bundle.c", "files.c", "run.c")
+GLIBC_FLOOR = (2, 28)
+# Pages of 16 KiB are what some ARM systems use; a file grows by little.
+_OPTIONS = ("-s", "-Wl,--gc-sections", "-Wl,--build-id=none", "-Wl,-z,max-page-size=16384", "-Wl,-z,noexecstack")
+_EXPORTS = (
+    *toolchain.EXPORTS,
+    "graphwright_init",
+    "graphwright_inputs",
+    "graphwright_outputs",
+    "graphwright_run",
+    "graphwright_free",
+    "graphwright_error",
+    "graphwright_target",
+    "graphwright_threads",
+)
+
+
+def program(model: Path | None, table: str, triple: str, output: Path, files: Path) -> None:
+    """Link `output`, a static program, from the model's object and the text of table.c_source.
+
+    model: None where the model computes nothing. The table may name files of the directory `files`.
+    """
+    target = toolchain.zig_target(triple)
+    musl = target.replace("gnu", "musl")
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        objects = _objects(model, _PROGRAM_SOURCES, table, musl, scratch, files)
+        toolchain.zig(
+            "cc", "-target", musl, "-static", *_OPTIONS, *map(str, objects), "-o", str(output), scratch=scratch
+        )
+    output.chmod(0o755)
+
+
+def library(model: Path | None, table: str, triple: str, output: Path, files: Path) -> None:
+    """Link `output`, a shared library with the calls of graphwright.h and, for Python, those of runtime.h."""
+    target = toolchain.zig_target(triple)
+    glibc = f"{target}.{'.'.join(map(str, GLIBC_FLOOR))}"
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        objects = _objects(model, _LIBRARY_SOURCES, table, target, scratch, files)
+        script = scratch / "exports.map"
+        script.write_text(f"{{ global: {'; '.join(_EXPORTS)}; local: *; }};\n")
+        toolchain.zig(
+            "cc", "-target", glibc, "-shared", *_OPTIONS, "-Wl,-z,now", f"-Wl,-soname,{output.name}",
+            f"-Wl,--version-script={script}", *map(str, objects), "-lm", "-lpthread", "-o", str(output),
+            scratch=scratch,
+        )  # fmt: skip
+
+
+def _objects(
+    model: Path | None, sources: Sequence[str], table: str, target: str, scratch: Path, files: Path
+) -> list[Path]:
+    """The generated code, the runtime, the bundle's own code, and the table."""
+    sources = (*sources, "empty.c") if model is None else sources
+    headers = [*toolchain.runtime_headers(), *(_HERE / name for name in ("graphwright.h", "bundle.h", "files.h"))]
+    fixed = toolchain.c_objects([_HERE / name for name in sources], headers, target)
+    made = scratch / "table.o"
+    text = scratch / "table.c"
+    text.write_text(table)
+    toolchain.zig(
+        "cc", "-O2", "-fPIC", "-g0", "-std=c11", f"-I{_HERE}", f"-I{files}", "-target", target, "-c", str(text),
+        "-o", str(made), scratch=scratch,
+    )  # fmt: skip
+    return [*([model] if model else ()), *toolchain.runtime_objects(target), *fixed, made]

@@ -1,0 +1,48 @@
+"""The texts of a bundle: how to use it, and whose code is in it."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from ...errors import ToolMissing
+from .table import Table
+
+_PACKAGE = Path(__file__).resolve().parents[2]
+
+
+def readme(table: Table, executable: bool, single_file: bool) -> str:
+    """How to run this bundle."""
+    first = f" --input {table.inputs[0].name}.npy" if table.inputs else ""
+    result = f" --output {table.outputs[0].name}.npy" if table.outputs else ""
+    lines = [f"A model compiled by graphwright for {table.target}.", ""]
+    lines += [f"    ./run{first}{result} --repeat 10", "    ./run --describe", ""]
+    for kind, tensors in (("input", table.inputs), ("output", table.outputs)):
+        lines += [f"{kind} {t.name}: {t.dtype}[{', '.join(map(str, t.shape))}]" for t in tensors]
+    lines.append("")
+    lines.append("run is static and needs no library.")
+    if not executable:
+        weights = "NULL" if single_file or not table.weights_bytes else '"weights.safetensors"'
+        lines += [
+            "model.so is for your own program: graphwright.h has its calls, example.c and example.py use them.",
+            f"It needs glibc 2.28 or newer; the path of its weights is {weights}.",
+        ]
+    if table.weights_bytes and not single_file:
+        lines.append("weights.safetensors is mapped by both; keep it beside run.")
+    lines += ["manifest.json has the SHA-256 of every file.", ""]
+    return "\n".join(lines)
+
+
+def write_notices(path: Path) -> None:
+    """Write the licences of what is linked into a bundle. Raises ToolMissing without the ziglang package."""
+    found = importlib.util.find_spec("ziglang")
+    if found is None or found.origin is None:
+        raise ToolMissing("bundles need the ziglang package: pip install ziglang")
+    zig = Path(found.origin).parent
+    parts = (
+        ("graphwright: its runtime and the code it generates", _PACKAGE / "LICENSE"),
+        ("musl, the C library inside the program `run`", zig / "lib" / "libc" / "musl" / "COPYRIGHT"),
+        ("zig, whose compiler run-time library (compiler_rt) is inside the program `run`", zig / "LICENSE"),
+    )
+    text = [f"{title}\n{'=' * len(title)}\n\n{source.read_text()}\n" for title, source in parts]
+    path.write_text("\n".join(text))

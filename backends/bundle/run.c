@@ -1,0 +1,162 @@
+/* The program `run` of a bundle: one model, inputs from files, results to files, and the time of a call. */
+#include "files.h"
+#include "graphwright.h"
+
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+static const char USAGE[] =
+    "usage: run [--input [NAME=]FILE]... [--output [NAME=]FILE]... [--repeat N] [--threads N] [--weights FILE]\n"
+    "\n"
+    "  --input    a .npy file, or the bare bytes of a tensor; in the model's order, or by name. Without any: noise\n"
+    "  --output   where a result goes: .npy, or the bare bytes under any other name\n"
+    "  --repeat   calls to time, after one that warms up (default: one call in all)\n"
+    "  --threads  threads of a call (default: all cores)\n"
+    "  --weights  the weights file (default: weights.safetensors beside this program)\n"
+    "  --describe print what goes in and what comes out, and stop\n";
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* The tensor that "NAME=FILE" or the next unnamed FILE belongs to; `*path` becomes the file. */
+static int place(const char **path, const graphwright_tensor *tensors, int count, const char *option, int *next) {
+    const char *equals = strchr(*path, '=');
+    if (equals) {
+        for (int i = 0; i < count; i++) {
+            if (strlen(tensors[i].name) != (size_t)(equals - *path)) continue;
+            if (strncmp(tensors[i].name, *path, (size_t)(equals - *path))) continue;
+            *path = equals + 1;
+            return i;
+        }
+    }
+    if (*next >= count) die("--%s %s: the model has %d %s%s", option, *path, count, option, count == 1 ? "" : "s");
+    return (*next)++;
+}
+
+static int number(const char *option, const char *text) {
+    char *end;
+    long value = strtol(text, &end, 10);
+    if (*end || end == text || value < 1 || value > INT_MAX) die("%s %s: a whole number of at least 1", option, text);
+    return (int)value;
+}
+
+/* Values between -1 and 1 where they are floating point, zeros and ones else: those index any table of two rows. */
+static void *noise(const graphwright_tensor *tensor, int which) {
+    unsigned char *data = calloc(1, tensor->bytes ? (size_t)tensor->bytes : 1);
+    if (!data) die("out of memory for %s", tensor->name);
+    uint64_t state = 0x9E3779B97F4A7C15u * (uint64_t)(which + 1), count = 1;
+    for (int i = 0; i < tensor->rank; i++) count *= (uint64_t)tensor->shape[i];
+    size_t item = count ? (size_t)(tensor->bytes / count) : 1;
+    for (uint64_t i = 0; i < count; i++) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        float value = (float)(int32_t)(state >> 32) / 2147483648.0f;
+        if (!strcmp(tensor->dtype, "float32")) memcpy(data + i * item, &value, sizeof value);
+        else if (!strncmp(tensor->dtype, "int", 3) || !strncmp(tensor->dtype, "uint", 4)) data[i * item] = state >> 63;
+    }
+    return data;
+}
+
+static char *beside_program(const char *name) {
+    static char path[PATH_MAX];
+    ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
+    if (length < 0) return strcpy(path, name);
+    path[length] = 0;
+    char *slash = strrchr(path, '/');
+    size_t kept = slash ? (size_t)(slash - path) + 1 : 0;
+    if (kept + strlen(name) >= sizeof path) die("the path of this program is too long");
+    strcpy(path + kept, name);
+    return path;
+}
+
+static int ascending(const void *left, const void *right) {
+    double a = *(const double *)left, b = *(const double *)right;
+    return (a > b) - (a < b);
+}
+
+int main(int argc, char **argv) {
+    const graphwright_tensor *inputs, *outputs;
+    int input_count = graphwright_inputs(&inputs), output_count = graphwright_outputs(&outputs);
+    const char **files = calloc((size_t)(input_count + output_count) + 1, sizeof *files);
+    const char **results = files + input_count, *weights = NULL;
+    int repeat = 0, threads = 0, next_input = 0, next_output = 0;
+    for (int i = 1; i < argc; i++) {
+        if (!strcmp(argv[i], "--help")) {
+            fputs(USAGE, stdout);
+            return 0;
+        }
+        if (!strcmp(argv[i], "--describe")) {
+            printf("compiled for %s\n", graphwright_target());
+            for (int k = 0; k < input_count; k++) printf("input %s: %s\n", inputs[k].name, describe(&inputs[k]));
+            for (int k = 0; k < output_count; k++) printf("output %s: %s\n", outputs[k].name, describe(&outputs[k]));
+            return 0;
+        }
+        const char *option = argv[i], *value = i + 1 < argc ? argv[++i] : NULL;
+        int known = !strcmp(option, "--input") || !strcmp(option, "--output") || !strcmp(option, "--repeat") ||
+                    !strcmp(option, "--threads") || !strcmp(option, "--weights");
+        if (!known || !value) {
+            fputs(USAGE, stderr);
+            die(known ? "%s needs a value" : "there is no option %s", option);
+        }
+        if (!strcmp(option, "--input")) {
+            int to = place(&value, inputs, input_count, "input", &next_input);
+            files[to] = value;
+        } else if (!strcmp(option, "--output")) {
+            int to = place(&value, outputs, output_count, "output", &next_output);
+            results[to] = value;
+        } else if (!strcmp(option, "--repeat")) {
+            repeat = number(option, value);
+        } else if (!strcmp(option, "--threads")) {
+            threads = number(option, value);
+        } else {
+            weights = value;
+        }
+    }
+    int given = 0;
+    for (int i = 0; i < input_count; i++) given += files[i] != NULL;
+    double started = seconds();
+    graphwright_model *model;
+    if (graphwright_init(weights ? weights : beside_program("weights.safetensors"), threads, &model))
+        die("%s", graphwright_error());
+    printf("loaded in %.3f ms, %d threads\n", 1e3 * (seconds() - started), graphwright_threads(model));
+    if (!given && input_count) puts("inputs: noise (give --input FILE for your own)");
+    const void **sources = calloc((size_t)input_count + 1, sizeof *sources);
+    void **targets = calloc((size_t)output_count + 1, sizeof *targets);
+    double *times = calloc((size_t)repeat + 1, sizeof *times);
+    if (!sources || !targets || !times) die("out of memory");
+    for (int i = 0; i < input_count; i++) {
+        if (given && !files[i]) die("--input for %s is missing: %s", inputs[i].name, describe(&inputs[i]));
+        sources[i] = given ? read_tensor(files[i], &inputs[i]) : noise(&inputs[i], i);
+    }
+    for (int i = 0; i < output_count; i++)
+        if (!(targets[i] = calloc(1, outputs[i].bytes ? (size_t)outputs[i].bytes : 1))) die("out of memory");
+    started = seconds();
+    if (graphwright_run(model, sources, targets)) die("%s", graphwright_error());
+    double first = seconds() - started, total = 0;
+    for (int i = 0; i < repeat; i++) {
+        started = seconds();
+        if (graphwright_run(model, sources, targets)) die("%s", graphwright_error());
+        total += times[i] = seconds() - started;
+    }
+    qsort(times, (size_t)repeat, sizeof *times, ascending);
+    for (int i = 0; i < output_count; i++) {
+        printf("output %s: %s\n", outputs[i].name, describe(&outputs[i]));
+        if (results[i]) write_tensor(results[i], &outputs[i], targets[i]);
+    }
+    printf("latency: first call %.3f ms", 1e3 * first);
+    if (repeat)
+        printf(", then min %.3f, median %.3f, mean %.3f ms of %d", 1e3 * times[0], 1e3 * times[repeat / 2],
+               1e3 * total / repeat, repeat);
+    putchar('\n');
+    for (int i = 0; i < input_count; i++) free((void *)sources[i]);
+    for (int i = 0; i < output_count; i++) free(targets[i]);
+    free(sources), free(targets), free(times), free(files);
+    graphwright_free(model);
+    return 0;
+}

@@ -1,0 +1,141 @@
+"""A compiled model -> a bundle: what a machine without Python needs to run it, in one directory.
+
+    run                  a static program: inputs from .npy files, results to .npy files, and the time of a call
+    model.so             a library with the C calls of graphwright.h (left out with executable=True)
+    weights.safetensors  mapped by both (inside them with single_file=True)
+    graphwright.h, example.c, example.py, README.txt, LICENSES.txt, manifest.json (digests of all of it)
+
+The directory is an artifact as well: where PyTorch and graphwright are installed on such a machine, `graphwright.load`
+takes it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file
+
+from ..backends.aot import weights
+from ..backends.aot.library import BUNDLED, LIBRARY_NAME, OBJECT_NAME, WEIGHTS_NAME
+from ..backends.bundle import features, link
+from ..backends.bundle.notices import readme, write_notices
+from ..backends.bundle.table import Copy, Table, Tensor, c_source
+from ..errors import ArtifactError, InputError
+from . import artifact, loading
+from .build import CONSTANTS_NAME
+from .capture import TensorSpec
+from .plan import OperatorCall, Plan, RegionCall
+
+if TYPE_CHECKING:
+    import torch
+
+PROGRAM_NAME = "run"
+_FILES = Path(link.__file__).parent  # what every bundle has a copy of lies there
+
+
+def bundle(directory: Path, path: Path, executable: bool = False, single_file: bool = False) -> Path:
+    """Write the bundle of the artifact in `directory` to the directory `path`. Returns the path.
+
+    executable: the program only, no library. single_file: the weights inside instead of beside them.
+    Raises InputError where the model cannot be bundled, and ArtifactError where `path` is something else.
+    """
+    path = Path(path)
+    if path.suffix == artifact.SUFFIX:
+        raise InputError(f"a bundle is a directory: write it to a name that does not end in {artifact.SUFFIX}")
+    manifest = artifact.inspect(directory)
+    target = manifest["target"]
+    described = loading.from_data(manifest["description"])
+    if target["isa"] not in BUNDLED:
+        raise InputError(
+            f"bundles are made for {' and '.join(BUNDLED)}, and {target['id']} is {target['isa']}: "
+            "save the model instead"
+        )
+    if described.twin is not None:
+        raise InputError("a model of two builds (fallback=, precision='adaptive') chooses between them in Python")
+    table = _table(directory, target, described)
+    with tempfile.TemporaryDirectory(prefix="graphwright-") as scratch:
+        made = Path(scratch, "bundle")
+        made.mkdir()
+        if table.weights_bytes:
+            shutil.copyfile(directory / WEIGHTS_NAME, made / WEIGHTS_NAME)
+        text = c_source(table, WEIGHTS_NAME, _digest_of(manifest)) if single_file else c_source(table)
+        code = directory / OBJECT_NAME if table.runs else None
+        link.program(code, text, target["triple"], made / PROGRAM_NAME, made)
+        if not executable:
+            link.library(code, text, target["triple"], made / LIBRARY_NAME, made)
+            for name in ("graphwright.h", "example.c", "example.py"):
+                shutil.copyfile(_FILES / name, made / name)
+        if single_file and table.weights_bytes:
+            (made / WEIGHTS_NAME).unlink()
+        (made / "README.txt").write_text(readme(table, executable, single_file))
+        write_notices(made / "LICENSES.txt")
+        artifact.seal_for(made, target, manifest["description"])
+        return artifact.save(made, path)
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    known = manifest["files"].get(WEIGHTS_NAME)
+    return str(known["sha256"]) if known else ""
+
+
+def _table(directory: Path, target: dict[str, Any], described: loading.Description) -> Table:
+    plan, signature = described.plan, described.signature
+    left = sorted({call.operator for call in plan.calls if isinstance(call, OperatorCall)})
+    if left:
+        raise InputError(
+            f"{', '.join(left)} run in PyTorch, which a bundle does without; compile for the board by its name "
+            "to see where they stand in the model"
+        )
+    regions = [call for call in plan.calls if isinstance(call, RegionCall)]
+    assert len(regions) <= 1, "what is compiled whole is one region"
+    outputs = [leaf for leaf in signature.outputs if isinstance(leaf, TensorSpec)]
+    header, nbytes = b"", 0
+    if regions and (file := directory / WEIGHTS_NAME).exists():
+        nbytes = weights.read_layout(file).nbytes
+        with open(file, "rb") as content:
+            header = content.read(file.stat().st_size - nbytes)
+    written = regions[0].outputs if regions else ()
+    return Table(
+        target=target["id"],
+        inputs=tuple(_tensor(spec) for spec in signature.tensors),
+        outputs=tuple(_tensor(spec) for spec in outputs),
+        features=features.bits(target["isa"], target["features"]),
+        read=regions[0].inputs if regions else (),
+        written=tuple(plan.outputs.index(slot) for slot in written),
+        copies=tuple(_copies(plan, written, directory)),
+        runs=bool(regions),
+        weights_bytes=nbytes,
+        header=header,
+    )
+
+
+def _copies(plan: Plan, written: tuple[int, ...], directory: Path) -> list[Copy]:
+    """The outputs that the region does not write: inputs, constants, and what it wrote for another output."""
+    copies = []
+    for output, slot in enumerate(plan.outputs):
+        if slot in written:
+            if (first := plan.outputs.index(slot)) != output:
+                copies.append(Copy("output", output, first))
+        elif slot < plan.inputs:
+            copies.append(Copy("input", output, slot))
+        else:
+            name = plan.constants.get(slot)
+            if name is None:
+                raise ArtifactError(f"output {output} is made by nothing; compile the model again")
+            copies.append(Copy("constant", output, constant=_bytes(load_file(directory / CONSTANTS_NAME)[name])))
+    return copies
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _tensor(spec: TensorSpec) -> Tensor:
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return Tensor(spec.name, dtype, spec.shape, math.prod(spec.shape) * spec.dtype.itemsize)

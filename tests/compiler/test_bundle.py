@@ -1,0 +1,289 @@
+"""A bundle runs without Python on its board, gives the model's numbers, and refuses what cannot be right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from boards import assert_like_float64, call, run
+from torch import nn
+from typer.testing import CliRunner
+
+import graphwright
+from graphwright.backends.aot import elf
+from graphwright.compiler.cli import app
+from graphwright.errors import ArtifactError, InputError
+
+ROUNDING = 1e-6  # a few sums of float32, each within 6e-8 of its terms
+GLIBC_FLOOR = (2, 28)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(16, 10)).eval()
+
+
+def bundle(model: Any, inputs: Any, path: Path, target: str = "raspberry-pi-4b", **options: bool) -> Path:
+    return graphwright.compile(model, inputs, target=target).bundle(path, **options)
+
+
+@pytest.fixture(scope="module")
+def image() -> torch.Tensor:
+    return torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, image: torch.Tensor) -> Path:
+    return bundle(network(), (image,), tmp_path_factory.mktemp("made") / "out")
+
+
+@pytest.fixture
+def copy(made: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may damage."""
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("cpu", ["cortex-a72", "cortex-a53", "max"])
+def test_the_program_gives_the_models_numbers(made: Path, image: torch.Tensor, tmp_path: Path, cpu: str) -> None:
+    (found,) = call(made, cpu, {"input": image}, tmp_path, "--threads", "3", "--repeat", "2")
+    assert found.dtype == np.float32
+    assert_like_float64(found, network(), {"input": image}, ROUNDING)
+
+
+def test_the_program_prints_what_it_did(made: Path) -> None:
+    done = run(made, "cortex-a72", "--repeat", "3", "--threads", "2")
+    assert done.returncode == 0
+    assert "2 threads" in done.stdout
+    assert "inputs: noise" in done.stdout
+    assert "output linear: float32[1, 10]" in done.stdout
+    assert "ms of 3" in done.stdout
+    described = run(made, "cortex-a72", "--describe").stdout
+    assert (
+        described == "compiled for raspberry-pi-4b\ninput input: float32[1, 3, 32, 32]\noutput linear: float32[1, 10]\n"
+    )
+
+
+def test_bare_bytes_go_in_and_out(made: Path, image: torch.Tensor, tmp_path: Path) -> None:
+    (expected,) = call(made, "cortex-a72", {"input": image}, tmp_path)
+    (tmp_path / "x.bin").write_bytes(image.numpy().tobytes())
+    done = run(made, "cortex-a72", "--input", tmp_path / "x.bin", "--output", tmp_path / "y.bin")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "y.bin").read_bytes() == expected.tobytes()
+
+
+def test_the_files_are_of_the_board_and_ask_for_nothing_newer(made: Path) -> None:
+    program, library = elf.read(made / "run"), elf.read(made / "model.so")
+    assert program.machine == library.machine == "aarch64"
+    assert (program.kind, program.interpreter, program.needed) == ("executable", None, ())
+    assert library.kind == "shared"
+    assert set(library.needed) <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-aarch64.so.1"}
+    versions = {tuple(map(int, version.removeprefix("GLIBC_").split("."))) for _, version in library.versions}
+    assert versions
+    assert max(versions) <= GLIBC_FLOOR
+    for facts in (program, library):
+        assert all(alignment % 16384 == 0 for alignment in facts.alignments)
+        assert not facts.executable_stack
+        assert not facts.text_relocations
+
+
+def test_the_library_exports_its_header_and_nothing_else(made: Path) -> None:
+    defined = elf.read(made / "model.so").defined
+    header = (made / "graphwright.h").read_text()
+    declared = set(re.findall(r"(graphwright_\w+)\(", header))
+    assert {name for name in defined if not name.startswith("gw_")} == declared
+
+
+def test_the_code_beyond_the_weights_is_small(made: Path) -> None:
+    # The bars of the project; a whole ResNet-18 is held to them in test_boards.py.
+    assert (made / "run").stat().st_size <= 300_000
+    assert (made / "model.so").stat().st_size <= 150_000
+
+
+def test_the_manifest_has_the_digest_of_every_file(made: Path) -> None:
+    manifest = json.loads((made / "manifest.json").read_text())
+    names = {path.name for path in made.iterdir()} - {"manifest.json"}
+    assert set(manifest["files"]) == names
+    for name, known in manifest["files"].items():
+        assert hashlib.sha256((made / name).read_bytes()).hexdigest() == known["sha256"]
+    assert manifest["target"]["id"] == "raspberry-pi-4b"
+    assert "neon" in manifest["target"]["features"]
+
+
+def test_the_licences_of_what_is_inside(made: Path) -> None:
+    text = (made / "LICENSES.txt").read_text()
+    assert all(part in text for part in ("Apache License", "musl as a whole is licensed", "Zig"))
+
+
+def test_one_file_and_one_program(image: torch.Tensor, tmp_path: Path) -> None:
+    alone = bundle(network(), (image,), tmp_path / "alone", executable=True, single_file=True)
+    assert not list(alone.glob("*.safetensors"))
+    assert not (alone / "model.so").exists()
+    assert (alone / "run").stat().st_mode & 0o111
+    (found,) = call(alone, "cortex-a72", {"input": image}, tmp_path)
+    assert_like_float64(found, network(), {"input": image}, ROUNDING)
+    other = network()
+    with torch.no_grad():
+        other[5].bias += 1.0  # equal code and weights of equal size: the old weights must not be taken from a cache
+    again = bundle(other, (image,), tmp_path / "again", executable=True, single_file=True)
+    (shifted,) = call(again, "cortex-a72", {"input": image}, tmp_path)
+    np.testing.assert_allclose(shifted, found + 1.0, rtol=1e-6)
+
+
+class Odd(nn.Module):
+    """Several inputs and outputs: an input, a constant, one value twice, other dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.arange(3.0))
+
+    def forward(self, size: torch.Tensor, ids: torch.Tensor, flags: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        total = size + ids.float()
+        return total, size, self.table, total, ids * 2, ~flags, size.double().sum()
+
+
+def test_outputs_that_are_no_result_of_a_kernel(tmp_path: Path) -> None:
+    arguments = (torch.randn(2, 3), torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([True, False]))
+    model = Odd()
+    made = bundle(model, arguments, tmp_path / "odd")
+    found = call(made, "cortex-a72", dict(zip(("size", "ids", "flags"), arguments, strict=True)), tmp_path)
+    for value, expected in zip(found, model(*arguments), strict=True):
+        assert value.dtype == expected.numpy().dtype
+        np.testing.assert_allclose(value, expected.numpy(), rtol=1e-6)
+
+
+def test_a_model_that_computes_nothing(tmp_path: Path) -> None:
+    x = torch.randn(2, 3)
+    made = bundle(nn.Identity(), (x,), tmp_path / "identity")
+    (found,) = call(made, "cortex-a53", {"input": x}, tmp_path)
+    np.testing.assert_array_equal(found, x.numpy())
+
+
+def refused(done: Any, *parts: str) -> None:
+    """The program said why, and left with status 1: it was not killed."""
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert done.stderr.startswith("run: ") or "\nrun: " in done.stderr
+    for part in parts:
+        assert part in done.stderr, done.stderr
+
+
+def test_a_processor_without_the_instructions(image: torch.Tensor, tmp_path: Path) -> None:
+    made = bundle(network(), (image,), tmp_path / "pi5", target="raspberry-pi-5")
+    refused(run(made, "cortex-a72"), "raspberry-pi-5", "dotprod", "fullfp16", "lse")
+    assert run(made, "cortex-a76").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"), [(0, "0 bytes"), (100, "100 bytes"), (-1, "copy the file of this bundle again")]
+)
+def test_truncated_weights(copy: Path, keep: int, message: str) -> None:
+    file = copy / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(run(copy, "cortex-a72"), "weights.safetensors", message)
+
+
+def test_missing_weights_and_those_of_another_model(copy: Path) -> None:
+    file = copy / "weights.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    refused(run(copy, "cortex-a72"), "cannot be opened")
+    file.write_bytes(content.replace(b"F32", b"I32"))  # of the same size
+    refused(run(copy, "cortex-a72"), "another model")
+    file.write_bytes(content)
+    assert run(copy, "cortex-a72", "--weights", file).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file holds 0"),
+        (bytes(12289), "the file holds 12289"),
+        (b"\x93NUMPY", "the file holds 6"),
+        (b"\x93NUMPY\x01\x00\xff\xff{'descr'", "ends within its header"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\xff", "cannot be right"),
+        (b"\x93NUMPY\x01\x00\x04\x00abc\n", "no 'descr'"),
+        (b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4'\n", "no 'fortran_order'"),
+    ],
+)
+def test_inputs_that_are_no_arrays(made: Path, tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x").write_bytes(content)
+    refused(run(made, "cortex-a72", "--input", tmp_path / "x"), message)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((1, 3, 32, 31), np.float32), "the file has shape (1, 3, 32, 31)"),
+        (np.zeros((1, 3, 32), np.float32), "the file has shape (1, 3, 32)"),
+        (np.zeros((1, 3, 32, 32, 1), np.float32), "the file has shape (1, 3, 32, 32, 1)"),
+        (np.float32(0), "the file has shape ()"),
+        (np.zeros((1, 3, 32, 32)), "the file has '<f8'"),
+        (np.zeros((1, 3, 32, 32), ">f4"), "the file has '>f4'"),
+        (np.zeros((1, 3, 32, 32), [("a", "<f4")]), "convert it"),
+        (np.asfortranarray(np.zeros((1, 3, 32, 32), np.float32)), "Fortran"),
+    ],
+)
+def test_arrays_of_another_kind(made: Path, tmp_path: Path, array: Any, message: str) -> None:
+    np.save(tmp_path / "x.npy", array)
+    refused(run(made, "cortex-a72", "--input", tmp_path / "x.npy"), message)
+
+
+def test_an_array_that_ends_early(made: Path, image: torch.Tensor, tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", image.numpy())
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-4])
+    refused(run(made, "cortex-a72", "--input", tmp_path / "x.npy"), "12288 bytes, and the file holds 12284")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--fast", "1"), "there is no option --fast"),
+        (("--input",), "--input needs a value"),
+        (("--repeat", "0"), "a whole number of at least 1"),
+        (("--threads", "two"), "a whole number of at least 1"),
+        (("--input", "/nowhere/x.npy"), "cannot be opened"),
+        (("--output", "a", "--output", "b"), "the model has 1 output"),
+        (("--output", "/nowhere/y.npy"), "cannot be written"),
+        (("--input", "/"), "/"),
+    ],
+)
+def test_wrong_arguments(made: Path, arguments: tuple[str, ...], message: str) -> None:
+    refused(run(made, "cortex-a72", *arguments), message)
+
+
+def test_what_is_not_bundled(image: torch.Tensor, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="bundles are made for aarch64"):
+        bundle(network(), (image,), tmp_path / "x86", target="x86-64-v3")
+    with pytest.raises(InputError, match=r"does not end in \.gw"):
+        bundle(network(), (image,), tmp_path / "out.gw")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "letter.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="choose another name"):
+        bundle(network(), (image,), tmp_path / "taken")
+    assert (tmp_path / "taken" / "letter.txt").read_text() == "mine"
+
+
+def test_the_command_makes_bundles_for_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(4, 3).eval(), (torch.zeros(2, 4),)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = ["compile", "small:make", "--target", "raspberry-pi-4b", "-o"]
+    assert CliRunner().invoke(app, [*arguments, str(tmp_path / "out")]).exit_code == 0
+    assert run(tmp_path / "out", "cortex-a72").returncode == 0
+    alone = CliRunner().invoke(app, [*arguments, str(tmp_path / "alone"), "--executable", "--single-file"])
+    assert alone.exit_code == 0
+    assert {p.name for p in (tmp_path / "alone").iterdir()} == {"run", "README.txt", "LICENSES.txt", "manifest.json"}
+    assert CliRunner().invoke(app, [*arguments, str(tmp_path / "file.gw")]).exit_code == 0
+    assert graphwright.compiler.artifact.inspect(tmp_path / "file.gw")["target"]["id"] == "raspberry-pi-4b"
+    assert CliRunner().invoke(app, [*arguments, str(tmp_path / "dir"), "--artifact"]).exit_code == 0
+    assert not (tmp_path / "dir" / "run").exists()
+    both = CliRunner().invoke(app, [*arguments, str(tmp_path / "both"), "--artifact", "--executable"])
+    assert "leave --artifact out" in both.output
