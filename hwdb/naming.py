@@ -25,5 +25,5 @@ def bare(name: str) -> str:
 
 
 def squeezed(name: str) -> str:
-    """Return `bare(name)` without hyphens, for which rtx4090 and RTX-4090 are one name."""
-    return bare(name).replace("-", "")
+    """Return `bare(name)` without hyphens and series, for which RTX-4090, rtx4090 and 4090 are one name."""
+    return re.sub(r"^(?:[gr]tx|rx)-?(?=\d)", "", bare(name)).replace("-", "")

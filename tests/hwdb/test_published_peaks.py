@@ -75,6 +75,8 @@ def test_there_are_figures_for_every_vendor():
         ("NVIDIA GeForce RTX 4090", "rtx-4090"),
         ("4090", "rtx-4090"),
         ("rtx4090", "rtx-4090"),
+        ("9070 XT", "rx-9070-xt"),
+        ("NVIDIA Thor", "jetson-agx-thor-gpu"),
         ("h100", "h100-sxm"),
         ("NVIDIA H100 80GB HBM3", "h100-sxm"),
         ("NVIDIA A100-SXM4-80GB", "a100-sxm-80gb"),
