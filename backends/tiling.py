@@ -23,6 +23,7 @@ from .choices import SHORTLIST
 from .kernels.epilogue import is_heavy
 
 ALIAS_BYTES = 4096  # an L1 way of 64 sets of 64-byte lines: rows that far apart share a set
+LARGE_TILE = 16  # accumulators
 TILE_CYCLES = 24.0  # entering and leaving a tile, beside its stores
 LONGEST_SUM = 384  # additions in one chain: the error grows with their number
 L3_BYTES_PER_CYCLE = 16.0  # of one core, as in Hardware.bandwidth_gbs
@@ -66,8 +67,13 @@ def step_cycles(hw: Hardware, rows: int, vectors: int, streamed: bool = False) -
     loads = (rows + vectors) / max(1.0, rate)  # load ports keep pace with the multiply-add pipes
     # L2 hands over half of what the load ports take (`Hardware.bandwidth_gbs`).
     stream = 2.0 * vectors / rate if streamed else 0.0
-    # Moving overlaps the arithmetic, but not wholly: the weights fit 3x24, 5x16, 6x16 and 4x24 as measured on Zen 4.
-    return max(arithmetic, float(hw.fma_latency_cycles), loads, stream) + 0.25 * loads + 0.08 * stream
+    busiest = max(arithmetic, float(hw.fma_latency_cycles), loads, stream)
+    # Moving overlaps the arithmetic, but not wholly: the less, the more instructions a cycle has to start. The weights
+    # fit 3x24, 5x16, 6x16 and 4x24 of AVX2 (two multiply-adds a cycle) and 14 tiles of AVX-512 (one), all on Zen 4.
+    crowded = min(1.0, rate / 2) ** 2
+    # Large tiles of AVX-512 were up to 3 % slower than those of some 16 accumulators.
+    large = 0.0025 * max(0, rows * vectors - LARGE_TILE) * arithmetic
+    return busiest + (0.25 * loads + 0.08 * stream) * crowded + large
 
 
 def choose_tiling(
