@@ -30,11 +30,13 @@ from tvm.tirx.script import builder as T
 from .conv_plan import Conv
 from .epilogue import apply_activation, is_heavy
 from .loops import between, constant, flat, kernel_function, share, span
-from .register_tile import clear, multiply_add, prefetch
+from .register_tile import LINE_BYTES, clear, multiply_add, prefetch
 from .window import Axis, Run, balanced, runs
 from .winograd_plan import PAIRS, WinogradPlan, tile_axis
 
-ASK_STEPS = 64  # steps of a product between which the next U is asked for: the accumulators rest in memory there
+# Lines of the next U asked for at once: more than the core has misses in flight wait for each other. Between two such
+# bursts the accumulators rest in memory.
+ASKED_LINES = 22
 
 
 def transform_input(d: Sequence[Any], m: int) -> list[Any]:
@@ -290,8 +292,9 @@ class _Nest:
         """The product of register tile `tile` of `of` at one place; meanwhile each asks for its share of the next U."""
         conv, lanes, vectors = self.conv, self.plan.lanes, self.plan.vectors
         nr = vectors * lanes
-        blocks = max(1, conv.channels // ASK_STEPS) if self.plan.asks else 1
-        blocks = next(b for b in range(blocks, 0, -1) if conv.channels % b == 0)
+        lines = -(-conv.channels * nr // (of * (LINE_BYTES // 4)))
+        blocks = -(-lines // ASKED_LINES) if self.plan.asks else 1
+        blocks = next(b for b in range(blocks, conv.channels + 1) if conv.channels % b == 0)
         steps = conv.channels // blocks
         share = -(-conv.channels * nr // (of * blocks))
         with T.serial(0, blocks) as block:
