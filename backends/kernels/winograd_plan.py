@@ -172,7 +172,9 @@ def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPl
                 moved = (1 if weights + v_bytes <= l2_bytes * 3 // 4 else turns) * weights * exposed
                 if v_bytes > l2_bytes // 2:
                     moved += turns * panels * v_bytes
-            cycles = max(arithmetic + moved / L3_BYTES_PER_CYCLE, streaming) + launch * (1 + split)
+            # Cores that read all of U fetch it once for every two of them: they run side by side, but not in step.
+            fetched = streaming if split else streaming * max(1.0, min(chunks, hw.cores) / 2)
+            cycles = max(arithmetic + moved / L3_BYTES_PER_CYCLE, fetched) + launch * (1 + split)
             ideal = conv.flops / 2 / lanes / hw.fma_per_cycle / hw.cores
             found.append(
                 WinogradPlan(
