@@ -102,9 +102,9 @@ ASKED = {
 # Relative error of a product where nothing was measured: a rounded operand errs by u / sqrt(3) in the mean, with u the
 # unit roundoff (2^-8 and 2^-11 of the spacing's half, Higham, section 2.2), and two of them independently.
 UNMEASURED = {"bfloat16": 3.2e-3, "bfloat16 weights": 2.3e-3, "float16 weights": 2.8e-4}
-# F(4x4, 3x3) multiplies a quarter as often; measured it is 2.4 to 3.4 times as fast as the direct float32 sum, and
-# needs channels enough to fill its tiles. A dot product twice as fast as float32 loses to that.
-WINOGRAD_GAIN, WINOGRAD_CHANNELS = 2.4, 32
+# Of the speed at which the direct float32 sum multiplies, what Winograd's products and transforms reach: measured 0.76 to
+# 0.85 on 64x56x56 to 512x7x7. It needs channels enough to fill its tiles.
+WINOGRAD_EFFICIENCY, WINOGRAD_CHANNELS = 0.8, 32
 GAIN = 0.8  # weights are kept in 16 bits for a predicted gain of a fifth
 _WITHOUT_CLOCK = 1e9  # FLOP/s where the machine's are unknown: only the ratio of two forms counts then
 _HALF_ROUNDING = 2.0**-10  # of float16 weights, relative in L2: more means that they are among its denormals
@@ -173,7 +173,7 @@ def forms(
     family = hw.vector_dot_product("bfloat16") if "bfloat16" in asked else None
     reason = ""
     if family is not None:
-        reason = _winograd_wins(node, hw) or ""
+        reason = _winograd_wins(node, hw, times) or ""
         if not reason:
             text = f"dot products ({family}), sums in float32"
             found["bfloat16"] = Form(times.seconds(item_bytes=2, rate=2.0), text)
@@ -218,7 +218,8 @@ def _refusal(graph: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
-def _winograd_wins(node: fx.Node, hw: Hardware) -> str | None:
+def _winograd_wins(node: fx.Node, hw: Hardware, times: _Times) -> str | None:
+    """Why the float32 form of a convolution is Winograd's and faster than dot products, or None."""
     if node.target is not dialect.conv2d:
         return None
     given = arguments(node)
@@ -228,9 +229,22 @@ def _winograd_wins(node: fx.Node, hw: Hardware) -> str | None:
         return None
     narrow, wide = hw.peak_flops("bfloat16"), hw.peak_flops("float32")
     rate = min(2.0, narrow / wide) if narrow and wide else 2.0  # of a vector instruction
-    if rate >= WINOGRAD_GAIN:
+    _, height, width, _ = shape_of(node)
+    seconds, gain = min(_winograd(times, height, width, m) for m in (2, 4))
+    if seconds >= times.seconds(item_bytes=2, rate=rate):
         return None
-    return f"Winograd in float32 is {WINOGRAD_GAIN} times as fast as a direct sum, a dot product {rate:.0f} times"
+    return f"Winograd in float32 is {gain:.1f} times as fast as a direct sum, a dot product {rate:.0f} times"
+
+
+def _winograd(times: _Times, height: int, width: int, m: int) -> tuple[float, float]:
+    """Seconds of F(m x m, 3 x 3) and its gain over the direct sum: n * n = (m + 2)^2 products for m * m outputs.
+
+    Tiles reach beyond the edge, and weights are n * n / 9 times as large: small images gain least.
+    """
+    n = m + 2
+    outputs = -(-height // m) * -(-width // m) * n * n
+    gain = WINOGRAD_EFFICIENCY * 9 * height * width / outputs
+    return times.seconds(item_bytes=4 * n * n / 9, rate=gain), gain
 
 
 def _weights_only(graph: fx.GraphModule, node: fx.Node, hw: Hardware, dtype: str, times: _Times) -> tuple[str, bool]:
@@ -287,6 +301,6 @@ class _Times:
         waits = hw.dram_gbs is not None and work is not None and streamed > last
         self.per_byte = 1e-9 / hw.dram_gbs if waits and hw.dram_gbs else 0.0
 
-    def seconds(self, item_bytes: int = 4, rate: float = 1.0) -> float:
+    def seconds(self, item_bytes: float = 4, rate: float = 1.0) -> float:
         """Whichever takes longer, arithmetic or the weights."""
         return max(self.arithmetic / rate, self.weight * item_bytes * self.per_byte)

@@ -122,6 +122,13 @@ def test_refusals_say_why() -> None:
     assert "uses each weight for many pixels" in reason(nn.Conv2d(64, 64, 1), image, machine="zen3")
 
 
+def test_winograd_keeps_a_convolution_only_where_its_tiles_fill_the_image() -> None:
+    for size, expected in ((14, "float32"), (7, "bfloat16")):
+        graph = captured(nn.Conv2d(512, 512, 3, padding=1), torch.randn(1, 512, size, size), hw=lookup(DOTS))
+        (choice,) = choose_precisions(graph, lookup(DOTS), "bf16")
+        assert choice.dtype == expected, choice.reason
+
+
 def test_weights_alone_where_a_few_rows_wait_for_them() -> None:
     small = dataclasses.replace(lookup("zen3"), caches=lookup("zen3").caches[:1])  # the weights are beyond its cache
     for rows, expected in ((1, "bfloat16"), (4096, "float32")):
