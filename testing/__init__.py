@@ -20,6 +20,7 @@ except ImportError as error:  # pragma: no cover - the tests' own environment ha
         "pip install 'graphwright[testing]' (or: pip install hypothesis)"
     ) from error
 
+from .baseline import Baseline
 from .check import PassFault, check_compile, check_pass, check_passes
 from .program import Program, tensor
 from .shrink import shrink
@@ -28,6 +29,7 @@ from .tracing import trace, trace_quickly
 
 __all__ = [
     "FAMILIES",
+    "Baseline",
     "PassFault",
     "Program",
     "check_compile",

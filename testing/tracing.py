@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..compiler.capture import capture, export
 from ..hwdb import Hardware, lookup
 from ..passes.canonicalise import canonicalise
-from ..passes.rewrite import run_fake
+from ..passes.rewrite import fake_mode, run_fake
 
 aten = torch.ops.aten
 # Composite operators of torch reshape their own temporaries in place, which no functionalization sees.
@@ -49,19 +48,18 @@ def recorded(function: Callable[..., Any], inputs: Sequence[torch.Tensor], whole
     """Like `trace_quickly`, in the spelling of the function."""
     with torch.no_grad():
         plain = function if whole else torch.func.functionalize(lambda *args: function(*args), remove="mutations")
-        graph = make_fx(lambda *args: plain(*args), tracing_mode="real", pre_dispatch=whole)(*inputs)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # The fake values that tracing makes of its own are those that nodes keep.
+        graph = make_fx(
+            lambda *args: plain(*args), tracing_mode="fake", pre_dispatch=whole, _allow_non_fake_inputs=True
+        )(*inputs)
+    mode = fake_mode(*graph.graph.nodes)
     for node in graph.graph.nodes:
         if node.op == "get_attr" and isinstance(tensor := getattr(graph, node.target), torch.Tensor):
             delattr(graph, node.target)
             graph.register_buffer(node.target, tensor)
             node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
-    given = iter(inputs)
-    for node in graph.graph.nodes:
-        node.target = _OUT_OF_PLACE.get(node.target, node.target)
-        if node.op == "placeholder":
-            node.meta["val"] = mode.from_tensor(next(given), static_shapes=True)
-        elif node.op == "call_function":
+        elif node.target in _OUT_OF_PLACE:
+            node.target = _OUT_OF_PLACE[node.target]
             node.meta["val"] = run_fake(node)
     output = next(n for n in graph.graph.nodes if n.op == "output")
     if isinstance(output.args[0], fx.Node):

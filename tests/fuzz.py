@@ -5,7 +5,8 @@
     python tests/fuzz.py --seed 7 --programs 50  one batch again, nothing stored
 
 A batch is one seed of Hypothesis and draws the same programs everywhere. Every program goes through the passes; every
-`MACHINE_CODE`-th is compiled as well. What fails is printed as a program that can be run, after shrinking.
+`CAPTURED`-th is captured as `compile` does, the others are traced; every `MACHINE_CODE`-th is compiled as well. What
+fails is printed as a program that can be run, after shrinking.
 """
 
 from __future__ import annotations
@@ -19,27 +20,29 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from random_programs import LEVELS, single_threaded
+from random_programs import LEVELS, Subject, single_threaded
 
 from graphwright.errors import CaptureError
 from graphwright.testing import Program, programs, shrink
 
-Level = Callable[[Program, str], None]
+Level = Callable[[Subject], None]
 
 FILE = Path(__file__).resolve().parent.parent / "docs" / "measurements" / "fuzz.json"
 GOAL, BATCH = 20_000, 100
-MACHINE_CODE = 50
+CAPTURED = 25  # every so many programs are captured by torch.export, which takes ten times as long as the checks
+MACHINE_CODE = 100  # every so many are compiled
 
 
 @dataclass
@@ -91,19 +94,31 @@ def run_batch(number: int, count: int) -> Batch:
     return batch
 
 
-def _apart(number: int, count: int) -> dict[str, Any]:
-    """The batch as JSON data, run in a process of its own: what PyTorch and TVM keep of each program goes with it."""
-    with tempfile.NamedTemporaryFile("r") as file:
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
-                Path(file.name).write_text(json.dumps(run_batch(number, count).to_dict()))
-                status = 0
-            finally:
-                sys.stdout.flush()
-                os._exit(status)
-        _, status = os.waitpid(child, 0)
+def _begin(number: int, count: int) -> tuple[int, IO[str]]:
+    """Run a batch in a process of its own: what PyTorch and TVM keep of each program goes with it.
+
+    Returns the process, and the file that will hold the batch as JSON data.
+    """
+    file = tempfile.NamedTemporaryFile("r")  # noqa: SIM115 - closed by _end
+    child = os.fork()
+    if child:
+        return child, file
+    status = 1
+    try:
+        Path(file.name).write_text(json.dumps(run_batch(number, count).to_dict() | {"commit": _commit()}))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def _end(running: dict[int, tuple[int, IO[str]]]) -> dict[str, Any]:
+    """The batch of the process that ends first, which is taken out."""
+    child, status = os.wait()
+    number, file = running.pop(child)
+    with file:
         if status:
             raise RuntimeError(f"batch {number} ended with status {os.waitstatus_to_exitcode(status)}")
         result: dict[str, Any] = json.load(file)
@@ -112,33 +127,49 @@ def _apart(number: int, count: int) -> dict[str, Any]:
 
 def _check(program: Program, batch: Batch) -> None:
     number = int(program.digest, 16)
-    how = ("whole", "core", "whole", "core", "captured")[number % 5]
-    for name, level in LEVELS.items():
-        if name == "machine code" and number // 5 % MACHINE_CODE:
-            continue
-        reason = _reason(level, program, how)
-        if reason == "refused":
+    how = "captured" if not number % CAPTURED else ("whole", "core")[number // CAPTURED % 2]
+    subject = _subject(program, how)
+    if isinstance(subject, str):
+        if subject == "refused":
             batch.refused += 1
-            return
-        batch.runs[name] += 1
-        if not reason:
+        else:
+            _note(batch, program, how, "tracing", subject)
+        return
+    for name, level in LEVELS.items():
+        if name == "machine code" and number // 100 % MACHINE_CODE:
             continue
-        simplest = _simplest(level, program, how, _kind(reason))
-        reason = _reason(level, simplest, how)
-        print(f"\nseed {batch.seed}, {name}, {how}:\n{simplest.source}\n\n{reason}", flush=True)
-        batch.failures.append({"level": name, "form": how, "reason": _kind(reason), "program": simplest.source})
+        batch.runs[name] += 1
+        if reason := _reason(level, subject):
+            _note(batch, program, how, name, reason)
 
 
-def _simplest(level: Level, program: Program, how: str, kind: str) -> Program:
-    return shrink(program, lambda simpler: _kind(_reason(level, simpler, how)) == kind)
+def _note(batch: Batch, program: Program, how: str, name: str, reason: str) -> None:
+    """Shrink what failed, print it and keep it."""
+
+    def why(simpler: Program) -> str:
+        subject = _subject(simpler, how)
+        return subject if isinstance(subject, str) else _reason(LEVELS[name], subject) if name in LEVELS else ""
+
+    kind = _kind(reason)
+    simplest = shrink(program, lambda simpler: _kind(why(simpler)) == kind)
+    print(f"\nseed {batch.seed}, {name}, {how}:\n{simplest.source}\n\n{why(simplest)}", flush=True)
+    batch.failures.append({"level": name, "form": how, "reason": kind, "program": simplest.source})
 
 
-def _reason(level: Level, program: Program, how: str) -> str:
-    """Why the program fails, or nothing."""
+def _subject(program: Program, how: str) -> Subject | str:
+    """The program's graph, "refused" where it cannot be captured, or what went wrong."""
     try:
-        level(program, how)
+        return Subject(program, how)
     except CaptureError:
         return "refused"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _reason(level: Level, subject: Subject) -> str:
+    """Why the program fails, or nothing."""
+    try:
+        level(subject)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -170,7 +201,6 @@ def _store(data: dict[str, Any]) -> None:
         "seconds": round(sum(b["seconds"] for b in batches), 1),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "versions": {
-            "commit": _commit(),
             "python": platform.python_version(),
             **{name: version(name) for name in ("graphwright", "torch", "apache-tvm", "hypothesis")},
         },
@@ -202,6 +232,7 @@ def main() -> int:
     parser.add_argument("--goal", type=int, default=GOAL, help="programs in the file at the end")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after the batch that passes this")
     parser.add_argument("--seed", type=int, help="run this batch alone, and store nothing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="batches at a time")
     parser.add_argument("--programs", type=int, default=BATCH, help="of a batch")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -214,15 +245,21 @@ def main() -> int:
     # A batch that failed runs again: what it found may be mended.
     data["batches"] = [b for b in data["batches"] if not b["mismatches"]]
     count = sum(b["programs"] for b in data["batches"])
-    for number in _seeds({b["seed"] for b in data["batches"]}):
-        if count >= options.goal or time.perf_counter() - started > options.seconds:
+    seeds, running = _seeds({b["seed"] for b in data["batches"]}), {}
+    while True:
+        late = time.perf_counter() - started > options.seconds
+        while not late and len(running) < options.jobs and count + len(running) * options.programs < options.goal:
+            number = next(seeds)
+            child, file = _begin(number, options.programs)
+            running[child] = number, file
+        if not running:
             break
-        batch = _apart(number, options.programs)
+        batch = _end(running)
         count += batch["programs"]
         failed = failed or bool(batch["mismatches"])
         data["batches"].append(batch)
         _store(data)
-        print(f"{count} programs, {batch['mismatches']} mismatches in batch {number}", flush=True)
+        print(f"{count} programs, {batch['mismatches']} mismatches in batch {batch['seed']}", flush=True)
     return failed
 
 

@@ -13,7 +13,8 @@ from graphwright import hwdb
 from graphwright.compiler import pipeline
 from graphwright.errors import CaptureError
 from graphwright.passes.default import PASSES
-from graphwright.testing import PassFault, Program, check_compile, check_passes, trace, trace_quickly
+from graphwright.passes.printer import format_graph
+from graphwright.testing import Baseline, PassFault, Program, check_compile, check_passes, trace, trace_quickly
 
 HW = hwdb.lookup("x86-64-v3")
 DISTINCT = tuple(dict.fromkeys(PASSES))
@@ -43,16 +44,26 @@ ROUNDS = {
 _IN_PLACE = re.compile(r"\w_\(|inplace=True|^\w+\[|\)\[0\] = ", re.M)
 
 
+class Subject:
+    """A program and its graph, which all checks share: "whole", "core" (composites broken up) or "captured"."""
+
+    def __init__(self, program: Program, how: str) -> None:
+        """Raises CaptureError where torch.export refuses the program, which is asked for "captured" alone."""
+        self.program, self.inputs = program, program.arguments()
+        self.baseline = Baseline(graph_of(program, how), self.inputs)
+
+
 def graph_of(program: Program, how: str) -> fx.GraphModule:
-    """The program's graph: "whole", "core" (composites broken up) or "captured", as `compile` captures it."""
-    if how == "captured" or _IN_PLACE.search("\n".join(program.lines)):
+    """The program's graph; what changes values in place is broken up, which takes the changes out."""
+    if how == "captured":
         try:
             return trace(program.module(), program.arguments(), HW)
         except RuntimeError as error:
             if "internal overlap" in str(error):  # windows changed in place: torch.export refuses them
                 raise CaptureError(str(error)) from error
             raise
-    return trace_quickly(program.module(), program.arguments(), how == "whole", HW)
+    whole = how == "whole" and not _IN_PLACE.search("\n".join(program.lines))
+    return trace_quickly(program.module(), program.arguments(), whole, HW)
 
 
 # How operands lie in memory, which a move may change, decides in which order PyTorch adds, and whether it takes its
@@ -68,26 +79,32 @@ def only_moves(graph: fx.GraphModule) -> bool:
     return not any(n.op == "call_function" and _BY_PLACE.search(str(n.target)) for n in graph.graph.nodes)
 
 
-def check_alone(program: Program, how: str) -> None:
+def check_capture(subject: Subject) -> None:
+    """The graph gives what the model itself gives."""
+    with torch.no_grad():
+        results = subject.program.module()(*(x.clone() for x in subject.inputs))
+    if reason := subject.baseline.expected().difference(results):
+        raise PassFault(f"captured: {reason}\n\n{format_graph(subject.baseline.graph)}")
+
+
+def check_alone(subject: Subject) -> None:
     """Every pass by itself, first thing after capture."""
-    graph = graph_of(program, how)
-    alone = only_moves(graph)
+    alone = only_moves(subject.baseline.graph)
     for rewrite in DISTINCT:
         name = rewrite.__name__
         exact = alone and name in EXACT
-        check_passes([rewrite], graph, program.arguments(), exact=exact, rounds=name in ROUNDS, hw=HW)
+        check_passes([rewrite], subject.baseline, subject.inputs, exact=exact, rounds=name in ROUNDS, hw=HW)
 
 
-def check_order(program: Program, how: str) -> None:
+def check_order(subject: Subject) -> None:
     """The passes in an order that the program's name decides; each leaves nothing for itself."""
     order = list(PASSES)
-    random.Random(program.digest).shuffle(order)
-    check_passes(order, graph_of(program, how), program.arguments(), rounds=True, hw=HW)
+    random.Random(subject.program.digest).shuffle(order)
+    check_passes(order, subject.baseline, subject.inputs, rounds=True, hw=HW)
 
 
-def check_pipeline(program: Program, how: str) -> None:
+def check_pipeline(subject: Subject) -> None:
     """The pipeline as `compile` runs it: it comes to an end, and then finds nothing."""
-    graph = graph_of(program, how)
     finished: dict[str, bool] = {}
 
     def whole(target: fx.GraphModule, hw: hwdb.Hardware) -> int:
@@ -103,31 +120,23 @@ def check_pipeline(program: Program, how: str) -> None:
         target.recompile()
         return rewrites
 
-    check_passes([whole], graph, program.arguments(), rounds=True, hw=HW)
+    check_passes([whole], subject.baseline, subject.inputs, rounds=True, hw=HW)
     if late := [name for name, done in finished.items() if not done]:
         raise PassFault(f"the pipeline does not come to an end: {', '.join(late)} still rewrite")
 
 
-def check_machine_code(program: Program, how: str) -> None:
+def check_machine_code(subject: Subject) -> None:
     """The whole compiler."""
-    check_compile(program.module(), program.arguments())
+    check_compile(subject.program.module(), subject.inputs)
 
 
-LEVELS: dict[str, Callable[[Program, str], None]] = {
+LEVELS: dict[str, Callable[[Subject], None]] = {
+    "capture": check_capture,
     "alone": check_alone,
     "order": check_order,
     "pipeline": check_pipeline,
     "machine code": check_machine_code,
 }
-
-
-def refused(program: Program) -> bool:
-    """Whether torch.export refuses the program: changes that it cannot express."""
-    try:
-        trace(program.module(), program.arguments(), HW)
-    except CaptureError:
-        return True
-    return False
 
 
 def single_threaded() -> None:

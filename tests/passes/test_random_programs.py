@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from random_programs import check_alone, check_order, check_pipeline
+from random_programs import Subject, check_alone, check_order, check_pipeline
 
 from graphwright.errors import CaptureError
 from graphwright.testing import FAMILIES, Program, programs
@@ -31,26 +31,26 @@ def budget(count: int) -> settings:
 @budget(150)
 @given(programs(families=PURE), FORMS)
 def test_each_pass_alone(program: Program, how: str) -> None:
-    check_alone(program, how)
+    check_alone(Subject(program, how))
 
 
 @budget(120)
 @given(programs(families=PURE), FORMS)
 def test_any_order(program: Program, how: str) -> None:
-    check_order(program, how)
+    check_order(Subject(program, how))
 
 
 @budget(140)
 @given(programs(families=PURE), FORMS)
 def test_the_pipeline(program: Program, how: str) -> None:
-    check_pipeline(program, how)
+    check_pipeline(Subject(program, how))
 
 
 @budget(25)
 @given(programs(families=("elementwise", "moves", "changes", "changes"), inputs=1))
 def test_programs_that_change_values_in_place(program: Program) -> None:
     try:
-        check_pipeline(program, "captured")
+        check_pipeline(Subject(program, "captured"))
     except CaptureError:
         assume(False)
 
@@ -58,7 +58,7 @@ def test_programs_that_change_values_in_place(program: Program) -> None:
 @budget(45)
 @given(programs(families=("moves", "elementwise", "logic"), special=True), FORMS)
 def test_zeros_of_both_signs_infinities_and_nan(program: Program, how: str) -> None:
-    check_alone(program, how)
+    check_alone(Subject(program, how))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -68,4 +68,4 @@ def test_halves(dtype: str, data: st.DataObject) -> None:
     import torch
 
     program = data.draw(programs(families=PURE, dtypes=[getattr(torch, dtype)]))
-    check_pipeline(program, "whole")
+    check_pipeline(Subject(program, "whole"))
