@@ -52,12 +52,13 @@ def predict_seconds(hw: Hardware, work: Work) -> float | None:
 def memory_bandwidth_gbs(hw: Hardware, footprint_bytes: float) -> float | None:
     """GB/s of all cores over a footprint that stays in the smallest cache level holding it, else in DRAM.
 
-    Every level counts with all its copies that the cores of `hw` reach: the work is spread over the cores.
+    Every level counts with all its copies that the cores of `hw` reach: the work is spread over the cores. A cache
+    whose rate nobody published counts as what lies behind it.
     """
     for cache in hw.caches:
         copies = math.ceil(hw.cores / cache.shared_by_cores)
-        if footprint_bytes <= cache.size_bytes * copies:
-            return hw.bandwidth_gbs(cache.level)
+        if footprint_bytes <= cache.size_bytes * copies and (rate := hw.bandwidth_gbs(cache.level)) is not None:
+            return rate
     rates = [rate for level in (0, *(cache.level for cache in hw.caches)) if (rate := hw.bandwidth_gbs(level))]
     # DRAM is not faster than the caches in front of it, whatever its record says.
     return min(rates) if hw.dram_gbs is not None else None

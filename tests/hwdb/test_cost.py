@@ -42,6 +42,14 @@ def test_one_core_starts_no_threads():
     assert predict_seconds(alone, Work(launches=100)) < 0.1 * predict_seconds(HW, Work(launches=100))
 
 
+def test_a_cache_of_unknown_rate_counts_as_the_dram_behind_it():
+    gpu = hwdb.lookup("rtx-4060")
+    assert gpu.bandwidth_gbs(2) is None
+    assert predict_seconds(gpu, Work(bytes_read=gpu.cache(2).size_bytes / 2, launches=0)) == pytest.approx(
+        gpu.cache(2).size_bytes / 2 / (gpu.dram_gbs * 1e9)
+    )
+
+
 def test_unknown_rates_give_no_figure():
     assert predict_seconds(dataclasses.replace(HW, clock_mhz=None), Work({"float32": 1.0})) is None
     assert predict_seconds(dataclasses.replace(HW, dram_gbs=None), Work(bytes_read=1e12)) is None
