@@ -7,6 +7,7 @@ from typing import Any
 
 from . import isa as instruction_set
 from .accelerators import Gpu, Npu
+from .naming import maker
 from .records import Board, Cache, Cluster, Hardware, MatrixShape, Source
 from .schema import ACCELERATOR_ISAS, matrix_shape
 
@@ -53,6 +54,7 @@ def build(id: str, values: Mapping[str, Any], sources: tuple[Source, ...], /, **
         "llvm_cpu": values.get("llvm_cpu", ""),
         "confidence": values["confidence"],
         "sources": sources,
+        "vendor": maker(values["name"]),
         **{key: values[key] for key in _SHARED if key in values},
     }
     if "launch_us" in values:

@@ -11,6 +11,13 @@ _DECORATION = re.compile(
     r"|(?:\d+|quad|six|eight|twelve|sixteen)-core|with|rev [\d.]+|v[0-9] ?@)\b",
     re.IGNORECASE,
 )
+_MAKERS = {
+    "aws": "amazon",
+    "tesla": "nvidia",
+    "quadro": "nvidia",
+    "beaglebone": "beagleboard",
+    "beagleplay": "beagleboard",
+}
 _AS_HYPHENS = str.maketrans("_ .", "---")
 
 
@@ -27,3 +34,11 @@ def bare(name: str) -> str:
 def squeezed(name: str) -> str:
     """Return `bare(name)` without hyphens and series, for which RTX-4090, rtx4090 and 4090 are one name."""
     return re.sub(r"^(?:[gr]tx|rx)-?(?=\d)", "", bare(name)).replace("-", "")
+
+
+def maker(name: str) -> str | None:
+    """Return who makes the product `name`, which begins with it: "raspberry-pi" of "Raspberry Pi 5"; None for any."""
+    first, *rest = spelling(name).split("-")
+    if rest and rest[0] in ("pi", "threads"):
+        return f"{first}-{rest[0]}"
+    return None if first in ("any", "x86", "android") else _MAKERS.get(first, first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -118,19 +119,57 @@ def test_hw_list_is_one_line_a_record():
     assert [line.split("\t")[0] for line in lines] == hwdb.names()
     devices = run("hw", "list", "--kind", "device").output.splitlines()
     assert devices
-    assert all(line.split("\t")[1] == "device" for line in devices)
+    assert all(line.split("\t")[2] == "device" for line in devices)
     assert "raspberry-pi-4b" in {
         line.split("\t")[0] for line in run("hw", "list", "--isa", "aarch64").output.splitlines()
     }
 
 
+def test_hw_list_is_long_and_sourced():
+    rows = [line.split("\t") for line in run("hw", "list", "--kind", "device").output.splitlines()]
+    assert len(rows) > 240
+    for fields in rows:
+        assert len(fields) == 11
+        assert fields[8] in ("high", "medium", "low")
+        assert fields[9], f"{fields[0]} has no source"
+
+
+def test_hw_list_by_vendor_and_class():
+    rows = [line.split("\t") for line in run("hw", "list", "--vendor", "nvidia", "--kind", "gpu").output.splitlines()]
+    assert "rtx-4090" in {fields[0] for fields in rows}
+    assert {(fields[1], fields[3]) for fields in rows} == {("gpu", "nvidia")}
+    boards = run("hw", "list", "--vendor", "raspberry-pi").output
+    assert "raspberry-pi-5\tboard" in boards
+
+
 def test_hw_list_refuses_unknown_filters():
     assert "did you mean 'device'" in fails("hw", "list", "--kind", "devices")
+    assert "did you mean 'nvidia'" in fails("hw", "list", "--vendor", "nvidai")
+
+
+def test_hw_compare_divides_figures():
+    rows = dict(line.split("\t", 1) for line in run("hw", "compare", "pi4", "pi5").output.splitlines())
+    assert rows["id"].split("\t") == ["raspberry-pi-4b", "raspberry-pi-5", ""]
+    assert rows["peak float32, GFLOP/s"].split("\t") == ["57.6", "153.6", "2.67x"]
+    across = run("hw", "compare", "native", "h100-sxm").output
+    assert "132" in across
+    assert "peak bfloat16, GFLOP/s" in across
+
+
+@pytest.mark.parametrize("name", ["h100-sxm", "mi300x", "hailo-8", "raspberry-pi-5", "zen4", "native"])
+def test_hw_show_names_the_source_of_every_fact(name):
+    output = run("hw", "show", name, "--why").output
+    told, _, sources = output.partition("\nsources:\n")
+    known = {line.split(":")[0].strip() for line in sources.splitlines()}
+    facts = re.findall(r"^  .*  \[[\w.-]+: (.*)\]$", told, re.M)
+    assert len(facts) >= 5
+    for named in facts:
+        assert set(named.split(", ")) <= known
 
 
 def test_hw_show_prints_facts_and_sources():
     output = run("hw", "show", "pi4", "--why").output
-    for text in ("raspberry-pi-4b", "57.6 GFLOP/s", "1024 KiB, 16 ways", "cortex-a72", "raspberrypi.com"):
+    for text in ("raspberry-pi-4b", "57.6 GFLOP/s", "1024 KiB, 16 ways", "cortex-a72: ", "raspberrypi.com"):
         assert text in output
     assert "raspberrypi.com" not in run("hw", "show", "pi4").output
 
