@@ -102,8 +102,8 @@ ASKED = {
 # Relative error of a product where nothing was measured: a rounded operand errs by u / sqrt(3) in the mean, with u the
 # unit roundoff (2^-8 and 2^-11 of the spacing's half, Higham, section 2.2), and two of them independently.
 UNMEASURED = {"bfloat16": 3.2e-3, "bfloat16 weights": 2.3e-3, "float16 weights": 2.8e-4}
-# Of the speed at which the direct float32 sum multiplies, what Winograd's products and transforms reach: measured 0.76 to
-# 0.85 on 64x56x56 to 512x7x7. It needs channels enough to fill its tiles.
+# Of the speed at which the direct float32 sum multiplies, what Winograd's products and transforms reach: measured 0.76
+# to 0.85 on 64x56x56 to 512x7x7. It needs channels enough to fill its tiles.
 WINOGRAD_EFFICIENCY, WINOGRAD_CHANNELS = 0.8, 32
 GAIN = 0.8  # weights are kept in 16 bits for a predicted gain of a fifth
 _WITHOUT_CLOCK = 1e9  # FLOP/s where the machine's are unknown: only the ratio of two forms counts then
