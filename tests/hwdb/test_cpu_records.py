@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from replay import unfold
 
@@ -125,3 +127,25 @@ def test_caches_in_short_that_are_wrong(text, tmp_path):
     own = Database([file])
     with pytest.raises(RecordError, match=r"own\.toml:4: device\.x: caches .*like '36M 12 /24', not"):
         own.records["x"].values  # noqa: B018  (reading checks it)
+
+
+# GFLOP/s of float32 multiply-adds over a loop that only computes: VFP Benchmark (flatlib) for the
+# first six, a CSDN article on two Jetsons for the A57, the makers' documents for the last two.
+MEASURED = [
+    ("cortex-a7", 1, 1200, 2.374),
+    ("cortex-a8", 1, 800, 3.1),
+    ("cortex-a9", 4, 1300, 18.9),
+    ("cortex-a15", 1, 1800, 13.371),
+    ("cortex-a72", 1, 2000, 15.875),
+    ("cortex-a57", 1, 1428, 11.39),
+    ("cortex-a57", 1, 2035, 16.197),
+    ("a64fx", 48, 2000, 2 * 3072 / 4),  # NEON is a quarter of its SVE registers
+    ("la464", 4, 2500, 2 * 160),
+]
+
+
+@pytest.mark.parametrize(("id", "cores", "clock", "gflops"), MEASURED)
+def test_peaks_are_just_above_what_was_measured(id, cores, clock, gflops):
+    """Such loops come within a tenth of the peak; a rate wrong by a factor of two cannot pass."""
+    peak = dataclasses.replace(hwdb.lookup(id), cores=cores, clock_mhz=clock).peak_flops() / 1e9
+    assert 0.9 * peak <= gflops <= 1.01 * peak
