@@ -297,10 +297,10 @@ class _Times:
             self.rows = prod(shape[:-1])
         work = predict_seconds(hw, Work({"float32": 2.0 * self.weight * self.rows}, launches=0))
         self.arithmetic = 2.0 * self.weight * self.rows / _WITHOUT_CLOCK if work is None else work
-        last = hw.caches[-1].size_bytes if hw.caches else 0
-        waits = hw.dram_gbs is not None and work is not None and streamed > last
-        self.per_byte = 1e-9 / hw.dram_gbs if waits and hw.dram_gbs else 0.0
+        self.last = hw.caches[-1].size_bytes if hw.caches else 0
+        self.per_byte = 1e-9 / hw.dram_gbs if hw.dram_gbs and work is not None else 0.0
 
     def seconds(self, item_bytes: float = 4, rate: float = 1.0) -> float:
-        """Whichever takes longer, arithmetic or the weights."""
-        return max(self.arithmetic / rate, self.weight * item_bytes * self.per_byte)
+        """Whichever takes longer, arithmetic or the weights, where all of the graph's in that size leave the cache."""
+        waits = self.streamed * item_bytes / 4 > self.last
+        return max(self.arithmetic / rate, self.weight * item_bytes * self.per_byte * waits)

@@ -31,4 +31,4 @@ def starved(monkeypatch: pytest.MonkeyPatch) -> None:
     hw = detect()
     narrow = {f for f in hw.features if "bf16" in f}
     small = dataclasses.replace(hw, caches=hw.caches[:1], dram_gbs=10.0, features=hw.features - narrow)
-    monkeypatch.setattr(api, "lookup", lambda target: small)
+    monkeypatch.setattr(api, "compile_target", lambda target: small)
