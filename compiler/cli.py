@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import GraphwrightError, InputError
 from .cli_hardware import hardware
+from .cli_predict import predict
 
 MODEL_HELP = (
     "A .pt2 file, module:factory (the factory returns a model or (model, example_inputs)), or an example model."
@@ -50,6 +51,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compile PyTorch models to machine code, with the numbers verified.",
 )
+hardware.command()(predict)
 app.add_typer(hardware, name="hw")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -89,36 +88,6 @@ def detect(as_json: Json = False) -> None:
         return
     for line in hardware_tables.lines(hw):
         typer.echo(line)
-
-
-@hardware.command()
-def predict(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A .pt2 file, module:factory, or an example model.")],
-    devices: Annotated[
-        str | None, typer.Option(help="Comma-separated names; default: this machine and all devices.")
-    ] = None,
-    input: Annotated[
-        list[str] | None, typer.Option("--input", metavar="SHAPE[:DTYPE]", help="Once per input tensor.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Rank devices by the latency that the roofline model predicts for MODEL; nothing is compiled or run."""
-    from .. import hwdb
-
-    wanted = [name.strip() for name in devices.split(",")] if devices else None
-    targets = [hwdb.lookup(name) for name in wanted] if wanted else None  # a wrong name fails before the model loads
-    from .cli import progress
-    from .model_argument import load_model
-    from .predict import predict_latency
-
-    with progress(f"reading {model}"):
-        loaded, examples = load_model(model, input or ())
-        rows = predict_latency(loaded, examples, targets)
-    if as_json:
-        typer.echo(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-        return
-    for row in rows:
-        typer.echo(row.line())
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

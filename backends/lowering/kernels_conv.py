@@ -174,7 +174,7 @@ def max_pool(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     refusal = refuse_image(layout, node, x)
     if refusal is not None:
         return refusal
-    windows = _windows(node, x, kernel, stride, padding, dilation)
+    windows = windows_of(node, x, kernel, stride, padding, dilation)
     plan = choose_sweep(windows, hw)
     work = replace(_sweep_work(windows, plan, hw), efficiency=MAXIMUM_EFFICIENCY)
     return KernelCall(max_pool2d(windows, plan), (x,), "max pooling", plan.reason, work)
@@ -187,7 +187,7 @@ def avg_pool(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     refusal = refuse_image(layout, node, x)
     if refusal is not None:
         return refusal
-    windows = _windows(node, x, kernel, stride, padding, (1, 1))
+    windows = windows_of(node, x, kernel, stride, padding, (1, 1))
     plan = choose_sweep(windows, hw)
     func = avg_pool2d(
         windows,
@@ -199,7 +199,7 @@ def avg_pool(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return KernelCall(func, (x,), "average pooling", plan.reason, _sweep_work(windows, plan, hw))
 
 
-def _windows(node: fx.Node, x: fx.Node, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Windows:
+def windows_of(node: fx.Node, x: fx.Node, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Windows:
     batch, height, width, channels = shape_of(x)
     _, rows, columns, _ = shape_of(node)
     return Windows(

@@ -36,7 +36,7 @@ def conv_then_depthwise(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     refusal = refuse_image("NHWC", node, x, weight, depth_weight)
     if refusal is not None:
         return refusal
-    pair = _pair(
+    pair = pair_of(
         x, weight, bias, first, depth_weight, depth_bias, (stride, padding, dilation, activation, args), planar
     )
     plan = choose_pair(pair, hw)
@@ -64,7 +64,7 @@ def conv_then_depthwise(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return KernelCall(func, tuple(operands), "conv and depthwise", plan.reason, work, predicted_seconds=seconds)
 
 
-def _pair(
+def pair_of(
     x: fx.Node,
     weight: fx.Node,
     bias: fx.Node | None,

