@@ -123,7 +123,7 @@ class Database:
         for record in self.records.values():
             for name in (record.id, *record.aliases, record.name):
                 owners.setdefault(squeezed(name), set()).add(record.id)
-        return {name: min(ids) for name, ids in owners.items() if name and len(ids) == 1}
+        return {name: min(ids) for name, ids in owners.items() if len(name) > 1 and len(ids) == 1}
 
     def build(self, id: str, **facts: Any) -> Hardware:
         """Build the Hardware of record `id`; `facts` (fields of Hardware) replace the record's."""

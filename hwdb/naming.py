@@ -38,7 +38,7 @@ def squeezed(name: str) -> str:
 
 def maker(name: str) -> str | None:
     """Return who makes the product `name`, which begins with it: "raspberry-pi" of "Raspberry Pi 5"; None for any."""
-    first, *rest = spelling(name).split("-")
+    first, *rest = name.lower().split()
     if rest and rest[0] in ("pi", "threads"):
         return f"{first}-{rest[0]}"
-    return None if first in ("any", "x86", "android") else _MAKERS.get(first, first)
+    return None if first in ("any", "android") or first.startswith("x86") else _MAKERS.get(first, first)

@@ -221,15 +221,21 @@ class Hardware:
         """Why graphwright makes no code for this machine, or None where it does."""
         if self.toolchain == "none":
             return "no compiler for it is known here; it is in the database for planning"
+        if self.isa == "armv7":
+            return "its code would divide through helpers that nothing links; 64-bit systems have records of their own"
         return None
 
     def tvm_target(self) -> dict[str, Any]:
         """The description TVM's Target takes: kind, mtriple, mcpu, mattr, num-cores."""
-        target = {
+        target: dict[str, Any] = {
             "kind": "llvm",
             "mtriple": self.triple,
             "mcpu": self.llvm_cpu,
             "mattr": instruction_set.attributes(self.isa, self.features),
             "num-cores": self.cores,
         }
-        return {**target, "mabi": abi} if (abi := instruction_set.ABI.get(self.isa)) else target
+        if abi := instruction_set.ABI.get(self.isa):
+            target["mabi"] = abi
+        if self.isa == "loongarch64":  # whose vectors TVM does not know
+            target["vector-width"] = self.vector_bits
+        return target

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 # The attributes of TVM's targets that mean something here, and those that say nothing about the machine.
 _READ = {
-    "llvm": ("mtriple", "mcpu", "mattr", "num-cores", "mabi"),
+    "llvm": ("mtriple", "mcpu", "mattr", "num-cores", "mabi", "vector-width"),
     "cuda": ("arch",),
     "rocm": ("mcpu", "mtriple"),
 }

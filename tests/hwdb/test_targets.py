@@ -11,7 +11,7 @@ from archspec.cpu import TARGETS
 from graphwright import hwdb
 from graphwright.errors import InputError, RecordError, UnknownTarget
 from graphwright.hwdb import loader
-from graphwright.hwdb.naming import bare
+from graphwright.hwdb.naming import bare, maker
 
 OWN = """
 [device.my-board]
@@ -139,6 +139,29 @@ def test_names_without_decoration(name, short):
     assert bare(name) == short
 
 
+@pytest.mark.parametrize(
+    ("name", "vendor"),
+    [
+        ("Raspberry Pi 5", "raspberry-pi"),
+        ("Milk-V Duo", "milk-v"),
+        ("Moore Threads MTT S80", "moore-threads"),
+        ("Tesla T4", "nvidia"),
+        ("AWS Graviton3", "amazon"),
+        ("any x86-64", None),
+        ("x86-64-v3 (AVX2, FMA)", None),
+    ],
+)
+def test_a_product_begins_with_its_maker(name, vendor):
+    assert maker(name) == vendor
+
+
+@pytest.mark.parametrize("name", ["rtx-4090", "hailo-8", "mi300x", "raspberry-pi-2b"])
+def test_what_no_code_is_made_for_is_refused_in_one_sentence(name):
+    with pytest.raises(UnknownTarget, match=f"cannot compile for {name} ") as raised:
+        hwdb.compile_target(name)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_tvm_target_names_processor_features_and_cores():
     hw = hwdb.lookup(
         {
@@ -154,7 +177,7 @@ def test_a_tvm_target_names_processor_features_and_cores():
     assert hwdb.lookup('{"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "znver4"}').id == "zen4"
 
 
-@pytest.mark.parametrize("name", ["zen4", "raspberry-pi-5", "x86-64-v2", "sapphirerapids"])
+@pytest.mark.parametrize("name", ["zen4", "raspberry-pi-5", "x86-64-v2", "sapphirerapids", "riscv64", "loongarch64"])
 def test_what_is_told_to_tvm_leads_back(name):
     hw = hwdb.lookup(name)
     again = hwdb.lookup(json.loads(json.dumps(hw.tvm_target())))
