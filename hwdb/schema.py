@@ -154,6 +154,11 @@ def one_of(*known: str) -> Callable[[Any], str | None]:
     return check
 
 
+def only_in_short(form: str) -> Callable[[Any], str | None]:
+    """Of a key that short_forms writes out: what is still there is not like `form`, or stands beside what it says."""
+    return lambda value: f"is not like {form}, or says again what another key says"
+
+
 _CACHE_KEYS = ("level", "size_bytes", "line_bytes", "ways", "shared_by_cores")
 
 
@@ -167,6 +172,7 @@ COMMON = {
     "year": whole,
     "isa": text,
     "clock_mhz": number,
+    "memory": only_in_short("'24G 1008'"),
     "dram_bytes": whole,  # largest option
     "dram_gbs": number,  # of all channels, 1e9 bytes a second
     "tdp_watts": number,

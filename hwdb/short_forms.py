@@ -1,6 +1,7 @@
 """Short forms that keep the record files small, written out before a record is checked.
 
     l2_bytes = "32M"                          33554432; K, M and G are powers of 1024
+    memory = "24G 1008"                       dram_bytes = "24G", dram_gbs = 1008
     caches = ["48K 12", "36M 12 /24"]         size, ways, cores that share it; "@128" bytes of a line. Level by place
     clusters = ["4 cortex-a76 2400"]          [{ core = "cortex-a76", count = 4, clock_mhz = 2400 }]
     source = "high: xla-spec, nvidia-a100"    source = ["xla-spec", "nvidia-a100"], confidence = "high"
@@ -16,12 +17,16 @@ from typing import Any
 
 _SIZE = re.compile(r"(\d+)([KMG])")
 _CACHE = re.compile(r"(\d+[KMG])(?: (\d+))?(?: /(\d+))?(?: @(\d+))?")
+_MEMORY = re.compile(r"(\d+[KMG]) (\d+(?:\.\d+)?)")
 _CLUSTER = re.compile(r"(\d+) ([\w-]+)(?: ([\d.]+))?")
 
 
 def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record's values with their short forms written out."""
     result = {key: _bytes(value) if "bytes" in key.split("_") else value for key, value in values.items()}
+    if (parts := _MEMORY.fullmatch(str(values.get("memory")))) and not {"dram_bytes", "dram_gbs"} & values.keys():
+        del result["memory"]
+        result |= {"dram_bytes": _bytes(parts[1]), "dram_gbs": float(parts[2])}
     if isinstance(levels := values.get("caches"), list):
         result["caches"] = [_cache(entry, level) for level, entry in enumerate(levels, 1)]
     if isinstance(groups := values.get("clusters"), list):

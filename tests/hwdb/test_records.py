@@ -51,9 +51,10 @@ def read(tmp_path: Path, text: str) -> Database:
 
 
 def test_short_forms_are_written_out(tmp_path):
-    text = BASE + '[device.own]\nextends = "base"\ndram_bytes = "24G"\nsource = "high: manual, manual"\n'
+    text = BASE + '[device.own]\nextends = "base"\nmemory = "24G 1008.5"\nsource = "high: manual, manual"\n'
     values = read(tmp_path, text).records["own"].values
-    assert values["dram_bytes"] == 24 * 2**30
+    assert (values["dram_bytes"], values["dram_gbs"]) == (24 * 2**30, 1008.5)
+    assert "memory" not in values
     assert (values["source"], values["confidence"]) == (["manual", "manual"], "high")
 
 
@@ -61,6 +62,8 @@ def test_short_forms_are_written_out(tmp_path):
     ("line", "message"),
     [
         ('dram_bytes = "24X"', r"own\.toml:19: device\.own: dram_bytes = '24X' is not a whole number"),
+        ('memory = "24 1008"', r"own\.toml:19: device\.own: memory = '24 1008' is not like '24G 1008'"),
+        ('memory = "24G 1008"\ndram_gbs = 900', r"own\.toml:19: device\.own: memory = .* or says again what"),
         ('source = "manual"', r"own\.toml:17: device\.own: confidence missing"),
         ('source = "sure: manual"', r"own\.toml:17: device\.own: confidence = 'sure' is not one of high"),
     ],
@@ -70,6 +73,10 @@ def test_wrong_short_forms_are_refused(tmp_path, line, message):
     text += "" if line.startswith("source") else 'source = "high: manual"\n'
     with pytest.raises(RecordError, match=message):
         read(tmp_path, text)
+
+
+def test_every_record_fits_the_schema_and_names_what_exists():
+    database().check()
 
 
 @pytest.mark.parametrize("id", IDS)
