@@ -102,7 +102,7 @@ ARMV7_FLAGS = {
     "vfp2": "vfp",
     "vfp3": "vfpv3",
     "vfp4": "vfpv4",
-    "fp16": "half",
+    "fp16": "vfpv4",
     "hwdiv": "idivt",
     "hwdiv-arm": "idiva",
 }
