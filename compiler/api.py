@@ -20,6 +20,7 @@ from .assemble import assemble
 from .calibration import check_options
 from .capture import Model, arguments, example_of, export, parameters_of
 from .compiled import Compiled
+from .int8_method import DEFAULT, Method, int8_method
 from .memory_limit import with_memory_limit
 from .pass_checks import Pass
 from .precision import check_precision
@@ -49,6 +50,7 @@ class Options:
     memory_limit: int | None = None  # bytes of activations
     fallback: str | None = None
     calibration: Any = None
+    method: Method = DEFAULT  # of int8
 
 
 def compile(
@@ -68,6 +70,7 @@ def compile(
     kernel_fusion: Sequence[str] | None = None,
     fallback: str | None = None,
     calibration: Any = None,
+    int8: Mapping[str, Any] | None = None,
 ) -> Compiled | Specialised:
     """Compile a PyTorch model to machine code.
 
@@ -79,8 +82,9 @@ def compile(
         `Hardware`. Where the facts of a machine are uncertain, the report says so and its caches count as small ones.
     precision: "fp32"; "bf16" or "fp16": products with constant weights in that precision (sums, bias and activation in
         float32) where the machine gains by it; "auto": the fastest mixture by the cost model within `tolerance`;
-        "adaptive": as "auto" beside a float32 build, between which the size of the inputs decides at each call. The
-        report says what was chosen and why. Inputs and outputs keep their dtypes.
+        "int8": products in 8 bits where the machine gains by it, with ranges found on `calibration`; "adaptive": as
+        "auto" beside a float32 build, between which the size of the inputs decides at each call. The report says what
+        was chosen and why. Inputs and outputs keep their dtypes.
     tolerance: the relative L2 error against float64 that is allowed; None allows a few times eager's own, and under
         reduced precisions what compare.REDUCED says (1e-2 under "auto"). Operators stay float32 until it is kept.
     dynamic_shapes: as in torch.export; a shape within them is compiled when it is first met.
@@ -98,7 +102,8 @@ def compile(
     fallback: "fp32" builds the model a second time in float32, which runs where the reduced build gives infinities or
         NaN for finite inputs; `report().calls` counts.
     calibration: inputs besides the example to keep the tolerance on: a list of them, each as example_inputs, or a
-        mapping from input names to tensors with a leading axis of samples. "adaptive" needs it.
+        mapping from input names to tensors with a leading axis of samples. "int8" and "adaptive" need it.
+    int8: how "int8" quantises: the options scheme, weight, activation and keep of `graphwright.quantize`.
 
     Raises CaptureError, UnknownTarget, InputError, PassError, MemoryLimit, UnsupportedOp (targets where PyTorch cannot
     take over) and NumericMismatch, which names the pass or the operator to blame.
@@ -108,7 +113,8 @@ def compile(
     options = with_memory_limit(options, memory_limit)
     has_example = example_inputs is not None or isinstance(model, (ExportedProgram, str, os.PathLike))
     check_options(precision, fallback, calibration, has_example)
-    options = replace(options, fallback=fallback, calibration=calibration)
+    method = int8_method(precision, int8)
+    options = replace(options, fallback=fallback, calibration=calibration, method=method)
     if isinstance(model, (ExportedProgram, str, os.PathLike)):
         program = export(model)
         with _TRACING:
@@ -139,6 +145,7 @@ def check(options: Mapping[str, Any]) -> None:
         get("threads"), None, get("passes"), get("kernel_fusion"),
     )  # fmt: skip
     check_options(get("precision", "fp32"), get("fallback"), get("calibration"), True)
+    int8_method(get("precision", "fp32"), get("int8"))
 
 
 def _options(

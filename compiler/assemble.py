@@ -22,18 +22,20 @@ from ..backends.choices import Choices
 from ..errors import InputError
 from ..hwdb import obstacle
 from ..passes.families import restrict
-from . import artifact, calibration, compare, fingerprint, loading, pipeline, tune, verify
+from . import artifact, calibration, compare, fingerprint, loading, tune, verify
 from .build import Built, build
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
 from .compiled import Compiled
 from .precision import FP32, Precision, Sample, check_tolerance
 from .report import ErrorRow, Report
+from .rewriting import rewrite_again
 from .selection import identities
 
 if TYPE_CHECKING:
     from ..passes.assign_precision import Choice
     from .api import Options
+    from .calibration import Example
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def assemble(
         directory = Path(tempfile.mkdtemp(prefix="graphwright-"))
         try:
             _write(directory, graph, example, options, started)
-            compiled = _load(directory, graph, options)
+            compiled = _load(directory, graph, options, example)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -72,7 +74,7 @@ def assemble(
     cached = path is not None
     if path is None:
         path = store.put(key, lambda directory: _write(directory, graph, example, options, started))
-    return _load(path, graph, options, cached)
+    return _load(path, graph, options, example, cached)
 
 
 def _decisive(options: Options, example: Any) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def _decisive(options: Options, example: Any) -> dict[str, Any]:
         "tolerance": options.tolerance if verified or options.precision != "fp32" else None,
         "fallback": options.fallback,
         "calibration": None if options.calibration is None else calibration.digest(example, options.calibration),
+        "method": options.method if options.precision == "int8" else None,
         "measured": sorted(options.preferred.items()),
         "memory_limit": options.memory_limit,
         "fusions": None if options.fusions is None else sorted(options.fusions),
@@ -95,6 +98,8 @@ def _tuned(graph: _Graph, example: Any, options: Options, seconds: float) -> dic
         reason = "there are no example inputs" if example is None else obstacle(options.hw)
         raise InputError(f"tune= measures the model on this machine, and {reason}")
     inputs = example_tensors(example, graph.captured.signature)
+    if options.precision == "int8":
+        raise InputError("tune= ranks candidates of float kernels, and kernels of int8 have one each: leave it out")
     precision = Precision(options.precision)
     return tune.tune(graph.captured.graph, options.hw, inputs, seconds, options.threads, precision, options.passes)
 
@@ -119,13 +124,12 @@ class _Graph:
         assert call is not None
         return replace(saved, in_spec=call.in_spec, out_spec=call.out_spec, parameters=self.parameters)
 
-    def rewritten(self, precisions: Sequence[Choice]) -> fx.GraphModule:
+    def rewritten(self, precisions: Sequence[Choice], example: Example | None) -> fx.GraphModule:
         """The graph after all passes, every operator in the precision decided for it."""
-        from ..passes.assign_precision import assign_precision
-
-        graph = pipeline.run(self.captured.graph, self.options.hw, self.options.passes)[0]
-        assign_precision(graph, precisions)
-        return graph
+        options = self.options
+        observed = calibration.inputs_of(example, options.calibration, self.captured.signature).calibration
+        precision = Precision(options.precision, observed=observed, method=options.method)
+        return rewrite_again(self.captured.graph, options.hw, options.passes, precision, precisions)
 
 
 def _write(
@@ -143,7 +147,9 @@ def _write(
     if options.precision == "adaptive":
         calibration.check_adaptive(inputs)
     samples = calibration.samples_for(captured, inputs, options)
-    precision = Precision(options.precision, options.tolerance, samples)
+    precision = Precision(
+        options.precision, options.tolerance, samples, observed=inputs.calibration, method=options.method
+    )
     built = _build(directory, captured, options, precision)
     built_at = time.perf_counter()
     errors: tuple[ErrorRow, ...] = ()
@@ -250,7 +256,7 @@ def _build_again(directory: Path, captured: Captured, options: Options, precisio
     return built
 
 
-def _load(path: Path, graph: _Graph, options: Options, cached: bool = False) -> Compiled:
+def _load(path: Path, graph: _Graph, options: Options, example: Example | None, cached: bool = False) -> Compiled:
     """The compiled model at `path`, which this process wrote or found in its own cache."""
     described = loading.describe(path)
     report = replace(described.report, cached=cached, threads=options.threads)
@@ -259,5 +265,5 @@ def _load(path: Path, graph: _Graph, options: Options, cached: bool = False) -> 
         path,
         loading.Description(described.plan, signature, report, described.twin),
         options.threads,
-        lambda: graph.rewritten(report.precisions),
+        lambda: graph.rewritten(report.precisions, example),
     )

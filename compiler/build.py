@@ -21,8 +21,9 @@ from . import pipeline
 from .partition import Partition, partition
 from .pass_checks import Pass
 from .plan import Plan, make_plan
-from .precision import FP32, Precision, reduce
+from .precision import FP32, Precision
 from .report import EagerRow
+from .rewriting import rewrite
 
 if TYPE_CHECKING:
     from ..backends.lowering.extract import Lowered
@@ -75,8 +76,8 @@ def build(
     from ..backends.aot import library, weights
 
     clock = _Clock()
-    rewritten, runs = pipeline.run(graph, hw, default_passes() if passes is None else passes)
-    precisions, reduced, notes = reduce(rewritten, hw, precision)
+    made = rewrite(graph, hw, default_passes() if passes is None else passes, precision)
+    rewritten = made.graph
     clock.stage("passes")
     try:
         with choosing(choices or Choices()):
@@ -89,7 +90,7 @@ def build(
     except Exception as error:
         parts, lowered, info = _all_to_pytorch(rewritten, hw, error), [], None
     plan, constants = make_plan(rewritten, parts.parts)
-    built = Built(plan, rewritten, (*runs, *reduced), precisions, notes, eager=_eager_rows(parts))
+    built = Built(plan, rewritten, made.runs, made.precisions, made.notes, eager=_eager_rows(parts))
     built.kernels = _kernels(lowered)
     if constants:
         save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .api import Options
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
+MEASURED = 8  # sets of inputs that the error of int8 is measured on, besides the example
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,24 @@ def check_options(precision: str, fallback: Any, calibration: Any, has_example: 
             raise InputError(f"fallback={fallback!r}{near}: there is 'fp32', or None for no twin")
         if precision == "fp32":
             raise InputError(
-                "fallback='fp32' needs a reduced precision to fall back from: pass precision='auto', 'bf16' or 'fp16'"
+                "fallback='fp32' needs a reduced precision: pass precision='auto', 'int8', 'bf16' or 'fp16'"
             )
     if calibration is not None:
         if precision == "fp32":
             raise InputError(
                 "calibration serves reduced precision and fp32 decides nothing by it: leave it out, or "
-                "pass precision='auto', 'adaptive', 'bf16' or 'fp16'"
+                "pass precision='int8', 'auto', 'adaptive', 'bf16' or 'fp16'"
             )
         if not isinstance(calibration, (Mapping, list, tuple)) or not len(calibration):
             raise InputError(
                 "calibration is a list of inputs, each as example_inputs are, or a mapping from input names to "
                 f"tensors with a leading axis of samples; got {_shown(calibration)}"
             )
+    if precision == "int8" and calibration is None:
+        raise InputError(
+            "precision='int8' finds the ranges of values on inputs: pass calibration=[inputs, ...], a few dozen that "
+            "look like those the model will get"
+        )
     if precision == "adaptive" and calibration is None:
         raise InputError(
             "precision='adaptive' learns from inputs when the reduced build is safe: pass calibration=[inputs, ...], "
@@ -129,11 +135,13 @@ def digest(example: Example | None, calibration: Any) -> str:
 
 def samples_for(captured: Captured, inputs: Inputs, options: Options) -> tuple[Sample, ...]:
     """What precisions are decided by: the example, and where one assignment serves all inputs the calibration too."""
-    decisive = options.precision in ("auto", "adaptive") or options.verify
+    decisive = options.precision in ("auto", "adaptive", "int8") or options.verify
     if options.precision == "fp32" or not decisive or compare.is_random(captured.graph):
         return ()
     sets = [] if inputs.example is None else [inputs.example]
-    if options.precision != "adaptive":
+    if options.precision == "int8":  # hundreds serve to find ranges; errors are measured on a few
+        sets += inputs.calibration[:MEASURED]
+    elif options.precision != "adaptive":
         sets += inputs.calibration
     return tuple((tensors, compare.reference(captured.graph, tensors)) for tensors in sets)
 

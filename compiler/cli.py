@@ -64,7 +64,7 @@ Fusions = Annotated[
     str | None,
     typer.Option(metavar="FAMILIES", help="Make these families of fusions only: conv+relu,matmul+bias; '' makes none."),
 ]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, auto or adaptive: docs/precision.md.")]
+Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, auto or adaptive: docs/precision.md.")]
 Tolerance = Annotated[float | None, typer.Option(help="Relative L2 error allowed against float64.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of one call; default: as many as PyTorch uses.")]
 

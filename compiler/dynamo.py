@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 # Compilations of one graph before calls of further shapes run in PyTorch.
 SHAPES = 8
 OPTIONS = {
-    *("precision", "tolerance", "fallback", "calibration", "threads", "verify", "cache", "target"),
+    *("precision", "tolerance", "fallback", "calibration", "int8", "threads", "verify", "cache", "target"),
     *("passes", "kernel_fusion"),
 }
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from ..backends.choices import Choices
 from ..backends.lowering.registry import KernelInfo
+from ..errors import InputError
 from ..hwdb import Hardware, Target, compile_target
 from ..passes.copies import Copies, count_copies
 from ..passes.families import restrict
@@ -113,6 +114,8 @@ def explained(
     """
     hw = compile_target(target)
     check_precision(precision)
+    if precision == "int8":
+        raise InputError("explain has no calibration inputs, which int8 is decided by: the report of compile says why")
     chosen, fusions = select(passes, kernel_fusion)
     whole = capture(export(model, *arguments(example_inputs)), parameters_of(model))
     captured = whole.graph

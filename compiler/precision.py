@@ -23,6 +23,7 @@ from torch import fx
 from ..errors import GraphwrightError, InputError, suggest
 from ..hwdb import Hardware
 from . import compare
+from .int8_method import DEFAULT, Method
 from .pipeline import PassRun, copy_graph
 from .reference import run_eager
 from .sensitivity import error_of, sensitivities
@@ -32,8 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PRECISIONS = ("fp32", "bf16", "fp16", "auto", "adaptive")
-NOT_BUILT = ("int8",)
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "auto", "adaptive")
 MARGIN = 0.9  # of the tolerance that PyTorch may use up: machine code adds in another order
 TRIES = 5  # budgets tried
 LOOKED_AT = 4  # samples whose sensitivities are averaged; all are measured
@@ -46,12 +46,15 @@ class Precision:
     """What was asked for. `samples`: inputs and their float64 results, to decide by; empty where there are none.
 
     `strictness`, at most 1: the part of the tolerance to aim for, where machine code erred by more than PyTorch.
+    `observed` and `method`: the inputs that ranges of int8 are found by, and how.
     """
 
     name: str = "fp32"
     tolerance: float | None = None
     samples: tuple[Sample, ...] = ()
     strictness: float = 1.0
+    observed: tuple[Sequence[torch.Tensor], ...] = ()
+    method: Method = DEFAULT
 
     @property
     def allowed(self) -> float | None:
@@ -71,17 +74,18 @@ FP32 = Precision()
 def check_precision(name: Any) -> None:
     """Raise GraphwrightError for a precision that there is not, saying what there is."""
     there = f"{', '.join(repr(p) for p in PRECISIONS[:-1])} and {PRECISIONS[-1]!r}"
-    if name in NOT_BUILT:
-        raise GraphwrightError(f"precision {name!r} is not built yet; there are {there}")
     if name not in PRECISIONS:
-        near = suggest(str(name), (*PRECISIONS, *NOT_BUILT))
+        near = suggest(str(name), PRECISIONS)
         raise GraphwrightError(f"there is no precision {name!r}{near}; there are {there}")
 
 
 def reduce(
     graph: fx.GraphModule, hw: Hardware, precision: Precision
 ) -> tuple[tuple[Choice, ...], tuple[PassRun, ...], tuple[str, ...]]:
-    """Give every operator of the rewritten `graph` its precision, in place: decisions, the pass that ran, and notes."""
+    """Give every operator of the rewritten `graph` its precision, in place: decisions, the pass that ran, and notes.
+
+    Not int8, which takes passes of its own: rewriting.py.
+    """
     if precision.name == "fp32":
         return (), (), ()
     from ..passes.assign_precision import assign_precision

@@ -12,6 +12,8 @@ from ..backends.lowering.registry import KernelInfo
 from ..passes.assign_precision import Choice
 from .pipeline import PassRun
 
+_MOST_DAMAGED = 10  # products that the text ranks
+
 
 @dataclass(frozen=True)
 class EagerRow:
@@ -98,6 +100,7 @@ class Report:
             lines.append(f"fusions: {', '.join(self.fusions) or 'none'}, as kernel_fusion chose")
         if self.precision != "fp32":
             lines += ["precisions:", *(f"  {row}" for row in (*self.notes, *self._precision_lines()))]
+        lines += self._damage_lines()
         if self.calls is not None:
             lines.append("calls since loading: " + ", ".join(f"{k} {v}" for k, v in self.calls.items()))
         lines.append(f"kernels: {len(self.kernels)} calls")
@@ -123,6 +126,21 @@ class Report:
             f"{len(nodes):3d} x {dtype} {operator}: {reason} ({nodes[0]}{', ...' if len(nodes) > 1 else ''})"
             for (dtype, operator, reason), nodes in groups.items()
         ]
+
+    def damage(self) -> tuple[Choice, ...]:
+        """The products in 8 bits, the most damaged first: by the ratio of signal to quantisation noise."""
+        found = [row for row in self.precisions if row.sqnr_db is not None]
+        return tuple(sorted(found, key=lambda row: row.sqnr_db or 0.0))
+
+    def _damage_lines(self) -> list[str]:
+        ranked = self.damage()
+        if not ranked:
+            return []
+        lines = ["most damaged by 8 bits (signal to noise of the product alone):"]
+        for row in ranked[:_MOST_DAMAGED]:
+            at_outputs = "" if row.error is None else f", alone {row.error:.1e} at the outputs"
+            lines.append(f"  {row.sqnr_db:6.1f} dB  {row.node} ({row.operator}): {row.dtype}{at_outputs}")
+        return lines
 
     def _kernel_lines(self) -> list[str]:
         """Equal kernels on one line, with how often they are called."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,25 +37,31 @@ PROBES = 8
 GROUPS = 32
 
 Errors = dict[tuple[str, str], float]
+Reduce = Callable[[fx.GraphModule, Sequence["Choice"]], object]  # rewrites the chosen operators in place
 
 
 def sensitivities(
     graph: fx.GraphModule,
     candidates: Sequence[Choice],
     samples: Sequence[tuple[Sequence[torch.Tensor], compare.Reference]],
+    reduce: Reduce | None = None,
 ) -> tuple[Errors, str]:
     """The relative L2 error at the outputs that every candidate alone causes, and how it was found.
 
-    Mean squares over `samples`: pairs of inputs and what they should give.
+    Mean squares over `samples`: pairs of inputs and what they should give. `reduce(graph, choices)` rewrites what is
+    chosen, by default as assign_precision does.
     """
+    from ..passes.assign_precision import assign_precision
+
+    reduce = assign_precision if reduce is None else reduce
     squares: Errors = {}
     method = f"first-order propagation, {PROBES} probes"
     for inputs, expected in samples:
         try:
-            found = _propagated(graph, candidates, inputs, expected)
+            found = _propagated(graph, candidates, inputs, expected, reduce)
         except (RuntimeError, NotImplementedError) as error:
             log.info("sensitivities are measured in groups: %s", error)
-            found = _grouped(graph, candidates, inputs, expected)
+            found = _grouped(graph, candidates, inputs, expected, reduce)
             method = f"at most {GROUPS} groups of neighbours reduced together"
         for key, error_squared in found.items():
             squares[key] = squares.get(key, 0.0) + error_squared / len(samples)
@@ -63,12 +69,16 @@ def sensitivities(
 
 
 def _propagated(
-    graph: fx.GraphModule, candidates: Sequence[Choice], inputs: Sequence[torch.Tensor], expected: compare.Reference
+    graph: fx.GraphModule,
+    candidates: Sequence[Choice],
+    inputs: Sequence[torch.Tensor],
+    expected: compare.Reference,
+    reduce: Reduce,
 ) -> Errors:
     run = _Recording(graph, {choice.node for choice in candidates})
     with torch.enable_grad():
         outputs = run.run(*inputs)
-    differences = _differences(graph, candidates, run)
+    differences = _differences(graph, candidates, run, reduce)
     targets = [(y, exact) for y, exact in zip(outputs, expected.exact, strict=True) if y.requires_grad and y.numel()]
     squares = {key: 0.0 if bool(d.isfinite().all()) else math.inf for key, d in differences.items()}
     if not targets:
@@ -94,16 +104,16 @@ def _propagated(
     return squares
 
 
-def _differences(graph: fx.GraphModule, candidates: Sequence[Choice], run: _Recording) -> dict[Any, torch.Tensor]:
+def _differences(
+    graph: fx.GraphModule, candidates: Sequence[Choice], run: _Recording, reduce: Reduce
+) -> dict[Any, torch.Tensor]:
     """What each candidate alone changes in its own result, on the operands it had."""
-    from ..passes.assign_precision import assign_precision
-
     found: dict[Any, torch.Tensor] = {}
     with torch.no_grad():
         for choice in candidates:
             single, operands = _alone(graph, run.nodes[choice.node], run)
             before = single(*operands)
-            assign_precision(single, [choice])
+            reduce(single, [choice])
             found[choice.node, choice.form] = (single(*operands) - before).detach()
     return found
 
@@ -157,10 +167,12 @@ class _Recording(fx.Interpreter):
 
 
 def _grouped(
-    graph: fx.GraphModule, candidates: Sequence[Choice], inputs: Sequence[torch.Tensor], expected: compare.Reference
+    graph: fx.GraphModule,
+    candidates: Sequence[Choice],
+    inputs: Sequence[torch.Tensor],
+    expected: compare.Reference,
+    reduce: Reduce,
 ) -> Errors:
-    from ..passes.assign_precision import assign_precision
-
     squares: Errors = {}
     for form in dict.fromkeys(choice.form for choice in candidates):
         members = [choice for choice in candidates if choice.form == form]
@@ -168,7 +180,7 @@ def _grouped(
         for first in range(0, len(members), size):
             group = members[first : first + size]
             together = copy_graph(graph)
-            assign_precision(together, group)
+            reduce(together, group)
             error = error_of(run_eager(together, inputs), expected)
             squares |= {(choice.node, choice.form): error**2 / len(group) for choice in group}
     return squares

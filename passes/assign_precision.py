@@ -60,11 +60,12 @@ class Choice:
 
     node: str
     operator: str
-    dtype: str  # "float32", "bfloat16" or "float16"
+    dtype: str  # "float32", "bfloat16", "float16" or "int8"
     reason: str
     round_input: bool = False
     error: float | None = None  # predicted at the outputs, of this operator alone
-    form: str = "float32"  # of precision_forms.LABELS
+    form: str = "float32"  # of precision_forms.LABELS, or "int8"
+    sqnr_db: float | None = None  # of int8: its result in float32 against what 8 bits change
 
 
 @dataclass(frozen=True)

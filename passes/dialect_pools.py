@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,9 +21,11 @@ def max_pool2d_body(
     ceil_mode: bool,
     layout: str,
 ) -> Tensor:
-    x = input.permute(0, 3, 1, 2) if layout == "NHWC" else input
+    # torch pools bytes of small images only, since it counts positions in them; float32 holds every byte.
+    source = input.float() if input.dtype in (torch.uint8, torch.int8) else input
+    x = source.permute(0, 3, 1, 2) if layout == "NHWC" else source
     x, pad = _pool_padding(x, padding, ceil_mode, -math.inf)
-    y = F.max_pool2d(x, list(kernel), list(stride), pad, list(dilation), ceil_mode)
+    y = F.max_pool2d(x, list(kernel), list(stride), pad, list(dilation), ceil_mode).to(input.dtype)
     return owned(y.permute(0, 2, 3, 1) if layout == "NHWC" else y, input)
 
 

@@ -7,7 +7,8 @@ a is uint8 or int8 with one zero point, w is int8 and symmetric (zero point 0), 
 `offsets` computes that constant once, together with an integer bias; where the instruction takes unsigned bytes only, a
 signed a is stored as a + 128 (dot_tile.py) and 128 * sum w goes into the constant too. Then, for each element,
 
-    y = fma(float(sum + offset), scale[column], addend)                    addend: float bias and/or residual
+    addend = fma(residual - zero, scale, bias)                             bias, residual: where there are such
+    y = fma(float(sum + offset), scale[column], addend)
     y = act(y)                                                             in real units
     q = clamp(round_to_even(y * inverse) + zero_out, low, high)            where the result is uint8 or int8
 
@@ -85,8 +86,7 @@ class Requantize:
         y = tirx.Cast(floats, value + read[0][at])
         addend: Any = read[2][at] if self.bias else None
         if self.residual is not None:
-            added = self._residual(view(read[-1], (self.M, self.N))[row, at], lanes)
-            addend = added if addend is None else addend + added
+            addend = self._with_residual(addend, view(read[-1], (self.M, self.N))[row, at], lanes)
         scale = read[1][at]
         y = y * scale if addend is None else _fma(y, scale, addend, lanes)
         if self.activation != "none":
@@ -104,12 +104,15 @@ class Requantize:
         q = tirx.Cast(_many("int32", lanes), y) + spread(tirx.const(self.zero, "int32"), lanes)
         T.buffer_store(out, tirx.Cast(_many(self.result, lanes), q), [row, at])
 
-    def _residual(self, value: Any, lanes: int) -> Any:
+    def _with_residual(self, bias: Any, value: Any, lanes: int) -> Any:
+        """bias + (value - zero) * scale, by one fma where there are both."""
         assert self.residual is not None
         if self.residual.dtype == "float32":
-            return value
+            return value if bias is None else bias + value
         whole = tirx.Cast(_many("int32", lanes), value) - spread(tirx.const(self.residual.zero, "int32"), lanes)
-        return tirx.Cast(_many("float32", lanes), whole) * spread(tirx.const(self.residual.scale, "float32"), lanes)
+        steps = tirx.Cast(_many("float32", lanes), whole)
+        scale = spread(tirx.const(self.residual.scale, "float32"), lanes)
+        return steps * scale if bias is None else _fma(steps, scale, bias, lanes)
 
 
 def _many(dtype: str, lanes: int) -> str:

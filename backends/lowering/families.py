@@ -18,6 +18,7 @@ FAMILIES = (
     "padding",
     "polynomials",
     "pooling",
+    "quantisation",
     "reduction",
     "resize",
     "scan",

@@ -12,6 +12,7 @@ families.load()
 for name in (
     "kernels_conv",
     "kernels_conv_other",
+    "kernels_int8",
     "kernels_joined",
     "kernels_low_precision",
     "kernels_matmul",

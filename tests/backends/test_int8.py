@@ -41,19 +41,25 @@ def integers(dtype: str, *shape: int, seed: int = 0) -> torch.Tensor:
     return values.to(TORCH[dtype])
 
 
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+    """a * b + c rounded once: the product is exact in float64."""
+    product = a.double() * b.double()
+    return (product if c is None else product + c.double()).float()
+
+
 def requantized(
     sums: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, how: Requantize
 ) -> torch.Tensor:
-    """The reference, in the order of operations that int8_product.py states; float64 stands for the fma's precision."""
+    """The reference, in the order of operations that int8_product.py states."""
     addend = bias
     if residual is not None:
         assert how.residual is not None
-        added = residual.float()
-        if how.residual.dtype != "float32":
-            added = (residual.int() - how.residual.zero).float() * torch.tensor(how.residual.scale)
-        addend = added if addend is None else addend + added
-    y = sums.float().double() * scale.double()
-    y = (y if addend is None else y + addend.double()).float()
+        if how.residual.dtype == "float32":
+            addend = residual if addend is None else addend + residual
+        else:
+            steps = (residual.int() - how.residual.zero).float()
+            addend = fma(steps, torch.tensor(how.residual.scale), addend)
+    y = fma(sums.float(), scale, addend)
     y = dialect.ACTIVATIONS[how.activation](y, list(how.args))
     if how.result == "float32":
         return y

@@ -1,0 +1,144 @@
+"""Kernels of the operators of 8 bits (passes/dialect_int8.py): exact sums of products of bytes, requantized in place.
+
+Refused: groups (a group's channels are fewer than a dot product takes), results without elements, and operands that a
+32-bit index cannot count; `quantise` makes none of these, and there is no definition in tensor expressions.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...hwdb import Hardware
+from ...hwdb.cost import Work
+from ...passes import dialect_int8
+from ...passes.rewrite import arguments, shape_of
+from ..kernels.conv_plan import problem_of
+from ..kernels.dot_conv import DotConvPlan, choose_dot_conv, pack_conv
+from ..kernels.dot_matmul import pack_for
+from ..kernels.dot_product import Dot, choose_dot_tiling, int8_dot
+from ..kernels.int8_product import Requantize, Residual, int8_conv, int8_matmul, offsets
+from .kernels_matmul import refuse_large
+from .registry import KernelCall, Packed, Refusal, kernel_for
+
+_NAMES = {torch.float32: "float32", torch.uint8: "uint8", torch.int8: "int8"}
+
+
+def _dtype(node: fx.Node) -> str:
+    return _NAMES[node.meta["val"].dtype]
+
+
+@kernel_for(dialect_int8.qlinear)
+def qlinear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """requantize(act(x . w^T + bias + residual))."""
+    given = arguments(node)
+    refusal = _refusal(node, given)
+    if refusal is not None:
+        return refusal
+    N, K = shape_of(given["weight"])
+    return _matmul(node, given, (prod(shape_of(node)[:-1]), K, N), hw)
+
+
+@kernel_for(dialect_int8.qconv2d)
+def qconv2d(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """requantize(act(conv(x, w) + bias + residual)), NHWC."""
+    given = arguments(node)
+    refusal = _refusal(node, given)
+    if refusal is not None:
+        return refusal
+    x, weight = given["input"], given["weight"]
+    problem = problem_of(
+        shape_of(x), shape_of(weight), given["stride"], given["padding"], given["dilation"], given["groups"]
+    )
+    if problem.groups != 1:
+        return Refusal(f"{problem.groups} groups")
+    if problem.pointwise:
+        return _matmul(node, given, (prod(problem.output_shape[:3]), problem.channels, problem.filters), hw)
+    dot = int8_dot(hw)
+    plan = choose_dot_conv(problem, dot, hw)
+    finish = _finish(node, given, problem.filters)
+    func = int8_conv(problem, hw, _dtype(x), finish, dot=dot, zero=given["input_zero"], plan=plan)
+    layout = f"int8_conv_{dot.group}_{plan.vectors * dot.lanes}"
+    packed = Packed(weight, layout, partial(_pack_conv, dot=dot, plan=plan))
+    work = _work(node, float(problem.flops), plan.tasks, plan.efficiency)
+    choice = f"{dot.name}, {plan.pixels}x{plan.vectors * dot.lanes}, {plan.panels} panels, {plan.tasks} tasks"
+    return KernelCall(func, _read(given, packed, dot), "int8 conv", choice, work)
+
+
+def _refusal(node: fx.Node, given: dict[str, Any]) -> Refusal | None:
+    tensors = [t for t in (node, *node.all_input_nodes) if t is not None]
+    if not prod(shape_of(node)):
+        return Refusal("the result has no elements")
+    if given["weight"].op != "get_attr":
+        return Refusal(f"the weight {given['weight'].name} is computed")
+    return refuse_large(*tensors)
+
+
+def _matmul(node: fx.Node, given: dict[str, Any], extents: tuple[int, int, int], hw: Hardware) -> KernelCall:
+    M, K, N = extents
+    x, dot = given["input"], int8_dot(hw)
+    tiling = choose_dot_tiling(hw, dot, M, N, K)
+    finish = _finish(node, given, N)
+    func = int8_matmul(M, K, N, hw, _dtype(x), finish, dot=dot, tiling=tiling, input_shape=shape_of(x))
+    layout = f"int8_panels_{dot.group}_{tiling.columns}"
+    packed = Packed(given["weight"], layout, partial(_pack, dot=dot, columns=tiling.columns))
+    work = _work(node, 2.0 * M * N * K, tiling.panels * tiling.row_chunks, tiling.efficiency)
+    return KernelCall(func, _read(given, packed, dot), "int8 matmul", f"{dot.name}, {tiling.reason}", work)
+
+
+def _pack(weight: torch.Tensor, dot: Dot, columns: int) -> torch.Tensor:
+    return pack_for(weight.flatten(1), dot, columns)
+
+
+def _pack_conv(weight: torch.Tensor, dot: Dot, plan: DotConvPlan) -> torch.Tensor:
+    return pack_conv(weight, dot, plan)
+
+
+def _read(given: dict[str, Any], packed: Packed, dot: Dot) -> tuple[fx.Node | Packed, ...]:
+    zero, source = given["input_zero"], _dtype(given["input"])
+    constant = partial(_offsets, zero=zero, source=source, dot=dot)
+    added = Packed(packed.constant, f"int8_offsets_{source}_{zero}_{dot.left}", constant)
+    extra = [given[name] for name in ("bias", "residual") if given[name] is not None]
+    return (given["input"], packed, added, given["scale"], *extra)
+
+
+def _offsets(weight: torch.Tensor, zero: int, source: str, dot: Dot) -> torch.Tensor:
+    return offsets(weight, zero, source, dot)
+
+
+def _finish(node: fx.Node, given: dict[str, Any], columns: int) -> Requantize:
+    residual = given["residual"]
+    added = None
+    if residual is not None:
+        added = Residual(_dtype(residual), given["residual_scale"], given["residual_zero"])
+    quantised = given["dtype"] is not None
+    return Requantize(
+        prod(shape_of(node)[:-1]),
+        columns,
+        _dtype(node),
+        given["out_zero"] if quantised else 0,
+        dialect_int8.inverse(given["out_scale"]) if quantised else 1.0,
+        given["bias"] is not None,
+        added,
+        given["activation"],
+        tuple(given["activation_args"]),
+        shape_of(node),
+    )
+
+
+def _work(node: fx.Node, flops: float, tasks: int, efficiency: float) -> Work:
+    def nbytes(tensor: fx.Node) -> int:
+        return prod(shape_of(tensor)) * int(tensor.meta["val"].element_size())
+
+    return Work(
+        flops={"int8": flops},
+        bytes_read=float(sum(nbytes(t) for t in node.all_input_nodes)),
+        bytes_written=float(nbytes(node)),
+        launches=int(tasks > 1),
+        tasks=tasks,
+        efficiency=max(0.01, efficiency),
+    )

@@ -1,0 +1,118 @@
+"""A captured graph -> the graph that is lowered: passes, then precisions, then what follows from them.
+
+fp32, bf16, ...   passes to a fixpoint; every product in its precision (assign_precision)
+int8              passes without those that hide a product in a larger kernel that takes floats only; the products that
+                  pay in 8 bits (int8_plan.py); then those passes, for what stays float32
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from ..hwdb import Hardware
+from . import int8_plan, pipeline
+from .pass_checks import Pass
+from .precision import MARGIN, Precision, Sample, check_tolerance, reduce
+
+if TYPE_CHECKING:
+    from ..passes.assign_precision import Choice
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The graph, what the passes did, the precisions, and notes on them."""
+
+    graph: fx.GraphModule
+    runs: tuple[pipeline.PassRun, ...]
+    precisions: tuple[Choice, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def rewrite(graph: fx.GraphModule, hw: Hardware, passes: Sequence[Pass], precision: Precision) -> Rewritten:
+    """Rewrite a copy of the captured `graph`, and decide precisions. Raises InputError for a hopeless tolerance."""
+    if precision.name != "int8":
+        rewritten, runs = pipeline.run(graph, hw, passes)
+        precisions, reduced, notes = reduce(rewritten, hw, precision)
+        return Rewritten(rewritten, (*runs, *reduced), precisions, notes)
+    early, late = _divided(passes)
+    wide, runs = pipeline.run(graph, hw, early)
+    plan, notes = _decide(wide, hw, precision)
+    return _joined(wide, hw, late, runs, plan, notes)
+
+
+def rewrite_again(
+    graph: fx.GraphModule,
+    hw: Hardware,
+    passes: Sequence[Pass],
+    precision: Precision,
+    precisions: Collection[Choice],
+) -> fx.GraphModule:
+    """The graph that `rewrite` made when it decided on `precisions`."""
+    from ..passes.assign_precision import assign_precision
+
+    if precision.name != "int8":
+        rewritten = pipeline.run(graph, hw, passes)[0]
+        assign_precision(rewritten, precisions)
+        return rewritten
+    early, late = _divided(passes)
+    wide, runs = pipeline.run(graph, hw, early)
+    chosen = {choice.node for choice in precisions if choice.dtype == "int8"}
+    plan = int8_plan.plan_int8(wide, hw, precision.method, precision.observed, only=chosen)
+    return _joined(wide, hw, late, runs, plan, ()).graph
+
+
+def _divided(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    from ..passes.fuse_conv_depthwise import fuse_conv_depthwise
+    from ..passes.read_planar_images import read_planar_images
+
+    hiding = (fuse_conv_depthwise, read_planar_images)
+    return tuple(p for p in passes if p not in hiding), tuple(p for p in passes if p in hiding)
+
+
+def _joined(
+    wide: fx.GraphModule,
+    hw: Hardware,
+    late: Sequence[Pass],
+    runs: tuple[pipeline.PassRun, ...],
+    plan: int8_plan.Int8Plan,
+    notes: tuple[str, ...],
+) -> Rewritten:
+    made, joining = int8_plan.apply(wide, hw, plan)
+    made, rest = pipeline.run(made, hw, late)
+    return Rewritten(made, (*runs, *joining, *rest), plan.choices, notes)
+
+
+def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[int8_plan.Int8Plan, tuple[str, ...]]:
+    """The plan that keeps the tolerance on the samples, and what to say of it."""
+    plan = int8_plan.plan_int8(graph, hw, precision.method, precision.observed)
+    method = precision.method
+    how = (
+        f"ranges by {method.activation} on {len(precision.observed)} sets of inputs, {method.scheme} activations, "
+        f"{method.weight.replace('_', ' ')} weights"
+    )
+    if not plan.chosen:
+        return plan, (f"nothing gains by int8 on {hw.id}: everything stays float32",)
+    if not precision.strictness:
+        plan = plan.without(plan.chosen, "machine code erred by too much in 8 bits")
+        return plan, (how, "everything stays float32: machine code erred by too much")
+    if not precision.samples:
+        return plan, (how, plan.text(), "errors were not measured")
+    allowed = precision.allowed
+    assert allowed is not None
+    check_tolerance(precision.samples, precision.tolerance)
+    wanted = MARGIN * allowed * precision.strictness
+    plan, measured, found = int8_plan.within_tolerance(graph, hw, plan, precision.samples, wanted)
+    return plan, (how, *found, plan.text(), kept(measured, allowed, precision.samples))
+
+
+def kept(measured: float, allowed: float, samples: Sequence[Sample]) -> str:
+    """The error of a decision, in words."""
+    inputs = "the example inputs" if len(samples) == 1 else f"{len(samples)} sets of inputs"
+    return f"error against float64 {measured:.1e} in PyTorch on {inputs}, {allowed:.1e} allowed"

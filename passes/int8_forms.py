@@ -1,0 +1,120 @@
+"""Which products are computed in 8 bits on a machine, which keep float32, and why.
+
+seconds    float32   arithmetic, a quarter of it in the mean where Winograd's algorithm serves a convolution; weights
+           int8      arithmetic at the rate of byte products; a quarter of the weights' bytes; rounding the input, where
+                     no other product of 8 bits makes it
+
+Refused: a machine without dot products of bytes (pairs of 16 bits take as many instructions as float32, measured in
+research of the AVX2 kernels: 1.0 to 1.8 times), groups, NCHW, weights that are computed or not finite, sums of more
+terms than 32 bits hold, values that calibration found no scale for, operators that are no products, and what gains
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import fx
+
+from ..hwdb import Hardware
+from ..hwdb.cost import Work, predict_seconds
+from . import dialect, dialect_int8
+from .precision_forms import PRODUCTS, WINOGRAD_CHANNELS, WINOGRAD_GAIN
+from .rewrite import arguments, constant, shape_of, value_of
+
+GAIN = 0.9  # of the float32 time: less is not worth the rounding
+
+
+@dataclass(frozen=True)
+class Int8Form:
+    """Predicted seconds of a product in float32 and in 8 bits, and why it is one of the two."""
+
+    possible: bool
+    reason: str
+    float32_seconds: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def pays(self) -> bool:
+        """Whether the product is computed in 8 bits."""
+        return self.possible and self.seconds <= GAIN * self.float32_seconds
+
+
+def int8_form(graph: fx.GraphModule, node: fx.Node, hw: Hardware, shared: Collection[fx.Node] = ()) -> Int8Form:
+    """What 8 bits are for one product; values in `shared` are rounded for other products in any case."""
+    why_not = _refusal(graph, node, hw)
+    if why_not is not None:
+        return Int8Form(False, why_not)
+    given = arguments(node)
+    weight, x = given["weight"], given["input"]
+    terms = prod(shape_of(weight)[1:])
+    flops = 2.0 * prod(shape_of(node)) * terms
+    wide = _seconds(hw, Work({"float32": flops / _winograd(node)}, 4.0 * prod(shape_of(weight)), launches=0))
+    narrow = _seconds(hw, Work({"int8": flops}, 1.0 * prod(shape_of(weight)), launches=0))
+    if x not in shared:
+        elements = prod(shape_of(x))
+        narrow += _seconds(hw, Work({}, 4.0 * elements, 1.0 * elements, launches=0))
+    family = hw.vector_dot_product("int8")
+    form = Int8Form(True, "", wide, narrow)
+    if form.pays:
+        return Int8Form(True, f"dot products of bytes ({family}), exact sums", wide, narrow)
+    share = narrow / wide if wide else 1.0
+    return Int8Form(True, f"gains nothing: rounding its input and 8 bits take {share:.2f} of float32", wide, narrow)
+
+
+def _refusal(graph: fx.GraphModule, node: fx.Node, hw: Hardware) -> str | None:
+    if hw.vector_dot_product("int8") is None:
+        return f"{hw.id} has no dot product of bytes: pairs of 16 bits are as slow as float32"
+    given = arguments(node)
+    weight = constant(graph, given["weight"])
+    if weight is None:
+        return "its weights are computed"
+    for operand in (node, *node.all_input_nodes):
+        value = value_of(operand)
+        if value is None or value.dtype != torch.float32:
+            return f"{operand.name} is not float32"
+    if not prod(shape_of(node)) or not shape_of(given["input"]):
+        return "the result has no elements"
+    if not bool(weight.isfinite().all()):
+        return f"the weights {given['weight'].target} hold infinities or NaN"
+    if node.target is dialect.conv2d:
+        if given["layout"] != "NHWC":
+            return f"the layout is {given['layout']}"
+        if given["groups"] != 1:
+            return f"{given['groups']} groups: a group's channels are fewer than a dot product takes"
+    if prod(shape_of(given["weight"])[1:]) > dialect_int8.MOST_TERMS:
+        return f"sums of {prod(shape_of(given['weight'])[1:])} terms do not fit 32 bits"
+    bias, residual = given.get("bias"), given.get("residual")
+    if bias is not None and constant(graph, bias) is None:
+        return "its bias is computed"
+    if bias is not None and shape_of(bias) != shape_of(node)[-1:]:
+        return f"the bias has shape {shape_of(bias)}, not one value a column"
+    if residual is not None and shape_of(residual) != shape_of(node):
+        return f"the residual has shape {shape_of(residual)}, the result {shape_of(node)}"
+    return None
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether the node is one of the operators that have a form in 8 bits."""
+    return node.op == "call_function" and node.target in PRODUCTS
+
+
+def _winograd(node: fx.Node) -> float:
+    """How many times as fast as a direct sum the convolution is in float32."""
+    if node.target is not dialect.conv2d:
+        return 1.0
+    given = arguments(node)
+    weight = shape_of(given["weight"])
+    simple = list(given["stride"]) == list(given["dilation"]) == [1, 1] and weight[2:] == (3, 3)
+    return WINOGRAD_GAIN if simple and min(weight[:2]) >= WINOGRAD_CHANNELS else 1.0
+
+
+def _seconds(hw: Hardware, work: Work) -> float:
+    known = predict_seconds(hw, work)
+    if known is not None:
+        return known
+    # Without a clock only the ratio of two forms counts: 4 products of bytes in the time of one of floats.
+    return sum(count / {"int8": 4e11}.get(dtype, 1e11) for dtype, count in work.flops.items()) + work.bytes_read / 2e10

@@ -1,0 +1,96 @@
+"""linear(x, w, b) -> qlinear(quantize(x), w8, scale, b'), conv2d likewise, for the products that were chosen.
+
+x is rounded by its scale in the table, once for all products that read it; the result is float32 (`requantise` makes it
+8 bits where only such products read it). A residual of a convolution that the table has a scale for becomes
+dequantize(quantize(residual)): it is stored in a quarter of the bytes. b' is the bias corrected for the mean error of
+the rounded weights.
+
+Refused by int8_forms.py, which decides what is chosen; names that are no such product any more are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import dialect, dialect_int8, rewrite
+from .int8_forms import is_product
+from .int8_scales import Scale, Table, corrected_bias, quantised_weight, weight_scales
+from .rewrite import arguments, constant
+
+log = logging.getLogger(__name__)
+
+
+def quantise(graph: fx.GraphModule, table: Table, chosen: Collection[str]) -> int:
+    """Rewrite the products named in `chosen`; returns how many."""
+    nodes = [n for n in graph.graph.nodes if n.name in chosen and is_product(n)]
+    rounded: dict[fx.Node, fx.Node] = {}
+    names: dict[fx.Node, str] = {}  # of products that are rewritten, as the table knows them
+
+    def in_8_bits(value: fx.Node) -> tuple[fx.Node, Scale]:
+        scale = table.scales[names.get(value, value.name)]
+        if value not in rounded:
+            # Behind what makes the value, so that every reader finds it.
+            rounded[value] = _behind(graph, value, scale)
+        return rounded[value], scale
+
+    for node in nodes:
+        given = arguments(node)
+        x, scale = in_8_bits(given["input"])
+        residual: Any = given.get("residual")
+        images = isinstance(residual, fx.Node) and node.target is dialect.conv2d
+        if images and names.get(residual, residual.name) in table.scales:
+            stored, how = in_8_bits(residual)
+            residual = rewrite.call(graph, dialect_int8.dequantize, (stored, how.scale, how.zero), before=node)
+        mean = table.means.get(names.get(given["input"], given["input"].name))
+        name = node.name
+        names[_replace(graph, node, x, scale, residual, table.per_channel, mean)] = name
+    return rewrite.finish(graph, len(nodes))
+
+
+def _behind(graph: fx.GraphModule, value: fx.Node, scale: Scale) -> fx.Node:
+    before = value.next
+    while before.op in ("placeholder", "get_attr"):
+        before = before.next
+    arguments = (value, scale.scale, scale.zero, scale.dtype)
+    return rewrite.call(graph, dialect_int8.quantize, arguments, before=before, source=value)
+
+
+def _replace(
+    graph: fx.GraphModule,
+    node: fx.Node,
+    x: fx.Node,
+    scale: Scale,
+    residual: fx.Node | None,
+    per_channel: bool,
+    mean: torch.Tensor | None,
+) -> fx.Node:
+    given = arguments(node)
+    weight = constant(graph, given["weight"])
+    assert weight is not None, node
+    scales = weight_scales(weight, per_channel)
+    stored = quantised_weight(weight, scales)
+    bias = None if given["bias"] is None else constant(graph, given["bias"])
+    corrected = given["bias"]
+    name = str(given["weight"].target)
+    if mean is not None:
+        value = corrected_bias(bias, weight, stored, scales, mean)
+        if bias is not None or bool(value.abs().max() > 0):
+            corrected = rewrite.add_constant(graph, f"{node.name}_bias", value, node)
+    w = rewrite.add_constant(graph, f"{name}_int8", stored, node)
+    s = rewrite.add_constant(graph, f"{node.name}_scale", scales * scale.scale, node)
+    head = (x, scale.zero, w, s, corrected, residual, 1.0, 0)
+    activation = (given.get("activation", "none"), list(given.get("activation_args", [])), 1.0, 0, None)
+    value = node.meta["val"]
+    if node.target is dialect.conv2d:
+        sizes = tuple(given[key] for key in ("stride", "padding", "dilation", "groups"))
+        made = rewrite.call(graph, dialect_int8.qconv2d, (*head, *sizes, *activation), before=node, value=value)
+    else:
+        made = rewrite.call(graph, dialect_int8.qlinear, (*head, *activation), before=node, value=value)
+    log.debug("%s: 8 bits, input scale %.3g, zero %d", node.name, scale.scale, scale.zero)
+    rewrite.replace(node, made)
+    return made
