@@ -179,13 +179,6 @@ def test_through_dynamo() -> None:
     torch.testing.assert_close(result, model(x), rtol=2e-2, atol=2e-2)
 
 
-def test_what_is_not_built_is_refused() -> None:
-    with pytest.raises(
-        GraphwrightError, match="not built yet; there are 'fp32', 'bf16', 'fp16', 'auto' and 'adaptive'"
-    ):
-        graphwright.compile(nn.Linear(2, 2), torch.randn(1, 2), precision="int8")
-
-
 def test_a_typo_is_named() -> None:
     with pytest.raises(GraphwrightError, match="did you mean 'bf16'"):
         graphwright.compile(nn.Linear(2, 2), torch.randn(1, 2), precision="bf61")
