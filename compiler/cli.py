@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import GraphwrightError, InputError
+from .cli_calibrate import calibrate
 from .cli_hardware import hardware
 from .cli_predict import predict
 
@@ -52,6 +53,7 @@ app = typer.Typer(
     help="Compile PyTorch models to machine code, with the numbers verified.",
 )
 hardware.command()(predict)
+hardware.command()(calibrate)
 app.add_typer(hardware, name="hw")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -80,14 +81,20 @@ def compare(
 def detect(as_json: Json = False) -> None:
     """Show what this machine is, as this process may use it."""
     from .. import hwdb
+    from ..hwdb.host_gpus import detect_gpus, record_of
     from . import hardware_tables
 
     hw = hwdb.detect()
+    gpus = [(found, record_of(found)) for found in detect_gpus()]
     if as_json:
-        typer.echo(json.dumps(hardware_tables.data(hw), indent=1))
+        cards = [{**dataclasses.asdict(found), "record": id} for found, id in gpus]
+        typer.echo(json.dumps({**hardware_tables.data(hw), "gpus": cards}, indent=1))
         return
     for line in hardware_tables.lines(hw):
         typer.echo(line)
+    for found, id in gpus:
+        name = found.name or found.architecture or found.vendor
+        typer.echo(f"{'GPU':16s} {name} at {found.bus}: {f'record {id}' if id else 'in no record'}")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,9 +1,14 @@
-"""The cache key of a compilation: everything that decides the result, and nothing else."""
+"""The cache key of a compilation: everything that decides the result, and nothing else.
+
+Rates of the machine count in steps of 7 %: code made for one of them is right for all, and as fast as rates are sure.
+So measuring a machine again (`hw calibrate`) does not compile every model again.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,9 +41,31 @@ def setting(hw: Hardware) -> str:
     return hashlib.sha256(f"{_compiler()}\0{_machine(hw)}".encode()).hexdigest()
 
 
+# Facts that no choice of code reads: they describe, or serve predictions only.
+_DESCRIBES = {
+    **dict.fromkeys(("name", "vendor", "year", "dram_bytes", "tdp_watts", "calibrated", "board"), None),
+    "sources": (),
+    "confidence": "medium",
+    "wake_us": 0.0,
+}
+_STEP = 1.07  # rates nearer than that make the same choices: measuring a machine again changes no key
+
+
 def _machine(hw: Hardware) -> str:
-    """Every fact, the features in order: a set prints in another order in every process."""
-    return f"{replace(hw, features=frozenset())!r} {sorted(hw.features)}"
+    """Every fact that choices hang on, the features in order: a set prints in another order in every process."""
+    rates = {
+        "clock_mhz": _rounded(hw.clock_mhz),
+        "dram_gbs": _rounded(hw.dram_gbs),
+        "launch_us": _rounded(hw.launch_us),
+    }
+    near = tuple((level, _rounded(rate)) for level, rate in hw.core_gbs)
+    facts: dict[str, Any] = {**_DESCRIBES, **rates, "core_gbs": near, "features": frozenset()}
+    return f"{replace(hw, **facts)!r} {sorted(hw.features)}"
+
+
+def _rounded(rate: float | None) -> int | None:
+    """The number of a rate's step."""
+    return None if rate is None else round(math.log(rate) / math.log(_STEP))
 
 
 def _calling_convention(exported: ExportedProgram) -> str:

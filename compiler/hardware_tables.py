@@ -160,7 +160,9 @@ def _processor(hw: Hardware) -> dict[str, str]:
     shapes = [str(shape) for dtype in _DTYPES for shape in hw.matrix_instructions(dtype)]
     if shapes:
         about["matrices"] = ", ".join(shapes)
-    about["launch"] = f"{hw.launch_us:g} us a parallel region"
+    about["launch"] = f"{hw.launch_us:.3g} us a parallel region, {hw.wake_us:.3g} us to wake a thread"
+    if hw.native:
+        about["calibrated"] = hw.calibrated or "no: `graphwright hw calibrate` measures what is typical figures here"
     return about | {"peak": f"{_giga(hw.peak_flops(), 1)} GFLOP/s float32"}
 
 

@@ -36,6 +36,7 @@ from ..passes.rewrite import arguments, shape_of
 from .workload import Operation
 
 ITEM_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8}
+_UNHIDDEN = 0.4  # of the shorter of arithmetic and streams, as for weights that stream (tiling)
 _LOOPS = 0.3  # of peak: plain loops load two operands for each multiply-add
 
 
@@ -50,6 +51,7 @@ def narrowed(hw: Hardware, dtype: str) -> Hardware:
         vector_bits=hw.vector_bits * items,
         fma_per_cycle=hw.fma_per_cycle * narrow / wide / items,
         caches=tuple(replace(cache, size_bytes=cache.size_bytes * items) for cache in hw.caches),
+        core_gbs=tuple((level, rate * items) for level, rate in hw.core_gbs),
         dram_gbs=None if hw.dram_gbs is None else hw.dram_gbs * items,
     )
 
@@ -63,7 +65,20 @@ def operation_seconds(operation: Operation, hw: Hardware) -> float | None:
     seconds = planned(node, hw) if planned is not None and node is not None and _regular(node) else None
     if seconds is None:
         seconds = _roofline(operation, hw)
+    elif streamed := streamed_seconds(operation, hw):
+        seconds = max(seconds, streamed) + _UNHIDDEN * min(seconds, streamed)
     return None if seconds is None else seconds + (ENTRY_SECONDS if operation.launches else 0.0)
+
+
+def streamed_seconds(operation: Operation, hw: Hardware) -> float:
+    """Seconds in which images larger than the last cache come from memory and go there; the plans take them to be near.
+
+    A line is read before it is written.
+    """
+    last = max((cache.size_bytes * -(-hw.cores // cache.shared_by_cores) for cache in hw.caches[-1:]), default=0)
+    if not hw.dram_gbs or 4.0 * (operation.read + operation.written) <= last:
+        return 0.0
+    return 4.0 * (operation.read + 2.0 * operation.written) / (hw.dram_gbs * 1e9)
 
 
 def waking_seconds(hw: Hardware) -> float:

@@ -31,7 +31,17 @@ _MACHINES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64
 
 @functools.cache
 def detect() -> Hardware:
-    """Return this machine as its process may use it: affinity, cgroup quota and masked features applied."""
+    """Return this machine as its process may use it: affinity, cgroup quota and masked features applied.
+
+    Rates that `graphwright hw calibrate` measured here replace the record's.
+    """
+    from .measured import applied
+
+    return applied(detect_plain())
+
+
+def detect_plain() -> Hardware:
+    """Return this machine as `detect` does, with the record's rates whatever was measured."""
     return detect_at(Path("/"), _affinity(), platform.machine())
 
 
@@ -69,6 +79,7 @@ def detect_at(root: Path, allowed: Collection[int] | None, machine: str) -> Hard
         "cores": cores,
         "clock_mhz": _clock_mhz(root, usable, processors, values.get("clock_mhz")),
         "native": True,
+        "dram_bytes": memory_bytes(root),
         "sources": tuple(records.source(source) for source in ("host", *values["source"])),
     }
     caches = _caches(root, usable[0])
@@ -77,6 +88,20 @@ def detect_at(root: Path, allowed: Collection[int] | None, machine: str) -> Hard
     hardware = records.build(id, **facts)
     log.debug("detected %s as %s: %d cores, %d-bit vectors", hardware.name, id, cores, hardware.vector_bits)
     return hardware
+
+
+def memory_bytes(root: Path) -> int | None:
+    """Return the bytes of main memory, or the tightest limit that this process's control groups set below that."""
+    total = re.search(r"^MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    if total is None:
+        return None
+    limits = [int(total[1]) << 10]
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, path = line.partition("::")
+        for group in _upwards(root / "sys/fs/cgroup", path) if path else ():
+            if (text := _read(group / "memory.max").strip()).isdigit():
+                limits.append(int(text))
+    return min(limits)
 
 
 def cpu_quota(root: Path) -> float | None:

@@ -56,6 +56,29 @@ def gpus_at(root: Path, smi: str | None = None) -> tuple[FoundGpu, ...]:
     return (*_nvidia(root, smi or ""), *_amd(root))
 
 
+def record_of(found: FoundGpu) -> str | None:
+    """Return the id of the record of `found`, or that of its architecture, or None where it is in no record.
+
+    AMD's drivers know no names: the device of the same target and compute units, of several the one whose memory is
+    nearest, where it is not a quarter off.
+    """
+    from .loader import database
+
+    records = database()
+    named = records.find(found.name) if found.name else None
+    if named is not None or found.architecture is None:
+        return named
+    architecture = records.find(found.architecture)
+    likely: dict[str, float] = {}
+    for id, record in records.records.items():
+        if record.kind == "device" and record.values.get("extends") == architecture and found.units is not None:
+            facts = records.build(id)
+            if facts.cores == found.units and facts.dram_bytes and found.dram_bytes:
+                likely[id] = abs(facts.dram_bytes / found.dram_bytes - 1)
+    best = min(likely, key=lambda id: likely[id], default=None)
+    return best if best is not None and likely[best] < 0.25 else architecture
+
+
 def _ask_nvidia_smi() -> str | None:
     if shutil.which(NVIDIA_SMI[0]) is None:
         return None

@@ -139,6 +139,8 @@ class Hardware:
     clusters: tuple[Cluster, ...] = ()  # of processors with unequal cores, the fastest first; `cores` are the first's
     board: Board | None = None
     toolchain: str | None = None  # "none": nothing we know makes code for it
+    core_gbs: tuple[tuple[int, float], ...] = ()  # GB/s of one core by cache level, where they were measured
+    calibrated: str | None = None  # when rates were measured on this machine
     caution: str | None = None  # what is uncertain about the facts, and what was done about it
 
     def lanes(self, dtype: str = "float32") -> int:
@@ -175,6 +177,9 @@ class Hardware:
         """Sustained GB/s of all cores together from cache `level`; level 0 is DRAM."""
         if level == 0:
             return self.dram_gbs
+        for known, rate in self.core_gbs:
+            if known == level:
+                return rate * self.cores
         if self.clock_mhz is None or self.cache(level) is None:
             return None
         # Cores are built to load from L1 as many vectors per cycle as they multiply-add. Each level

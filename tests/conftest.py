@@ -20,6 +20,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if "GRAPHWRIGHT_CACHE" not in os.environ:
     os.environ["GRAPHWRIGHT_CACHE"] = tempfile.mkdtemp(prefix="graphwright-tests-")
     atexit.register(shutil.rmtree, os.environ["GRAPHWRIGHT_CACHE"], ignore_errors=True)
+# What the user measured on this machine would change what tests expect of records.
+os.environ["GRAPHWRIGHT_DATA"] = os.path.join(os.environ["GRAPHWRIGHT_CACHE"], "no-data")
 
 
 @pytest.fixture

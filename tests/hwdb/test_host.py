@@ -74,6 +74,17 @@ def test_quota_of_cgroup_v1(tmp_path):
     assert detect_at(tmp_path, None, machine).cores == 1
 
 
+def test_memory_is_what_the_process_may_use(tmp_path):
+    machine = unfold("zen3-container-1.5-cores", tmp_path)
+    assert detect_at(tmp_path, None, machine).dram_bytes is None  # not recorded
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       16000000 kB\nMemFree:        1 kB\n")
+    assert detect_at(tmp_path, None, machine).dram_bytes == 16000000 << 10
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("1073741824\n")
+    assert detect_at(tmp_path, None, machine).dram_bytes == 1 << 30
+    (tmp_path / "sys/fs/cgroup/memory.max").write_text("max\n")
+    assert detect_at(tmp_path, None, machine).dram_bytes == 16000000 << 10
+
+
 def test_affinity_bounds_the_cores(tmp_path):
     assert replay("haswell-i7-4770", tmp_path, {0, 1, 4}).cores == 2  # 0 and 4 are threads of one core
 

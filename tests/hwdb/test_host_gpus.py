@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from replay import nvidia_smi, unfold
 
-from graphwright.hwdb.host_gpus import FoundGpu, gfx_target, gpus_at
+from graphwright.hwdb.host_gpus import FoundGpu, gfx_target, gpus_at, record_of
 
 
 def replay(name, root):
@@ -60,3 +60,22 @@ def test_targets_as_llvm_names_them(version, name):
 def test_a_machine_without_cards(tmp_path):
     unfold("haswell-i7-4770", tmp_path)
     assert gpus_at(tmp_path) == ()
+
+
+@pytest.mark.parametrize(
+    ("machine", "id"),
+    [
+        ("nvidia-rtx-3090", "rtx-3090"),
+        ("nvidia-h100-two", "h100-sxm"),
+        ("amd-rx-7900-xtx", "rx-7900-xtx"),
+        ("amd-mi300x", "mi300x"),  # as many units as the MI325X, and less memory
+    ],
+)
+def test_a_card_finds_its_record(tmp_path, machine, id):
+    assert record_of(replay(machine, tmp_path)[0]) == id
+
+
+def test_an_unknown_card_is_its_architecture():
+    assert record_of(FoundGpu("amd", None, "gfx942", None, units=7, dram_bytes=1 << 30)) == "gfx942"
+    assert record_of(FoundGpu("nvidia", "NVIDIA X1", "sm_90", None)) == "sm_90"
+    assert record_of(FoundGpu("nvidia", "NVIDIA X1", None, None)) is None
