@@ -255,7 +255,7 @@ NEEDED = {
     "cpu": _CPU_NEEDS,
     "board": _CPU_NEEDS,
     "gpu": ("name", "isa", "vendor"),
-    "npu": ("name", "isa", "vendor"),
+    "npu": ("name", "isa"),
 }
 # What a GPU that code can be made for must say besides.
 NEEDED_FOR_CODE = ("warp_threads", "max_threads_per_block", "shared_bytes_per_block", "vector_flops")

@@ -209,7 +209,7 @@ MISTAKES = {
     "unknown class": ('class = "npu"', 'class = "tpu"', "class = 'tpu' is not one of cpu, board, gpu, npu"),
     "unknown isa": ('isa = "nvptx"', 'isa = "nvpxt"', "isa 'nvpxt' is not one of"),
     "needed for code": ("warp_threads = 64\n", "", "warp_threads missing here and in what it extends"),
-    "no vendor": ('vendor = "acme"\n', "", "vendor missing here and in what it extends"),
+    "no vendor": ('vendor = "amd"\n', "", "vendor missing here and in what it extends"),
     "features": ("units = 108", 'units = 108\nfeatures = ["avx"]', "'avx' is not a known nvptx feature"),
     "zero": ("dram_gbs = 1555", "dram_gbs = 0", "dram_gbs = 0 is not positive: leave an unknown value out"),
 }

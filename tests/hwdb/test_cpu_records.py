@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 from replay import unfold
@@ -102,6 +103,9 @@ def test_what_is_only_remembered_is_not_called_sure(id):
         assert hw.confidence == "low"
     elif "memory" in kinds:
         assert hw.confidence in ("low", "medium")
+    values = database().records[id].values
+    told = " ".join([values.get("note", ""), *values.get("conflicts", ())])
+    assert "memory" in values["source"] or not re.search(r"from memory|\(memory|memory\)", told)
 
 
 def test_caches_and_clusters_in_short():
