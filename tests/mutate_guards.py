@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSES = ROOT / "passes"
 FILE = ROOT / "docs" / "measurements" / "guards.json"
 SECONDS = 120  # that the tests of one mutant may take
+NOT_CHANGED = 99  # the status of a process that could not take a guard away
 # What refuses nothing: the machinery, and the meaning of operators.
 EXCLUDED = {"__init__", "default", "printer", "refusals", "rewrite"}
 SAYING = {"keep", "_refuse", "_keep", "refuse"}
@@ -195,6 +196,8 @@ def run_tests(tests: Sequence[str], guard: Guard | None) -> tuple[int, str]:
                 return 1, "timeout"
             time.sleep(0.05)
         failed = [line for line in log.read().splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if os.waitstatus_to_exitcode(status) == NOT_CHANGED:
+        raise RuntimeError(f"{guard.name if guard else 'nothing'} cannot be taken away: {failed}")
     name = failed[0].split(" ")[1] if failed else ""
     return os.waitstatus_to_exitcode(status), name
 
@@ -206,6 +209,11 @@ def _child(tests: Sequence[str], guard: Guard | None, log: str) -> None:
     try:
         if guard is not None:
             _change(guard)
+    except BaseException as error:
+        print("ERROR", repr(error))
+        sys.stdout.flush()
+        os._exit(NOT_CHANGED)
+    try:
         import pytest
 
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not hypothesis", "--no-header"]
@@ -274,7 +282,7 @@ def _prepare() -> None:
     trace(lambda x: torch.nn.functional.gelu(x).softmax(-1) @ x.mT, [torch.randn(2, 3)])
     for function in gc.get_objects():
         if type(function) is types.FunctionType:
-            path = Path(function.__code__.co_filename)
+            path = Path(function.__code__.co_filename).resolve()
             if path.parent == PASSES:
                 _FUNCTIONS.setdefault(path.stem, []).append(function)
 

@@ -55,15 +55,15 @@ class Subject:
 
 def graph_of(program: Program, how: str) -> fx.GraphModule:
     """The program's graph; what changes values in place is broken up, which takes the changes out."""
-    if how == "captured":
-        try:
-            return trace(program.module(), program.arguments(), HW)
-        except RuntimeError as error:
-            if "internal overlap" in str(error):  # windows changed in place: torch.export refuses them
-                raise CaptureError(str(error)) from error
-            raise
     whole = how == "whole" and not _IN_PLACE.search("\n".join(program.lines))
-    return trace_quickly(program.module(), program.arguments(), whole, HW)
+    try:
+        if how == "captured":
+            return trace(program.module(), program.arguments(), HW)
+        return trace_quickly(program.module(), program.arguments(), whole, HW)
+    except RuntimeError as error:
+        if "internal overlap" in str(error):  # windows changed in place: torch refuses to take the change out
+            raise CaptureError(str(error)) from error
+        raise
 
 
 # How operands lie in memory, which a move may change, decides in which order PyTorch adds, and whether it takes its
