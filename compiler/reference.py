@@ -38,7 +38,12 @@ class Float64(Keeping):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = fx.node.map_aggregate((args, kwargs), _widen_dtype)
-        return widen(super().call_function(target, args, kwargs))
+        result = super().call_function(target, args, kwargs)
+        if isinstance(result, torch.Tensor) and result.dtype in _WIDER and _has_integers(args, kwargs):
+            # A real function of integers, which PyTorch rounds to its default dtype.
+            args, kwargs = fx.node.map_aggregate((args, kwargs), _widen_integers)
+            result = super().call_function(target, args, kwargs)
+        return widen(result)
 
 
 def run_float64(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -98,6 +103,18 @@ def _comparable(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.detach().to(torch.float64).reshape(-1)
+
+
+def _has_integers(*arguments: Any) -> bool:
+    return any(_is_integer(leaf) for leaf in torch.utils._pytree.tree_leaves(arguments))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+
+
+def _widen_integers(value: Any) -> Any:
+    return value.to(torch.float64) if _is_integer(value) else value
 
 
 def _widen_dtype(value: Any) -> Any:

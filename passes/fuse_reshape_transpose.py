@@ -69,10 +69,13 @@ def _round(graph: fx.GraphModule) -> int:
         if _is_move(node):
             whole[node], chains[node] = _chain(node, whole, chains)
     read = {n for n in chains if not _only_moved(n, chains)} | {c.head for c in chains.values()}
+    copies = {n for n in read if n in chains and n.target is not aten.clone.default and memory.is_copy(n)}
     current: dict[fx.Node, fx.Node] = {}
     for node, chain in chains.items():
         if node not in read:
             continue
+        if node in copies and chain.cost < 2 and _is_returned_packed(node, current.get(chain.head)):
+            chain = whole[node]  # a reshape goes together with whatever precedes it
         head = current.get(chain.head, chain.head)
         target, rest = chain.spelling()
         if target is not dialect.permute and memory.would_share(node, head):
@@ -88,6 +91,11 @@ def _round(graph: fx.GraphModule) -> int:
     if current:
         rewrite.erase_unused(*reversed(chains))
     return len(current)
+
+
+def _is_returned_packed(node: fx.Node, head: fx.Node | None) -> bool:
+    """Whether a returned copy of what lay apart would be a view now that its source is packed, and returned as well."""
+    return head is not None and memory.escapes(node) and memory.escapes(memory.root(head))
 
 
 def map_of(node: fx.Node) -> IndexMap | None:

@@ -58,6 +58,11 @@ def _surely_root(node: fx.Node) -> fx.Node:
     return node
 
 
+def is_copy(node: fx.Node) -> bool:
+    """Whether a move has memory of its own: a reshape of what lies apart."""
+    return _surely_root(node) is node
+
+
 def escapes(node: fx.Node) -> bool:
     """Whether the graph returns the memory of the result: the result itself, or a view of it."""
     waiting, seen = [node], {node}

@@ -268,9 +268,9 @@ def _is_depthwise(node: fx.Node) -> bool:
 
 def _materialised(graph: fx.GraphModule, pieces: Pieces, node: fx.Node) -> fx.Node:
     """The pieces side by side, behind `node`; the source itself where it is all of them."""
-    if pieces.whole is not None:
-        return pieces.whole
     lead = rewrite.shape_of(node)[:-1]
+    if pieces.whole is not None:
+        return reshaped(graph, pieces.whole, rewrite.shape_of(node), node.next)
     return rewrite.call(graph, joined_rows, _parts(graph, pieces, lead, node.next), before=node.next)
 
 
@@ -298,7 +298,8 @@ def _reorder_product(graph: fx.GraphModule, reader: fx.Node, pieces: Pieces) -> 
     if pieces.whole is not None:
         middle = (a["stride"], a["padding"], a["dilation"], a["groups"]) if "stride" in a else ()
         last = (a["layout"],) if "layout" in a else ()
-        args: tuple[Any, ...] = (pieces.whole, weight, *rest[:2], *middle, *rest[2:], *last)
+        whole = reshaped(graph, pieces.whole, rewrite.shape_of(a["input"]), reader)
+        args: tuple[Any, ...] = (whole, weight, *rest[:2], *middle, *rest[2:], *last)
         assert isinstance(reader.target, rewrite.Operator)
         new = rewrite.call(graph, reader.target, args, before=reader, value=value)
     else:

@@ -77,15 +77,19 @@ def simplify(graph: fx.GraphModule, hw: Hardware) -> int:
 
 def _simplified(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     for identity in _TABLE.get(node.target, ()):  # type: ignore[call-overload]
+        before = node.prev
         new = identity.apply(Site(graph, node))
-        if new is None:
-            continue
-        reason = _refusal(node, new)
+        reason = "" if new is None else _refusal(node, new)
         if reason:
             keep(log, node, "%s: %s", identity.text, reason)
-            rewrite.erase_cone(new)
-            continue
-        return new  # type: ignore[no-any-return]
+        kept = None if reason else new
+        made = node.prev
+        while made is not before:  # what was made on the way to it
+            made, last = made.prev, made
+            if last is not kept and not last.users:
+                graph.graph.erase_node(last)
+        if kept is not None:
+            return kept
     return None
 
 

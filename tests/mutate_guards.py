@@ -118,14 +118,20 @@ def _remove(node: ast.AST, operand: int | None) -> None:
     """Let the condition be as if the guard were not there."""
     if isinstance(node, ast.Return) and isinstance(node.value, ast.BoolOp):
         assert operand is not None
-        del node.value.values[operand]
+        node.value = _without(node.value, operand)
         return
     holder: Any = node if isinstance(node, ast.If) else node.value  # type: ignore[attr-defined]
     if operand is not None:
-        del holder.test.values[operand]
+        holder.test = _without(holder.test, operand)
         return
     refuses = isinstance(node, ast.If) or _is_reason(holder.body)
     holder.test = ast.copy_location(ast.Constant(not refuses), holder.test)
+
+
+def _without(condition: ast.BoolOp, operand: int) -> ast.expr:
+    """The condition without one operand."""
+    del condition.values[operand]
+    return condition if len(condition.values) > 1 else condition.values[0]
 
 
 def _says(body: Sequence[ast.stmt]) -> bool:

@@ -57,13 +57,20 @@ def graph_of(program: Program, how: str) -> fx.GraphModule:
     """The program's graph; what changes values in place is broken up, which takes the changes out."""
     whole = how == "whole" and not _IN_PLACE.search("\n".join(program.lines))
     try:
-        if how == "captured":
-            return trace(program.module(), program.arguments(), HW)
-        return trace_quickly(program.module(), program.arguments(), whole, HW)
+        if how != "captured":
+            graph = trace_quickly(program.module(), program.arguments(), whole, HW)
+            if not any(_changes(node) for node in graph.graph.nodes):
+                return graph
+        return trace(program.module(), program.arguments(), HW)
     except RuntimeError as error:
         if "internal overlap" in str(error):  # windows changed in place: torch refuses to take the change out
             raise CaptureError(str(error)) from error
         raise
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether the node changes an operand: a step of a composite that quick tracing does not see into."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 # How operands lie in memory, which a move may change, decides in which order PyTorch adds, and whether it takes its

@@ -26,7 +26,7 @@ Operand: TypeAlias = Any  # a te.Tensor or a number
 
 @lowers(aten.add.Tensor, aten.add.Scalar)
 def add(out: Out, a: Operand, b: Operand, alpha: Scalar = 1) -> te.Tensor:
-    return pointwise(out, lambda x, y: x + _scaled(y, alpha), a, b)
+    return pointwise(out, lambda x, y: ex.add(x, _scaled(y, alpha)), a, b)
 
 
 @lowers(aten.sub.Tensor, aten.sub.Scalar)
@@ -92,7 +92,7 @@ def floor_divide(out: Out, a: Operand, b: Operand) -> te.Tensor:
 
 def _by_constant(divide: Callable[..., Any], x: Any, y: Any) -> Any:
     # The smallest integer / -1 traps on x86; its negation wraps as torch's does.
-    return 0 - x if isinstance(y, tirx.IntImm) and y.value == -1 else divide(x, y)
+    return ex.negative(x) if isinstance(y, tirx.IntImm) and y.value == -1 else divide(x, y)
 
 
 def _floor_divide(x: Any, y: Any) -> Any:
@@ -183,8 +183,8 @@ def _integer_power(x: Any, exponent: int) -> Any:
         return ex.constant(1, ex.dtype_of(x))
     if exponent == 1:
         return x
-    root = _integer_power(x * x, exponent // 2)
-    return root * x if exponent % 2 else root
+    root = _integer_power(ex.multiply(x, x), exponent // 2)
+    return ex.multiply(root, x) if exponent % 2 else root
 
 
 def _reciprocal(x: Any) -> Any:
@@ -235,7 +235,7 @@ def clamp_max(out: Out, x: Operand, high: Operand) -> te.Tensor:
 
 @lowers(aten.addcmul.default)
 def addcmul(out: Out, x: Operand, a: Operand, b: Operand, value: Scalar = 1) -> te.Tensor:
-    return pointwise(out, lambda x, a, b: x + _scaled(a, value) * b, x, a, b)
+    return pointwise(out, lambda x, a, b: ex.add(x, ex.multiply(_scaled(a, value), b)), x, a, b)
 
 
 @lowers(aten.addcdiv.default)

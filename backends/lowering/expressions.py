@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tvm import te, tirx
 
+from . import wrapping
 from .imperative import Elements, grid, loop_nest
 from .registry import Out
 
@@ -156,13 +157,12 @@ def minimum(a: Any, b: Any) -> Any:
     return tirx.Select(tirx.any(a < b, is_nan(a)), a, b)
 
 
-def multiply(a: Any, b: Any) -> Any:
-    """a * b, also where `b` is the constant zero and `a` infinite or NaN."""
-    if isinstance(b, tirx.FloatImm) and b.value == 0:
-        # x - x is NaN exactly where x * 0 is; sqrt(-0.0)-like tricks would not survive simplification.
-        bad = tirx.any(is_nan(a), is_inf(a))
-        return tirx.Select(bad, tirx.const(math.nan, dtype_of(a)), tirx.const(0.0, dtype_of(a)))
-    return a * b
+def add(a: Any, b: Any) -> Any:
+    """a + b: integers wrap, and zero added to -0.0 is 0.0, where the simplifier would leave it out."""
+    dtype = dtype_of(a)
+    if dtype in wrapping.WIDE:
+        return wrapping.add(a, b, dtype)
+    return _kept_zero(a) + _kept_zero(b)
 
 
 def subtract(a: Any, b: Any) -> Any:
@@ -170,7 +170,35 @@ def subtract(a: Any, b: Any) -> Any:
 
     Machine code has one subtraction again: LLVM knows that a product with -1 is exact.
     """
-    return a + b * tirx.const(-1.0, dtype_of(b)) if is_float(dtype_of(a)) else a - b
+    dtype = dtype_of(a)
+    if dtype in wrapping.WIDE:
+        return wrapping.subtract(a, b, dtype)
+    return add(a, b * tirx.const(-1.0, dtype)) if is_float(dtype) else a - b
+
+
+def negative(a: Any) -> Any:
+    """-a; the smallest integer is its own."""
+    return -a if is_float(dtype_of(a)) else subtract(tirx.const(0, dtype_of(a)), a)
+
+
+def multiply(a: Any, b: Any) -> Any:
+    """a * b, also where `b` is the constant zero and `a` infinite or NaN; integers wrap."""
+    dtype = dtype_of(a)
+    if dtype in wrapping.WIDE:
+        return wrapping.multiply(a, b, dtype)
+    if isinstance(b, tirx.FloatImm) and b.value == 0:
+        # x - x is NaN exactly where x * 0 is; sqrt(-0.0)-like tricks would not survive simplification.
+        bad = tirx.any(is_nan(a), is_inf(a))
+        return tirx.Select(bad, tirx.const(math.nan, dtype_of(a)), tirx.const(0.0, dtype_of(a)))
+    return a * b
+
+
+def _kept_zero(value: Any) -> Any:
+    """A constant 0.0 in a form that only LLVM knows, which adds it; any other value as it is."""
+    if isinstance(value, tirx.FloatImm) and value.value == 0 and math.copysign(1, value.value) > 0:
+        dtype = dtype_of(value)
+        return tirx.call_intrin(dtype, "tirx.fabs", tirx.const(-0.0, dtype))
+    return value
 
 
 def equal(a: Any, b: Any) -> Any:

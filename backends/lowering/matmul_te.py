@@ -97,7 +97,7 @@ def _combined(out: Out, x: te.Tensor, total: te.Tensor, beta: Scalar, alpha: Sca
 
     if beta == 0:
         return pointwise(out, lambda t: scaled(t, alpha), total)
-    return pointwise(out, lambda t, v: scaled(v, beta) + scaled(t, alpha), total, x)
+    return pointwise(out, lambda t, v: ex.add(scaled(v, beta), scaled(t, alpha)), total, x)
 
 
 def _finish(

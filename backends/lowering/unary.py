@@ -100,13 +100,15 @@ def frac(out: Out, x: te.Tensor) -> te.Tensor:
 
 @lowers(aten.neg.default)
 def neg(out: Out, x: te.Tensor) -> te.Tensor:
-    return pointwise(out, lambda v: tirx.const(0, out.dtype) - v if out.dtype == "uint8" else -v, x)
+    return pointwise(out, ex.negative, x)
 
 
 @lowers(aten.abs.default)
 def absolute(out: Out, x: te.Tensor) -> te.Tensor:
     if out.dtype in ("bool", "uint8"):
         return ex.copy(out, x)
+    if not ex.is_float(out.dtype):  # not tirx.abs: the simplifier knows that no number is below 0, and one is
+        return pointwise(out, lambda v: tirx.Select(v < tirx.const(0, out.dtype), ex.negative(v), v), x)
     return pointwise(out, tirx.abs, x)
 
 

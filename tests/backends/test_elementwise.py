@@ -129,6 +129,44 @@ def test_promotion_and_wrapping() -> None:
     checks.run()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_integers_wrap_whatever_the_simplifier_thinks_of_them(dtype: torch.dtype) -> None:
+    info = torch.iinfo(dtype)
+    generator = torch.Generator().manual_seed(0)
+    edges = [info.max, info.min, -1, 0, 1, info.max - 1, info.min + 1, 1 << 16, (1 << 31) - 1]
+    drawn = torch.randint(info.min // 2, info.max // 2, (16,), generator=generator, dtype=dtype) * 2
+    x = torch.cat([torch.tensor(edges, dtype=dtype), drawn])
+    y = torch.cat([torch.tensor(edges[::-1], dtype=dtype), drawn.flip(0) + 1])
+
+    def model(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        zeros = torch.zeros_like(x)
+        return (
+            *((x + 1) > x, (x * 2) // 2, (x - y) < x, x * x >= 0, x.abs() >= 0, (x + x) % 2, (x + y) - y),
+            *(x + y, x - y, x * y, -x, x.abs(), x**3, 5 - x, x // -1, torch.add(x, y, alpha=3)),
+            *(torch.addcmul(x, x, y), (x * 3) >> 1, (x + 1).long(), (x + 1).double(), (zeros + 0) * zeros),
+            *(x.sum(), x.cumsum(0), x @ y),
+        )
+
+    compiled = graphwright.compile(model, (x, y), verify=False, cache=False)
+    assert not compiled.report().eager
+    for result, expected in zip(compiled(x, y), model(x, y), strict=True):
+        assert torch.equal(result, expected)
+        assert result.dtype == expected.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_zero_added_to_minus_zero_is_zero(dtype: torch.dtype) -> None:
+    x, zeros = torch.tensor([-0.0, 0.0, 1.0, math.inf, math.nan], dtype=dtype), torch.zeros(5, dtype=dtype)
+
+    def model(x: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x + 0.0, 0.0 + x, x - 0.0, 0.0 - x, x - (-0.0), x + (-0.0), torch.add(x, zeros, alpha=0.0), x + zeros
+
+    compiled = graphwright.compile(model, (x, zeros), verify=False, cache=False)
+    for result, expected in zip(compiled(x, zeros), model(x, zeros), strict=True):
+        assert torch.equal(result.nan_to_num(7), expected.nan_to_num(7))
+        assert torch.equal(result.signbit(), expected.signbit())
+
+
 def test_bits() -> None:
     checks = Checks()
     counts = torch.tensor([0, 1, 31, 32, 33, 63, 64, -1])

@@ -11,6 +11,7 @@ from graphwright.compiler.capture import capture, export
 from graphwright.compiler.compare import Reference, compare, is_random
 from graphwright.compiler.compare import reference as verify_reference
 from graphwright.compiler.reference import max_absolute, relative_l2, run_eager, run_float64
+from graphwright.testing import trace_quickly
 
 
 def test_float64_reaches_into_casts_and_constants() -> None:
@@ -86,3 +87,13 @@ def test_positions_of_equal_elements_are_equal_and_others_are_not() -> None:
         assert difference.output == i
     outside = [torch.tensor([[2, 7], [2, 0]]), *right[1:]]
     assert compare(outside, expected, None) is not None
+
+
+def test_real_functions_of_integers_are_in_float64():
+    x, y = torch.tensor([1, 2, -3]), torch.tensor([3, 7, 2])
+    graph = trace_quickly(lambda x, y: (torch.atan2(x, y), x / y, x + 0.1, x[y.clamp(max=2)]), [x, y], True)
+    wide = [v.double() for v in (x, y)]
+    expected = [torch.atan2(*wide), wide[0] / wide[1], wide[0] + 0.1]
+    for result, value in zip(run_float64(graph, [x, y]), expected, strict=False):
+        assert torch.equal(result, value)
+    assert run_float64(graph, [x, y])[3].dtype == torch.int64

@@ -14,6 +14,7 @@ from graphwright.compiler.pipeline import copy_graph
 from graphwright.compiler.reference import run_eager
 from graphwright.passes.fuse_reshape_transpose import fuse_reshape_transpose
 from graphwright.passes.index_map import identity
+from graphwright.testing import check_pass
 
 permute = torch.ops.graphwright.permute
 
@@ -34,6 +35,16 @@ def test_there_and_back_is_nothing():
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).sin()
 
     assert_rewrite(before, torch.sin, [torch.randn(2, 3, 4, 5)], fuse_reshape_transpose, 1)
+
+
+def test_a_returned_copy_of_what_is_returned_too_stays_one():
+    def model(x):
+        middle = x.permute(2, 1, 0)
+        return middle.flatten(0, 1), middle
+
+    x = torch.randn(2, 3, 4)
+    graph = check_pass(fuse_reshape_transpose, trace_core(model, [x], True), [x], exact=True, hw=HW)
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [permute.default, permute.default]
 
 
 def test_reshapes_become_one():

@@ -54,6 +54,15 @@ def rewritten(model: Any, inputs: list[torch.Tensor], count: int = 1) -> fx.Grap
     return graph
 
 
+def test_rows_that_were_counted_otherwise():
+    def model(x):
+        first, second = x.split([4, 2], -1)
+        return linear(torch.cat([second, first], -1).reshape(24, 6), MATRIX[5, 6])
+
+    graph = rewritten(model, [A])
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [aten.reshape.default, dialect.linear]
+
+
 def kept(model: Any, inputs: list[torch.Tensor], caplog: Any = None, reason: str = "") -> None:
     graph = trace_core(model, inputs, pre_dispatch=True)
     if caplog is None:

@@ -29,6 +29,15 @@ def test_chains_fall_to_their_end():
     assert targets(graph) == ["clamp.default", "mul.Tensor", "mul.Tensor", "exp.default"]
 
 
+def test_what_is_refused_leaves_nothing_behind():
+    """Parts of a split are the whole, which is an input: the slice of the first two was only on the way."""
+    x = torch.randn(2, 3)
+    graph = trace_core(lambda x: torch.cat(x.split(1, 1), 1), [x], pre_dispatch=True)
+    before = list(graph.graph.nodes)
+    assert simplify(graph, HW) == 0
+    assert list(graph.graph.nodes) == before
+
+
 def test_a_mask_that_is_known_in_part():
     """What transformers builds from an attention mask: the part that is True for every position goes."""
 
