@@ -5,7 +5,7 @@ A guard is an `if` that says why it refuses (`keep(...)`, or a reason that is re
 returns: of those the script says which survive, but does not insist.
 
     python tests/mutate_guards.py                        all passes; docs/measurements/guards.json
-    python tests/mutate_guards.py fuse_conv_activation   some
+    python tests/mutate_guards.py fuse_conv_activation   some, in the place of what the file says of them
     python tests/mutate_guards.py --matches              the matches as well
     python tests/mutate_guards.py --list                 what there is, without running anything
 
@@ -22,6 +22,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -35,7 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = ROOT / "passes"
 FILE = ROOT / "docs" / "measurements" / "guards.json"
-SECONDS = 120  # that the tests of one mutant may take
+SECONDS = 120  # of processor time that the tests of one mutant may take
 NOT_CHANGED = 99  # the status of a process that could not take a guard away
 # What refuses nothing: the machinery, and the meaning of operators.
 EXCLUDED = {"__init__", "default", "printer", "refusals", "rewrite"}
@@ -191,16 +192,9 @@ def run_tests(tests: Sequence[str], guard: Guard | None) -> tuple[int, str]:
         child = os.fork()
         if not child:
             _child(tests, guard, log.name)
-        started = time.monotonic()
-        while True:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                break
-            if time.monotonic() - started > SECONDS:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                return 1, "timeout"
-            time.sleep(0.05)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+            return 1, "timeout"
         failed = [line for line in log.read().splitlines() if line.startswith(("FAILED", "ERROR"))]
     if os.waitstatus_to_exitcode(status) == NOT_CHANGED:
         raise RuntimeError(f"{guard.name if guard else 'nothing'} cannot be taken away: {failed}")
@@ -212,6 +206,7 @@ def _child(tests: Sequence[str], guard: Guard | None, log: str) -> None:
     output = os.open(log, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, resource.RLIM_INFINITY))
     try:
         if guard is not None:
             _change(guard)
@@ -247,7 +242,7 @@ def _change(guard: Guard) -> None:
 
 def examine(names: Sequence[str], kinds: set[str]) -> Iterator[tuple[Guard, str, str]]:
     """Every guard with "killed", "survived" or "no verdict", and by which test."""
-    sound: dict[str, bool] = {}  # whether the tests pass as long as nothing is changed
+    sound = _SOUND
     for module in names:
         wanted = [g for g in guards_of(module) if g.kind in kinds]
         # One file after the other: most guards fall to the first.
@@ -266,6 +261,7 @@ def examine(names: Sequence[str], kinds: set[str]) -> Iterator[tuple[Guard, str,
             yield guard, outcome, by
 
 
+_SOUND: dict[str, bool] = {}  # test -> whether it passes as long as nothing is changed
 _FUNCTIONS: dict[str, list[types.FunctionType]] = {}
 
 
@@ -308,31 +304,38 @@ def main() -> int:
                 print(f"{guard.kind:5s} {guard.name}")
         return 0
     _prepare()
-    started, results = time.perf_counter(), []
-    for guard, outcome, by in examine(names, kinds):
-        results.append((guard, outcome, by))
-        print(f"{outcome:10s} {guard.kind} {guard.name}   {by.rpartition('/')[2]}", flush=True)
-    if not options.modules:
-        _store(results, time.perf_counter() - started, kinds)
+    results: list[tuple[Guard, str, str]] = []
+    for module in names:
+        of_module = []
+        for guard, outcome, by in examine([module], kinds):
+            of_module.append((guard, outcome, by))
+            print(f"{outcome:10s} {guard.kind} {guard.name}   {by.rpartition('/')[2]}", flush=True)
+        if of_module:
+            _store(module, of_module)
+        results += of_module
     counts = {o: sum(outcome == o for _, outcome, _ in results) for o in ("killed", "survived", "no verdict")}
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     return any(outcome != "killed" and guard.kind == "guard" for guard, outcome, _ in results)
 
 
-def _store(results: Sequence[tuple[Guard, str, str]], seconds: float, kinds: set[str]) -> None:
-    data: dict[str, Any] = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "seconds": round(seconds)}
-    for kind in sorted(kinds):
+def _store(module: str, results: Sequence[tuple[Guard, str, str]]) -> None:
+    """Put the module's verdicts in the place of its old ones, and add everything up."""
+    modules: dict[str, Any] = json.loads(FILE.read_text())["modules"] if FILE.exists() else {}
+    verdicts: dict[str, Any] = {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+    for kind in ("guard", "match"):
         of_kind = [r for r in results if r[0].kind == kind]
-        data[kind] = {
-            "count": len(of_kind),
-            "killed": sum(outcome == "killed" for _, outcome, _ in of_kind),
-            "survived": [g.name for g, outcome, _ in of_kind if outcome != "killed"],
-        }
-    data["modules"] = {
-        module: sum(g.module == module and g.kind == "guard" for g, _, _ in results)
-        for module in dict.fromkeys(g.module for g, _, _ in results)
+        if of_kind:
+            verdicts[kind] = {
+                "count": len(of_kind),
+                "killed": sum(outcome == "killed" for _, outcome, _ in of_kind),
+                "survived": [g.name for g, outcome, _ in of_kind if outcome != "killed"],
+            }
+    modules[module] = verdicts
+    totals = {
+        "guards": sum(v["guard"]["count"] for v in modules.values() if "guard" in v),
+        "killed": sum(v["guard"]["killed"] for v in modules.values() if "guard" in v),
     }
-    FILE.write_text(json.dumps(data, indent=1) + "\n")
+    FILE.write_text(json.dumps({**totals, "modules": dict(sorted(modules.items()))}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
