@@ -94,8 +94,7 @@ def _activate(found: Epilogue, node: fx.Node, kinds: frozenset[str]) -> Epilogue
         keep(log, found.last, "kernel_fusion leaves activations out")
         return None
     activation = activation_of(node)
-    # An activation may take its own input twice (leaky_relu does not), but the product has to be that input.
-    if activation is None or node.args[0] is not found.last or not rewrite.is_float(found.last, node):
+    if activation is None or not rewrite.is_float(found.last, node):
         keep(log, found.last, "%s behind it is no activation", node.target)
         return None
     return replace(found, last=node, activation=activation[0], args=tuple(activation[1]))

@@ -160,6 +160,21 @@ def test_both_results_are_kept(caplog):
     assert "aten.max_pool2d_with_indices.default" in found
 
 
+def test_a_norm_in_training_mode_is_kept(caplog):
+    """Its statistics are those of the batch, and it changes the stored ones."""
+    w, b, mean, var = torch.randn(3), torch.randn(3), torch.randn(3), torch.rand(3)
+
+    def model(x, training):
+        return aten.native_batch_norm(x, w, b, mean.clone(), var.clone(), training, 0.1, 1e-5)[0]
+
+    x = torch.randn(1, 3, 4, 4)
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        found = respell(lambda x: model(x, True), [x])
+    assert "aten.native_batch_norm.default" in found
+    assert "in training mode" in caplog.text
+    assert "aten.batch_norm.default" in respell(lambda x: model(x, False), [x])
+
+
 def test_captured_models_are_respelt():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding="same"), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
     found = respell(model.eval(), [torch.randn(1, 3, 4, 4)], core=False)

@@ -11,6 +11,7 @@ from rewriting import HW, assert_rewrite, assert_same_numbers, check_values, tra
 
 from graphwright.compiler.pipeline import copy_graph
 from graphwright.passes import dialect
+from graphwright.passes.families import restrict
 from graphwright.passes.fuse_conv_activation import fuse_conv_activation
 
 conv2d = torch.ops.graphwright.conv2d
@@ -120,6 +121,27 @@ def test_padding_of_channels_stays():
     graph = trace_core(lambda x, w: F.conv2d(F.pad(x, (0, 0, 0, 0, 0, 1)), w), [X[:, :3], W])
     assert fuse_conv_activation(graph, HW) == 1
     assert any(n.target is aten.constant_pad_nd.default for n in graph.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [
+        ("conv+relu", lambda x, w: torch.relu(F.conv2d(x, w, padding=1))),
+        ("conv+add", lambda x, w: F.conv2d(x, w, padding=1) + x[:, :1].expand(2, 8, 6, 7).contiguous()),
+        ("conv+pad", lambda x, w: F.conv2d(F.pad(x, (1, 1, 1, 1)), w)),
+    ],
+)
+def test_families_that_are_left_out(family, model, caplog):
+    def nodes(families):
+        graph = trace(model, [X, W])
+        restrict(graph, families)
+        fuse_conv_activation(graph, HW)
+        return [n.target for n in graph.graph.nodes if n.op == "call_function"]
+
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert len(nodes([])) == len(nodes([family])) + 1
+    if family == "conv+relu":
+        assert "kernel_fusion leaves activations out" in caplog.text
 
 
 REFUSED = [
