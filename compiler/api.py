@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # torch.export keeps its state in globals: compilations of several threads take turns.
 _TRACING = threading.RLock()
+THREADS = 256  # that the runtime can hold: the caller and its workers
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,15 @@ def _options(
 ) -> Options:
     hw = compile_target(target)
     check_precision(precision)
-    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
-        raise InputError(f"tolerance is a relative error and must be a positive number, got {tolerance!r}")
-    if threads is not None and not (isinstance(threads, int) and threads >= 1):
-        raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
+    if tolerance is not None and (not _is_number(tolerance) or not 0 < tolerance < 1):
+        raise InputError(f"tolerance is a relative error and must lie between 0 and 1, got {tolerance!r}")
+    if threads is not None and (not isinstance(threads, int) or not _is_number(threads) or not 1 <= threads <= THREADS):
+        raise InputError(f"threads must be a whole number from 1 to {THREADS}, got {threads!r}")
     count = threads or max(1, min(torch.get_num_threads(), hw.cores))
     chosen, fusions = select(passes, kernel_fusion)
     seconds = tuning.budget(tune)
     return Options(hw, precision, tolerance, verify, cache, count, chosen, fusions, seconds, tuning.stored(hw))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

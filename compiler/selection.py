@@ -11,6 +11,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from ..errors import InputError, suggest
+from . import sources
 from .pass_checks import Pass, checked_passes, is_ours, name_of
 
 
@@ -60,7 +61,7 @@ def identities(passes: Iterable[Pass]) -> tuple[list[str], str | None]:
 
 
 def _identity(rewrite: Any) -> tuple[str, str | None]:
-    """Module, qualified name, and digests of the function's code and of the file it stands in, helpers included."""
+    """Module, qualified name, and a digest of the function's code, of its file, and of the files that it imports."""
     if not isinstance(rewrite, FunctionType):
         return "", "is not a plain function, so what it holds is not known"
     name = f"{rewrite.__module__}.{rewrite.__qualname__}"
@@ -75,9 +76,13 @@ def _identity(rewrite: Any) -> tuple[str, str | None]:
         source = b""
     if not source:
         return "", "has no source file"
+    assert path is not None
+    helpers, reason = sources.digest_of(Path(path).resolve(), rewrite.__module__)
+    if reason is not None:
+        return "", reason
     # The file may have been edited since it was imported: what runs is the code.
     digest = hashlib.sha256(source + _code(rewrite.__code__).encode())
-    return f"{name} {digest.hexdigest()}", None
+    return f"{name} {digest.hexdigest()} {helpers}", None
 
 
 def _code(code: CodeType) -> str:

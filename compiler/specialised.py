@@ -70,8 +70,14 @@ class Specialised:
         return self._require().graph
 
     def save(self, path: str | Path) -> Path:
-        """Save the specialisation used last."""
-        return self._require().save(path)
+        """Save the one specialisation there is; raises InputError where there are several, or none yet."""
+        last = self._require()
+        if (count := len(self._compiled)) > 1:
+            raise InputError(
+                f"the model is compiled for {count} sets of shapes, and an artifact holds one: save each by itself, "
+                'as in model.specialisations[0].save("model.gw")'
+            )
+        return last.save(path)
 
     def _require(self) -> Compiled:
         if self._last is None:

@@ -82,7 +82,9 @@ def _explained(program: Program, limit: int) -> str:
     for life in held[:8]:
         buffer, writer = program.buffers[life.name], program.steps[life.first].kernel or "copy"
         lines.append(f"  {_megabytes(life.nbytes)}: {buffer.dtype}{list(buffer.shape)}, written by {writer}")
-    lines.append("A smaller batch or resolution, or precision='bf16', needs less.")
+    lines.append(
+        "A smaller batch or resolution needs less; a reduced precision does not, since activations stay float32."
+    )
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -226,6 +227,18 @@ def test_without_examples_the_first_call_compiles(block: Block) -> None:
         image = torch.randn(batch, 3, 6, 6)
         close(lazy(image), block(image).detach())
     assert len(lazy.specialisations) == 2
+    with pytest.raises(InputError, match=r"compiled for 2 sets of shapes.*specialisations\[0\]"):
+        lazy.save("nowhere.gw")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"threads": v} for v in (True, 0, 2.0, 257, "2")]
+    + [{"tolerance": v} for v in (True, 0, -1e-3, 1.0, math.inf, math.nan, "1e-3")],
+)
+def test_numbers_that_mean_nothing_are_refused(option: dict[str, Any], block: Block, image: torch.Tensor) -> None:
+    with pytest.raises(InputError, match=next(iter(option))):
+        graphwright.compile(block, (image,), **option)
 
 
 def test_dynamic_shapes_admit_what_they_declare(block: Block) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import logging
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +218,25 @@ def test_through_torch_compile() -> None:
 def test_a_bad_pass_is_refused_before_anything_is_compiled() -> None:
     with pytest.raises(PassError, match=r"passes\[0\] is None, which is not callable"):
         graphwright.compile(nn.ReLU(), passes=[None])  # type: ignore[list-item]
+
+
+def test_what_a_pass_imports_tells_it_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "far_helper.py").write_text("LIMIT = 1\n")
+    (tmp_path / "near_helper.py").write_text(
+        "import json\n\ndef limit():\n    import far_helper\n    return far_helper.LIMIT\n"
+    )
+    own = tmp_path / "own_pass.py"
+    own.write_text("from near_helper import limit\n\ndef own(graph, hw):\n    return 0 * limit()\n")
+    past = time.time() - 3600
+    for name in ("far_helper.py", "near_helper.py"):
+        os.utime(tmp_path / name, (past, past))
+    rewrite = importlib.import_module("own_pass").own
+    (before,), reason = identities([rewrite])
+    assert reason is None
+    assert identities([rewrite])[0] == [before]
+
+    (tmp_path / "far_helper.py").write_text("LIMIT = 2\n")
+    assert "far_helper, whose file was changed while Python ran" in str(identities([rewrite])[1])
+    os.utime(tmp_path / "far_helper.py", (past, past))
+    assert identities([rewrite])[0] != [before]
