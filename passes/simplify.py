@@ -82,7 +82,7 @@ def _simplified(graph: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         reason = "" if new is None else _refusal(node, new)
         if reason:
             keep(log, node, "%s: %s", identity.text, reason)
-        kept = None if reason else new
+        kept: fx.Node | None = None if reason else new
         made = node.prev
         while made is not before:  # what was made on the way to it
             made, last = made.prev, made
