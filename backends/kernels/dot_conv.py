@@ -213,7 +213,10 @@ class _Nest:
                 lambda k, v: self.weight[panel, first_step + k, span(v * wide, wide)],
             )
 
-        with T.serial(0, conv.kernel[0]) as kh:
+        # Rows of padding add nothing where its words are zero.
+        padded = fill_word(self.source, dot, self.fill) != 0
+        first, rows = (0, conv.kernel[0]) if padded else conv.rows.dynamic_taps(line)
+        with between(first, first + rows) as kh:
             line_start = T.bind(corner + kh * (conv.dilation[0] * width * deep))
             if conv.dilation[1] == 1:
                 run(line_start, kh * (taps * deep), taps * deep)
