@@ -1,5 +1,7 @@
 """`make bench`: the models of the zoo against the peers; each row goes to docs/measurements/ as soon as it is measured.
 
+Machines of another instruction set or vector width have a file of their own there.
+
 python benchmarks/models.py                              all rows
 python benchmarks/models.py --resume                     those that the file does not have yet
 python benchmarks/models.py --only resnet50 --batch 4    measure again
@@ -19,7 +21,7 @@ from graphwright.compiler import bench_models
 from graphwright.compiler.bench_worker import Subject
 from graphwright.hwdb import detect
 
-RESULTS = Path(__file__).parent.parent / "docs" / "measurements" / "models.json"
+MEASUREMENTS = Path(__file__).parent.parent / "docs" / "measurements"
 
 # The ratio to the best peer aimed at, batch 1.
 FP32 = {
@@ -38,6 +40,12 @@ BF16 = {"resnet50": 0.90, "bert": 0.95}
 BATCHES = (1, 4, 16)
 
 
+def results() -> Path:
+    """The file of machines like this one."""
+    hw = detect()
+    return MEASUREMENTS / f"models-{hw.isa}-{hw.vector_bits}.json"
+
+
 def rows() -> dict[tuple[str, int, str], float]:
     """Every row of the table and its bar."""
     table = {(name, batch, "fp32"): bar if batch == 1 else 1.0 for batch in BATCHES for name, bar in FP32.items()}
@@ -54,7 +62,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, choices=BATCHES, action="append")
     parser.add_argument("--precision", choices=("fp32", "bf16"), action="append")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, default=results())
     given = parser.parse_args()
     chosen = (given.only, given.batch, given.precision)
     known = {row.key for row in bench_models.read(given.json)["rows"]} if given.resume else set()
