@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .compiler.api import compile as compile
     from .compiler.compiled import Compiled as Compiled
     from .compiler.loading import load as load
+    from .compiler.quantize import Quantized as Quantized
+    from .compiler.quantize import quantize as quantize
 
 __version__ = "0.1.0"
 
@@ -28,6 +30,8 @@ _LAZY = {
     "compile": ("compiler.api", "compile"),
     "load": ("compiler.loading", "load"),
     "Compiled": ("compiler.compiled", "Compiled"),
+    "Quantized": ("compiler.quantize", "Quantized"),
+    "quantize": ("compiler.quantize", "quantize"),
 }
 
 __all__ = [
@@ -38,11 +42,13 @@ __all__ = [
     "InputError",
     "NumericMismatch",
     "PassError",
+    "Quantized",
     "ToolMissing",
     "UnknownTarget",
     "UnsupportedOp",
     "compile",
     "load",
+    "quantize",
 ]
 
 

@@ -216,7 +216,8 @@ def _verify(
     """
     samples = precision.samples or ((inputs, compare.reference(captured.graph, inputs)),)
     names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
-    allowed = options.tolerance if precision is FP32 else precision.allowed
+    wide = precision is FP32 or options.precision == "fp32"
+    allowed = compare.tolerance_for(captured.graph, options.tolerance) if wide else precision.allowed
     while True:
         results = _results(directory, built, samples, options.threads)
         pairs = zip(results, samples, strict=True)

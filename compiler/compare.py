@@ -23,6 +23,8 @@ FLOOR = {torch.float32: 4e-6, torch.float64: 1e-12, torch.float16: 4e-3, torch.b
 # three bits more. A product of values rounded to 8 bits errs by about a hundredth, tens in a row by a tenth. "auto" and
 # "adaptive" promise a hundredth where nothing else is asked for.
 REDUCED = {"bf16": 3e-2, "fp16": 4e-3, "int8": 1e-1, "auto": 1e-2, "adaptive": 1e-2}
+# A model that rounds to 8 bits itself: at a tie, the last bit of what is before decides between two of 255 steps.
+STEPS = 1e-2
 # A comparison or an argmax may turn over where two values tie within rounding.
 FLIPS = 1e-3
 
@@ -108,6 +110,15 @@ def _sources(graph: fx.GraphModule) -> dict[int, tuple[fx.Node, int | None]]:
         dim = maker.args[place] if place < len(maker.args) else maker.kwargs.get("dim", default)
         found[i] = (maker.args[0], dim)
     return found
+
+
+def tolerance_for(graph: fx.GraphModule, tolerance: float | None) -> float | None:
+    """What is allowed of a captured graph: as asked for, or, where it quantises itself, a few steps."""
+    from ..passes.dialect_int8 import quantize
+
+    if tolerance is not None or all(node.target is not quantize for node in graph.graph.nodes):
+        return tolerance
+    return STEPS
 
 
 def is_random(graph: fx.GraphModule) -> bool:

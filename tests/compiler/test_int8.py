@@ -200,3 +200,25 @@ def test_torch_compile_takes_the_same_options() -> None:
         result, exact = fast(x), model(x)
     error = float((result - exact).norm() / exact.norm())
     assert 0.0 < error < compare.REDUCED["int8"]
+
+
+@needs_vnni
+def test_quantize_gives_a_module_that_runs_and_compiles() -> None:
+    model, calibration = network(), images()
+    x = images(1, seed=2)[0]
+    quantised = graphwright.quantize(model, iter(calibration), activation="mse", keep=["*_0_weight"])
+    with torch.no_grad():
+        exact, integers = model(x), quantised(x)
+    error = float((integers - exact).norm() / exact.norm())
+    assert 0.0 < error < compare.REDUCED["int8"]
+    assert len(quantised.report().damage()) == 7
+    result = graphwright.compile(quantised, x, cache=False)
+    assert sum(k.algorithm.startswith("int8") for k in result.report().kernels) == 7
+    # A mean in float32 may add in another order, and a value at a tie rounds to the next step for it.
+    assert float((result(x) - integers).norm() / integers.norm()) < compare.STEPS
+    with pytest.raises(InputError, match="quantised for"):
+        quantised(torch.randn(1, 3, 32, 32))
+    with pytest.raises(InputError, match="calibration is a list"):
+        graphwright.quantize(model, [])
+    with pytest.raises(InputError, match=r"scheme='symetric'.*symmetric"):
+        graphwright.quantize(model, calibration, scheme="symetric")
