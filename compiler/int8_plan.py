@@ -30,7 +30,7 @@ from ..passes.hoist_quantise import hoist_quantise, moved
 from ..passes.int8_forms import Int8Form, int8_form, is_product
 from ..passes.int8_scales import Table, scale_between
 from ..passes.merge_duplicates import merge_duplicates
-from ..passes.precision_forms import class_reason, is_arithmetic
+from ..passes.precision_forms import class_reason, is_arithmetic, streamed_bytes
 from ..passes.quantise import quantise
 from ..passes.remove_dead import remove_dead
 from ..passes.requantise import requantise
@@ -58,6 +58,15 @@ class Int8Plan:
     table: Table
     choices: tuple[Choice, ...]
     forms: Mapping[str, Int8Form] = field(default_factory=dict)
+
+    @property
+    def weights_only(self) -> frozenset[str]:
+        """Those of the chosen whose inputs stay float32."""
+        return frozenset(choice.node for choice in self.choices if choice.form == "int8 weights")
+
+    def quantise(self, graph: fx.GraphModule, some: Collection[str] | None = None) -> int:
+        """Rewrite the products in 8 bits, or those of `some`; returns how many."""
+        return quantise(graph, self.table, self.chosen if some is None else some, self.weights_only)
 
     @property
     def chosen(self) -> frozenset[str]:
@@ -94,11 +103,12 @@ def plan_int8(
     """
     products = [n for n in graph.graph.nodes if is_product(n)]
     kept = _kept(products, method.keep)
-    first = {n: int8_form(graph, n, hw) for n in products}
+    streamed = streamed_bytes(graph, products)
+    first = {n: int8_form(graph, n, hw, streamed=streamed) for n in products}
     possible = [n for n in products if first[n].possible]
-    shared = _shared(possible)
-    forms = {n: int8_form(graph, n, hw, shared) for n in possible}
-    paying = [n for n in possible if forms[n].pays and n not in kept]
+    shared = _shared([n for n in possible if first[n].name == "int8"])
+    forms = {n: int8_form(graph, n, hw, shared, streamed) for n in possible}
+    paying = [n for n in possible if forms[n].pays and forms[n].name == "int8" and n not in kept]
     wanted = list(dict.fromkeys(v for n in paying for v in _rounded(n, paying)))
     observed = observe(graph, inputs, wanted) if wanted else Observed({}, {}, {})
     table = _table(observed, method)
@@ -112,8 +122,10 @@ def plan_int8(
             form = forms.get(node, first[node])
             source = arguments(node)["input"].name
             reason = form.reason
-            if form.pays and source in table.scales and (only is None or node.name in only):
-                choices.append(Choice(node.name, operator, "int8", reason, round_input=True, form="int8"))
+            inputs_too = form.name == "int8"
+            known = not inputs_too or source in table.scales
+            if form.pays and known and (only is None or node.name in only):
+                choices.append(Choice(node.name, operator, "int8", reason, round_input=inputs_too, form=form.name))
                 continue
             if form.pays:
                 reason = observed.unknown.get(source, "it was decided so when the model was compiled")
@@ -179,7 +191,7 @@ def _with_damage(graph: fx.GraphModule, plan: Int8Plan, inputs: Sequence[Sequenc
     """The plan with the SQNR of every product in 8 bits."""
     chosen = [n for n in graph.graph.nodes if n.name in plan.chosen]
     signal, noise = dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0.0)
-    alone = {n: _alone(graph, n, plan.table) for n in chosen}
+    alone = {n: _alone(graph, n, plan) for n in chosen}
     for tensors in inputs:
         runner = _Comparing(graph, alone)
         with torch.no_grad():
@@ -197,7 +209,7 @@ def _decibels(signal: float, noise: float) -> float:
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 
-def _alone(graph: fx.GraphModule, node: fx.Node, table: Table) -> fx.GraphModule:
+def _alone(graph: fx.GraphModule, node: fx.Node, plan: Int8Plan) -> fx.GraphModule:
     """A graph of the one product in 8 bits; inputs are its computed operands in their order."""
     made, root = fx.Graph(), torch.nn.Module()
     values: dict[fx.Node, fx.Node] = {}
@@ -210,7 +222,7 @@ def _alone(graph: fx.GraphModule, node: fx.Node, table: Table) -> fx.GraphModule
         values[operand].meta["val"] = operand.meta["val"]
     made.output(made.node_copy(node, lambda n: values[n]))
     single = fx.GraphModule(root, made)
-    quantise(single, table, {node.name})
+    plan.quantise(single, {node.name})
     return single
 
 
@@ -235,7 +247,7 @@ def apply(graph: fx.GraphModule, hw: Hardware, plan: Int8Plan) -> tuple[fx.Graph
     """A copy of the graph with the plan's products in 8 bits, roundings joined; and what the passes did."""
     copied = pipeline.copy_graph(graph)
     started = time.perf_counter()
-    count = quantise(copied, plan.table, plan.chosen)
+    count = plan.quantise(copied)
     run = pipeline.PassRun("quantise", count, time.perf_counter() - started)
     joined, runs = pipeline.run(copied, hw, JOINING)
     return joined, (run, *runs)
@@ -250,19 +262,17 @@ def within_tolerance(
         return plan, measured, ()
     started = time.perf_counter()
     candidates = [c for c in plan.choices if c.dtype == "int8"]
-    errors, method = sensitivities(
-        graph,
-        candidates,
-        samples[:LOOKED_AT],
-        lambda single, some: quantise(single, plan.table, {c.node for c in some}),
+    found, method = sensitivities(
+        graph, candidates, samples[:LOOKED_AT], lambda single, some: plan.quantise(single, {c.node for c in some})
     )
-    plan = _with_errors(plan, {name: error for (name, _), error in errors.items()})
+    errors = {name: error for (name, _), error in found.items()}
+    plan = _with_errors(plan, errors)
     notes = (
         f"all in 8 bits err by {measured:.1e}; errors of {len(errors)} products by {method}, "
         f"in {time.perf_counter() - started:.1f} s",
     )
     order = _by_price(plan)
-    predicted = math.sqrt(sum(errors[name, "int8"] ** 2 for name in order))
+    predicted = math.sqrt(sum(errors[name] ** 2 for name in order))
     # Predictions have the wrong scale where errors correlate: the budget is scaled by predicted over measured.
     budget = wanted * (predicted / measured if math.isfinite(measured) and measured and predicted else 1.0)
     reason = "kept in float32: it costs more accuracy than the tolerance leaves"
@@ -292,14 +302,14 @@ def _by_price(plan: Int8Plan) -> list[str]:
     return [c.node for c in sorted((c for c in plan.choices if c.dtype == "int8"), key=price, reverse=True)]
 
 
-def _over_budget(order: Sequence[str], errors: Mapping[tuple[str, str], float], budget: float) -> set[str]:
+def _over_budget(order: Sequence[str], errors: Mapping[str, float], budget: float) -> set[str]:
     """The first products of `order`, without which the others' errors stay within the budget."""
-    left = sum(errors[name, "int8"] ** 2 for name in order)
+    left = sum(errors[name] ** 2 for name in order)
     dropped = set()
     for name in order:
         if left <= budget**2:
             break
-        left -= errors[name, "int8"] ** 2
+        left -= errors[name] ** 2
         dropped.add(name)
     return dropped
 

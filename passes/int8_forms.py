@@ -1,13 +1,17 @@
 """Which products are computed in 8 bits on a machine, which keep float32, and why.
 
-seconds    float32   arithmetic, a quarter of it in the mean where Winograd's algorithm serves a convolution; weights
-           int8      arithmetic at the rate of byte products; a quarter of the weights' bytes; rounding the input, where
-                     no other product of 8 bits makes it
+form         operands                        seconds
+float32                                      max(arithmetic, weights), by Winograd's algorithm where that serves
+int8         both in 8 bits, exact sums      arithmetic at 4 times the rate, a quarter of the weights' bytes; rounding
+                                             the input, where no other product of 8 bits makes or reads it
+int8 weights float32 inputs and sums         the same arithmetic, a quarter of the bytes: linear layers whose few rows
+                                             wait for weights. As fast as int8 there, and inputs are not rounded
 
-Refused: a machine without dot products of bytes (pairs of 16 bits take as many instructions as float32, measured in
-research of the AVX2 kernels: 1.0 to 1.8 times), groups, NCHW, weights that are computed or not finite, sums of more
-terms than 32 bits hold, values that calibration found no scale for, operators that are no products, and what gains
-nothing.
+Weights come from memory where all weights of the graph are more than the last cache.
+
+Refused: a machine without dot products of bytes (pairs of 16 bits take as many instructions as float32), groups, NCHW,
+weights that are computed or not finite, sums of more terms than 32 bits hold, values that calibration found no scale
+for, operators that are no products, and what gains nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ from torch import fx
 from ..hwdb import Hardware
 from ..hwdb.cost import Work, predict_seconds
 from . import dialect, dialect_int8
-from .precision_forms import PRODUCTS, WINOGRAD_CHANNELS
+from .precision_forms import PRODUCTS, WINOGRAD_CHANNELS, Times
 from .rewrite import arguments, constant, shape_of, value_of
 
 GAIN = 0.9  # of the float32 time: less is not worth the rounding
 WINOGRAD_GAIN = 2.4  # times as fast as the direct float32 sum, where its tiles fit the image well
+RATE = 4.0  # products of bytes in the time of one of floats, by vector instructions
+NEARLY = 1.1  # weights alone are taken for as much more time: inputs keep their precision
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Int8Form:
     reason: str
     float32_seconds: float = 0.0
     seconds: float = 0.0
+    name: str = "int8"  # or "int8 weights"
 
     @property
     def pays(self) -> bool:
@@ -44,31 +51,43 @@ class Int8Form:
         return self.possible and self.seconds <= GAIN * self.float32_seconds
 
 
-def int8_form(graph: fx.GraphModule, node: fx.Node, hw: Hardware, shared: Collection[fx.Node] = ()) -> Int8Form:
-    """What 8 bits are for one product; values in `shared` are rounded for other products in any case."""
-    why_not = _refusal(graph, node, hw)
+def int8_form(
+    graph: fx.GraphModule, node: fx.Node, hw: Hardware, shared: Collection[fx.Node] = (), streamed: int | None = None
+) -> Int8Form:
+    """What 8 bits are for one product; values in `shared` are rounded for other products in any case.
+
+    `streamed`: bytes in float32 of all weights of the graph; None: of this product's.
+    """
+    why_not = _refusal(graph, node)
     if why_not is not None:
         return Int8Form(False, why_not)
     given = arguments(node)
     weight, x = given["weight"], given["input"]
-    terms = prod(shape_of(weight)[1:])
-    flops = 2.0 * prod(shape_of(node)) * terms
-    wide = _seconds(hw, Work({"float32": flops / _winograd(node)}, 4.0 * prod(shape_of(weight)), launches=0))
-    narrow = _seconds(hw, Work({"int8": flops}, 1.0 * prod(shape_of(weight)), launches=0))
+    times = Times(node, hw, 4 * prod(shape_of(weight)) if streamed is None else streamed)
+    wide = times.seconds(rate=_winograd(node))
+    alone = Int8Form(True, _WEIGHTS, wide, times.seconds(item_bytes=1), "int8 weights")
+    family = hw.vector_dot_product("int8")
+    if family is None:
+        if node.target is not dialect.conv2d and alone.pays:
+            return alone
+        return Int8Form(False, f"{hw.id} has no dot product of bytes: pairs of 16 bits are as slow as float32")
+    narrow = times.seconds(item_bytes=1, rate=RATE)
     if x not in shared:
         elements = prod(shape_of(x))
-        narrow += _seconds(hw, Work({}, 4.0 * elements, 1.0 * elements, launches=0))
-    family = hw.vector_dot_product("int8")
-    form = Int8Form(True, "", wide, narrow)
+        narrow += predict_seconds(hw, Work({}, 4.0 * elements, 1.0 * elements, launches=0)) or 0.0
+    if node.target is not dialect.conv2d and alone.pays and alone.seconds <= NEARLY * narrow:
+        return alone
+    form = Int8Form(True, f"dot products of bytes ({family}), exact sums", wide, narrow)
     if form.pays:
-        return Int8Form(True, f"dot products of bytes ({family}), exact sums", wide, narrow)
+        return form
     share = narrow / wide if wide else 1.0
     return Int8Form(True, f"gains nothing: rounding its input and 8 bits take {share:.2f} of float32", wide, narrow)
 
 
-def _refusal(graph: fx.GraphModule, node: fx.Node, hw: Hardware) -> str | None:
-    if hw.vector_dot_product("int8") is None:
-        return f"{hw.id} has no dot product of bytes: pairs of 16 bits are as slow as float32"
+_WEIGHTS = "weights only: its few rows wait for them, a quarter of the bytes; inputs are not rounded"
+
+
+def _refusal(graph: fx.GraphModule, node: fx.Node) -> str | None:
     given = arguments(node)
     weight = constant(graph, given["weight"])
     if weight is None:
@@ -111,11 +130,3 @@ def _winograd(node: fx.Node) -> float:
     weight = shape_of(given["weight"])
     simple = list(given["stride"]) == list(given["dilation"]) == [1, 1] and weight[2:] == (3, 3)
     return WINOGRAD_GAIN if simple and min(weight[:2]) >= WINOGRAD_CHANNELS else 1.0
-
-
-def _seconds(hw: Hardware, work: Work) -> float:
-    known = predict_seconds(hw, work)
-    if known is not None:
-        return known
-    # Without a clock only the ratio of two forms counts: 4 products of bytes in the time of one of floats.
-    return sum(count / {"int8": 4e11}.get(dtype, 1e11) for dtype, count in work.flops.items()) + work.bytes_read / 2e10

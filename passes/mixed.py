@@ -1,4 +1,4 @@
-"""Operators whose operands differ in precision: weights of 16 bits, float32 sums.
+"""Operators whose operands differ in precision: weights of 16 or 8 bits, float32 sums.
 
 Each is the dialect's operator of the same name on widened operands. `round_input` rounds the input to the precision in
 the operator's name first (it may also come in it); `narrow` rounds the result. Bias and activation are float32, or
@@ -55,6 +55,35 @@ def _linear(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Te
     return body, fake
 
 
+def _linear_w8(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    """act((x . w8^T) * scale + bias + residual): the scale of a column is applied to its finished sum."""
+    x, s, b, r = _widened((input, scale, bias, residual))
+    y = torch.nn.functional.linear(x, weight.to(x.dtype)) * s
+    y = y if b is None else y + b
+    y = y if r is None else y + r
+    return dialect.ACTIVATIONS[activation](y, list(activation_args)).contiguous()
+
+
+def _linear_w8_fake(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
 def _conv2d_bf16(
     input: Tensor,
     weight: Tensor,
@@ -104,6 +133,12 @@ _LINEAR = f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPIL
 
 linear_bf16 = dialect.define("linear_bf16", _LINEAR, *_linear(torch.bfloat16))
 linear_f16 = dialect.define("linear_f16", _LINEAR, *_linear(torch.float16))
+linear_w8 = dialect.define(
+    "linear_w8",
+    f"(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
+    _linear_w8,
+    _linear_w8_fake,
+)
 conv2d_bf16 = dialect.define(
     "conv2d_bf16",
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "

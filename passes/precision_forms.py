@@ -165,7 +165,7 @@ def forms(
 
     `streamed`: bytes of all weights of the graph.
     """
-    times = _Times(node, hw, streamed)
+    times = Times(node, hw, streamed)
     found = {"float32": Form(times.seconds(), "float32")}
     refusal = _refusal(graph, node)
     if refusal is not None:
@@ -218,7 +218,7 @@ def _refusal(graph: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
-def _winograd_wins(node: fx.Node, hw: Hardware, times: _Times) -> str | None:
+def _winograd_wins(node: fx.Node, hw: Hardware, times: Times) -> str | None:
     """Why the float32 form of a convolution is Winograd's and faster than dot products, or None."""
     if node.target is not dialect.conv2d:
         return None
@@ -236,7 +236,7 @@ def _winograd_wins(node: fx.Node, hw: Hardware, times: _Times) -> str | None:
     return f"Winograd in float32 is {gain:.1f} times as fast as a direct sum, a dot product {rate:.0f} times"
 
 
-def _winograd(times: _Times, height: int, width: int, m: int) -> tuple[float, float]:
+def _winograd(times: Times, height: int, width: int, m: int) -> tuple[float, float]:
     """Seconds of F(m x m, 3 x 3) and its gain over the direct sum: n * n = (m + 2)^2 products for m * m outputs.
 
     Tiles reach beyond the edge, and weights are n * n / 9 times as large: small images gain least.
@@ -247,7 +247,7 @@ def _winograd(times: _Times, height: int, width: int, m: int) -> tuple[float, fl
     return times.seconds(item_bytes=4 * n * n / 9, rate=gain), gain
 
 
-def _weights_only(graph: fx.GraphModule, node: fx.Node, hw: Hardware, dtype: str, times: _Times) -> tuple[str, bool]:
+def _weights_only(graph: fx.GraphModule, node: fx.Node, hw: Hardware, dtype: str, times: Times) -> tuple[str, bool]:
     """Whether weights of `dtype` alone pay, and the reason."""
     lacking = f"no {dtype} arithmetic on this machine, and"
     if hw.supports(dtype):
@@ -283,7 +283,7 @@ def _beyond_half(graph: fx.GraphModule, node: fx.Node, hw: Hardware) -> str | No
     return f"weights so small that float16 errs by {error:.1e}" if error > _HALF_ROUNDING else None
 
 
-class _Times:
+class Times:
     """Predicted seconds of a product by the bytes of a weight and the rate of its arithmetic."""
 
     def __init__(self, node: fx.Node, hw: Hardware, streamed: int) -> None:

@@ -1,5 +1,7 @@
 """linear(x, w, b) -> qlinear(quantize(x), w8, scale, b'), conv2d likewise, for the products that were chosen.
 
+    linear(x, w, b) -> linear_w8(x, w8, scale, b)        those in `weights_only`
+
 x is rounded by its scale in the table, once for all products that read it; the result is float32 (`requantise` makes it
 8 bits where only such products read it). A residual of a convolution that the table has a scale for becomes
 dequantize(quantize(residual)): it is stored in a quarter of the bytes. b' is the bias corrected for the mean error of
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import dialect, dialect_int8, rewrite
+from . import dialect, dialect_int8, mixed, rewrite
 from .int8_forms import is_product
 from .int8_scales import Scale, Table, corrected_bias, quantised_weight, weight_scales
 from .rewrite import arguments, constant
@@ -25,8 +27,8 @@ from .rewrite import arguments, constant
 log = logging.getLogger(__name__)
 
 
-def quantise(graph: fx.GraphModule, table: Table, chosen: Collection[str]) -> int:
-    """Rewrite the products named in `chosen`; returns how many."""
+def quantise(graph: fx.GraphModule, table: Table, chosen: Collection[str], weights_only: Collection[str] = ()) -> int:
+    """Rewrite the products named in `chosen`, those in `weights_only` with float32 inputs; returns how many."""
     nodes = [n for n in graph.graph.nodes if n.name in chosen and is_product(n)]
     rounded: dict[fx.Node, fx.Node] = {}
     names: dict[fx.Node, str] = {}  # of products that are rewritten, as the table knows them
@@ -40,6 +42,9 @@ def quantise(graph: fx.GraphModule, table: Table, chosen: Collection[str]) -> in
 
     for node in nodes:
         given = arguments(node)
+        if node.name in weights_only:
+            _weights_only(graph, node, table.per_channel)
+            continue
         x, scale = in_8_bits(given["input"])
         residual: Any = given.get("residual")
         images = isinstance(residual, fx.Node) and node.target is dialect.conv2d
@@ -50,6 +55,19 @@ def quantise(graph: fx.GraphModule, table: Table, chosen: Collection[str]) -> in
         name = node.name
         names[_replace(graph, node, x, scale, residual, table.per_channel, mean)] = name
     return rewrite.finish(graph, len(nodes))
+
+
+def _weights_only(graph: fx.GraphModule, node: fx.Node, per_channel: bool) -> None:
+    given = arguments(node)
+    weight = constant(graph, given["weight"])
+    assert weight is not None, node
+    scales = weight_scales(weight, per_channel)
+    name = str(given["weight"].target)
+    w = rewrite.add_constant(graph, f"{name}_int8", quantised_weight(weight, scales), node)
+    s = rewrite.add_constant(graph, f"{name}_scale", scales, node)
+    activation = (given.get("activation", "none"), list(given.get("activation_args", [])))
+    operands = (given["input"], w, s, given["bias"], given.get("residual"), *activation)
+    rewrite.replace(node, rewrite.call(graph, mixed.linear_w8, operands, before=node, value=node.meta["val"]))
 
 
 def _behind(graph: fx.GraphModule, value: fx.Node, scale: Scale) -> fx.Node:

@@ -5,6 +5,7 @@ They refuse nothing that `assign_precision` makes; there is no TE definition to 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from math import prod
 
@@ -19,7 +20,7 @@ from ..kernels.bf16_matmul import FloatFinish, bf16_matmul
 from ..kernels.conv_plan import problem_of
 from ..kernels.dot_conv import choose_dot_conv, dot_conv, pack_conv
 from ..kernels.dot_matmul import pack_for
-from ..kernels.dot_product import Dot, bf16_dot, bf16_weights, choose_dot_tiling, f16_weights, narrow_text
+from ..kernels.dot_product import Dot, bf16_dot, bf16_weights, choose_dot_tiling, f16_weights, int8_weights, narrow_text
 from .kernels_matmul import bind
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
@@ -58,6 +59,24 @@ def linear_f16(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     N, K = shape_of(weight)
     finish = _finish(node, N, bias, residual, activation, args)
     return _matmul(node, hw, dot, finish, (x, weight, bias, residual), (prod(shape_of(node)[:-1]), K, N))
+
+
+@kernel_for(mixed.linear_w8)
+def linear_w8(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act((x . w8^T) * scale + bias + residual), w8[N, K] in int8 and all else in float32."""
+    x, weight, scale, bias, residual, activation, args = bind(node)
+    dot = int8_weights(hw)
+    N, K = shape_of(weight)
+    finish = replace(_finish(node, N, bias, residual, activation, args), scale=True)
+    tiling = choose_dot_tiling(hw, dot, M := prod(shape_of(node)[:-1]), N, K)
+    func = bf16_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling, source="float32", input_shape=shape_of(x))
+    packed = Packed(
+        weight, f"int8_panels_{dot.group}_{tiling.columns}", partial(_pack, dot=dot, columns=tiling.columns)
+    )
+    tasks = tiling.panels * tiling.row_chunks
+    work = _work(hw, node, (x, weight, scale, bias, residual), 2.0 * M * N * K, tasks, tiling.efficiency, dot)
+    operands = (x, packed, *[t for t in (scale, bias, residual) if t is not None])
+    return KernelCall(func, operands, "int8-weight matmul", f"{dot.name}, {tiling.reason}", work)
 
 
 @kernel_for(mixed.conv2d_bf16)

@@ -222,3 +222,19 @@ def test_quantize_gives_a_module_that_runs_and_compiles() -> None:
         graphwright.quantize(model, [])
     with pytest.raises(InputError, match=r"scheme='symetric'.*symmetric"):
         graphwright.quantize(model, calibration, scheme="symetric")
+
+
+@pytest.mark.usefixtures("starved")
+def test_few_rows_that_wait_for_weights_take_weights_alone_in_bytes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 512, bias=False)).eval()
+    x = torch.randn(1, 512)
+    result = compiled(model, x, [x])
+    report = result.report()
+    assert [k.algorithm for k in report.kernels].count("int8-weight matmul") == 2, report.text()
+    assert {c.form for c in report.precisions if "linear" in c.operator} == {"int8 weights"}
+    # Weights rounded to 127 steps of their row's largest, and nothing else.
+    assert 1e-3 < report.errors[0].relative_l2 < 1.5e-2
+    torch.testing.assert_close(result.graph(x)[0], result(x), rtol=1e-4, atol=1e-5)
+    plain = graphwright.compile(model, x, cache=False).report()
+    assert report.weights_bytes <= 0.27 * plain.weights_bytes

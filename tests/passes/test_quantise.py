@@ -92,6 +92,17 @@ def test_two_linears_become_integers_with_one_rounding_each() -> None:
     assert 0.0 < float((after - before).norm() / before.norm()) < 2e-2
 
 
+def test_weights_alone_leave_inputs_as_they_are() -> None:
+    model, x = linears(64, 48, 32), torch.randn(5, 64)
+    graph = fused(model, x)
+    before = run_eager(graph, [x])[0]
+    names = {n.name for n in named(graph)}
+    assert quantise(graph, Table({}), names, weights_only=names) == 2
+    assert targets(graph) == ["linear_w8", "linear_w8"]
+    after = run_eager(graph, [x])[0]
+    assert 0.0 < float((after - before).norm() / before.norm()) < 2e-2
+
+
 def test_only_what_was_chosen() -> None:
     model, x = linears(64, 48, 32), torch.randn(5, 64)
     graph = fused(model, x)
@@ -228,6 +239,11 @@ def test_forms_that_pay_and_refusals_with_their_reasons() -> None:
     without = form(linears(256, 256), x, hw=lookup("x86-64-v3"))
     assert not without.possible
     assert "no dot product of bytes" in without.reason
+    row = torch.randn(1, 256)
+    small = dataclasses.replace(lookup("x86-64-v3"), caches=VNNI.caches[:1], dram_gbs=10.0, clock_mhz=3000.0)
+    alone = form(linears(256, 256), row, hw=small)
+    assert alone.pays
+    assert alone.name == "int8 weights"
     broken = linears(256, 256)
     broken[0].weight.data[3, 3] = torch.nan
     assert "infinities or NaN" in form(broken, x).reason
