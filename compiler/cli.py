@@ -57,7 +57,7 @@ hardware.command()(calibrate)
 app.add_typer(hardware, name="hw")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Target = Annotated[str, typer.Option(help="native, or a name of `graphwright hw list`.")]
+Target = Annotated[str, typer.Option(help="native, a name of `graphwright hw list`, or a TVM target as JSON.")]
 Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", metavar="SHAPE[:DTYPE]", help="1x3x224x224 or 1x128:int64; once per input tensor."),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..errors import UnknownTarget
+from ..errors import InputError, UnknownTarget
 from .dtypes import dtype_name
 from .records import Hardware, MatrixShape, Occupancy
 
@@ -125,7 +125,10 @@ class Gpu(Accelerator):
 
         `registers` of 32 bits are per thread, `shared_bytes` per block. As CUDA's occupancy calculator does it
         (cuda_occupancy.h): registers are handed out by warp within one scheduler's share, shared memory by block.
+        Raises InputError for a block without threads, or with less than nothing of the rest.
         """
+        if threads < 1 or registers < 0 or shared_bytes < 0:
+            raise InputError(f"no block has {threads} threads, {registers} registers a thread, {shared_bytes} bytes")
         if not (self.warp_threads and self.max_warps_per_unit and self.registers_per_unit):
             return None
         warps = -(-threads // self.warp_threads)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from graphwright.errors import RecordError, UnknownTarget
+from graphwright import hwdb
+from graphwright.errors import InputError, RecordError, UnknownTarget
 from graphwright.hwdb import Hardware, Occupancy
+from graphwright.hwdb.accelerators import Gpu
 from graphwright.hwdb.loader import Database
 
 # Limits and rates of compute capability 8.0 (CUDA programming guide, tables of compute capabilities; GA100 whitepaper).
@@ -152,6 +156,30 @@ def test_matrix_units_may_run_slower_and_be_cut_down(tmp_path):
 def test_occupancy(a100, registers, shared, threads, blocks, by):
     warps = blocks * -(-threads // 32)
     assert a100.occupancy(registers, shared, threads) == Occupancy(blocks, warps, warps / 64, by)
+
+
+GPUS = [hw for name in hwdb.names() if isinstance(hw := hwdb.lookup(name), Gpu) and hw.occupancy(32, 0, 32)]
+
+
+@given(st.sampled_from(GPUS), st.integers(0, 300), st.integers(0, 300_000), st.integers(1, 1100), st.integers(1, 100))
+def test_a_bigger_block_is_never_there_more_often(hw, registers, shared, threads, more):
+    base = hw.occupancy(registers, shared, threads)
+    assert 0 <= base.warps_per_unit <= hw.max_warps_per_unit
+    assert base.share == base.warps_per_unit / hw.max_warps_per_unit
+    for heavier in (
+        hw.occupancy(registers + more, shared, threads),
+        hw.occupancy(registers, shared + more, threads),
+        hw.occupancy(registers, shared, threads + more),
+    ):
+        assert heavier.blocks_per_unit <= base.blocks_per_unit
+    # What is resident fits into the unit.
+    assert base.blocks_per_unit * shared <= (hw.shared_bytes_per_unit or 0) or not base.blocks_per_unit * shared
+    assert base.warps_per_unit * registers * hw.warp_threads <= hw.registers_per_unit
+
+
+def test_no_block_without_threads(a100):
+    with pytest.raises(InputError, match="no block has 0 threads"):
+        a100.occupancy(32, 0, 0)
 
 
 def test_occupancy_is_unknown_where_the_limits_are(tmp_path):
