@@ -119,6 +119,11 @@ def test_importing_brings_in_nothing_heavy_and_reads_no_record():
     assert out.stdout.split("\n")[:2] == ["0", "[]"]
 
 
+def test_the_records_are_small():
+    """So that reading all of them takes some tens of milliseconds."""
+    assert sum(file.stat().st_size for file in Path(loader.__file__).parent.glob("*.toml")) <= 150 << 10
+
+
 def test_a_look_up_parses_the_record_and_its_ancestors_only():
     records = Database(sorted(Path(loader.__file__).parent.glob("*.toml")))
     records.build(records.id_of("raspberry-pi-5"))
