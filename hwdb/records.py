@@ -230,6 +230,11 @@ class Hardware:
             return "its code would divide through helpers that nothing links; 64-bit systems have records of their own"
         return None
 
+    @property
+    def pointer_bits(self) -> int:
+        """Bits of an address."""
+        return 32 if self.isa == "armv7" else 64
+
     def tvm_target(self) -> dict[str, Any]:
         """The description TVM's Target takes: kind, mtriple, mcpu, mattr, num-cores."""
         target: dict[str, Any] = {

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -37,6 +41,24 @@ def test_commands_exist_with_their_options(page: Path) -> None:
         for word in words:
             if word.startswith("--"):
                 assert word in result.output, f"{line}: no {word}"
+
+
+@pytest.mark.slow
+def test_the_section_on_boards_of_the_readme(tmp_path: Path) -> None:
+    if shutil.which("qemu-aarch64-static") is None:
+        pytest.skip("qemu-aarch64-static is not installed (Debian: apt-get install qemu-user-static)")
+    section = re.search(r"^## For a Raspberry Pi\n(.*?)^## ", (ROOT / "README.md").read_text(), re.S | re.M)
+    assert section is not None
+    commands = re.findall(r"^    (.+)$", section[1], re.M)
+    assert len(commands) == 2
+    for line in commands:
+        words = shlex.split(line, comments=True)
+        if words[0] == "graphwright":
+            words = [sys.executable, "-m", "graphwright.compiler.cli", *words[1:]]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert "latency: first call" in done.stdout
+    assert np.load(tmp_path / "scores.npy").shape == (1, 1000)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

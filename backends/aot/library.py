@@ -78,11 +78,11 @@ def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildIn
     names = [f"gw_region_{number}" for number in range(len(programs))]
     marks = list(accumulate((region.marks(program) for program in programs), initial=0))
     graph = {
-        name: region.region_function(program, plan, table, mark)
+        name: region.region_function(program, plan, table, mark, hw.pointer_bits)
         for name, program, plan, table, mark in zip(names, programs, plans, symbols, marks[:-1], strict=True)
     }
     arena = max((plan.peak_bytes for plan in plans), default=0)
-    graph |= region.model_functions(names, arena, layout.nbytes, marks[-1])
+    graph |= region.model_functions(names, arena, layout.nbytes, marks[-1], hw.pointer_bits)
     target = hw.tvm_target()
     output = Path(directory, LIBRARY_NAME)
     with tempfile.TemporaryDirectory() as scratch:

@@ -19,13 +19,12 @@ from tvm.tirx import op
 from .memory import Place, Plan
 from .program import Program
 
-# A pointer in a table of pointers; every target so far has 64-bit addresses.
-_POINTER = "uint64"
 
-
-def region_function(program: Program, plan: Plan, symbols: Mapping[str, str], first_mark: int) -> Any:
+def region_function(
+    program: Program, plan: Plan, symbols: Mapping[str, str], first_mark: int, pointer_bits: int = 64
+) -> Any:
     """The PrimFunc that runs `program`; `symbols` maps its kernels' names to their C names."""
-    caller = _Arguments(len(program.inputs), len(program.outputs))
+    caller = _Arguments(len(program.inputs), len(program.outputs), pointer_bits)
     body = [*caller.declarations, _mark(first_mark)]
     for number, step in enumerate(program.steps):
         places = [plan.places[name] for name in step.args]
@@ -45,10 +44,10 @@ def marks(program: Program) -> int:
 
 
 def model_functions(
-    regions: Sequence[str], arena_bytes: int, weights_bytes: int, mark_count: int = 0
+    regions: Sequence[str], arena_bytes: int, weights_bytes: int, mark_count: int = 0, pointer_bits: int = 64
 ) -> dict[str, Any]:
     """`gw_model_run` and `gw_model_describe` over the region functions of these C names."""
-    caller = _Arguments()
+    caller = _Arguments(pointer_bits=pointer_bits)
     region = tirx.Var("region", "int32")
     body = [tirx.Evaluate(0)]
     for number, name in enumerate(regions):
@@ -68,15 +67,16 @@ def model_functions(
 class _Arguments:
     """The parameters every region function has, and the expressions made of them."""
 
-    def __init__(self, inputs: int = 0, outputs: int = 0) -> None:
-        self.inputs, self.outputs = _pointer("inputs", _POINTER), _pointer("outputs", _POINTER)
+    def __init__(self, inputs: int = 0, outputs: int = 0, pointer_bits: int = 64) -> None:
+        self.word = f"uint{pointer_bits}"  # an address in a table of addresses, and C's size_t
+        self.inputs, self.outputs = _pointer("inputs", self.word), _pointer("outputs", self.word)
         self.arena, self.weights = _pointer("arena", "uint8"), _pointer("weights", "uint8")
         self.status = _pointer("status", "int32")
         self.parameters = [self.inputs, self.outputs, self.arena, self.weights, self.status]
         # A buffer has at least one element, also in a region without inputs.
         self._tables = {
-            "input": tirx.decl_buffer((max(1, inputs),), _POINTER, "input_table", data=self.inputs),
-            "output": tirx.decl_buffer((max(1, outputs),), _POINTER, "output_table", data=self.outputs),
+            "input": tirx.decl_buffer((max(1, inputs),), self.word, "input_table", data=self.inputs),
+            "output": tirx.decl_buffer((max(1, outputs),), self.word, "output_table", data=self.outputs),
         }
         self._status = tirx.decl_buffer((2,), "int32", "status_table", data=self.status)
         self.declarations = [
@@ -87,7 +87,8 @@ class _Arguments:
 
     def address(self, place: Place) -> Any:
         if place.kind in self._tables:
-            return op.reinterpret("handle", tirx.BufferLoad(self._tables[place.kind], [_int(place.index)]))
+            word = tirx.BufferLoad(self._tables[place.kind], [_int(place.index)])
+            return op.reinterpret("handle", word.astype("uint64"))
         base = self.arena if place.kind == "arena" else self.weights
         return op.handle_add_byte_offset(base, tirx.IntImm("int64", place.index))
 
@@ -99,7 +100,7 @@ class _Arguments:
 
 
 def _copy(caller: _Arguments, source: Place, target: Place, nbytes: int) -> Any:
-    size = tirx.IntImm("uint64", nbytes)
+    size = tirx.IntImm(caller.word, nbytes)
     return tirx.Evaluate(tirx.call_extern("handle", "memcpy", caller.address(target), caller.address(source), size))
 
 

@@ -35,6 +35,7 @@ _BITS = {
         "mops": (_HWCAP2, 43),
     },
     "armv7": {
+        "vfp2": (_HWCAP, 6),
         "neon": (_HWCAP, 12),
         "vfp3": (_HWCAP, 13),
         "vfp4": (_HWCAP, 16),
@@ -42,8 +43,9 @@ _BITS = {
         "hwdiv": (_HWCAP, 18),
     },
 }
-# Instructions that LLVM uses only where a program names them, which no kernel does: their absence does no harm.
-_UNUSED = frozenset({"fp-armv8", "aes", "sha2", "sha3", "sm4", "crc"})
+# Instructions that LLVM uses only where a program names them, which no kernel does: their absence does no harm. And
+# conversions of halves on 32-bit Arm, which have no bit of their own: processors with VFPv4 have them.
+_UNUSED = frozenset({"fp-armv8", "aes", "sha2", "sha3", "sm4", "crc", "fp16"})
 
 
 def bits(isa: str, features: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
