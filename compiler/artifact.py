@@ -139,6 +139,13 @@ def load(path: Path) -> Artifact:
     return _artifact(directory, manifest)
 
 
+def check(directory: Path) -> dict[str, Any]:
+    """The manifest of the artifact or bundle in `directory`, for any machine, with every byte of its files checked."""
+    manifest = _read_manifest(directory / MANIFEST_NAME)
+    _check_files(directory, manifest, directory)
+    return manifest
+
+
 def inspect(path: Path) -> dict[str, Any]:
     """The manifest of an artifact for any machine; its files are not checked. Raises ArtifactError."""
     path = Path(path)

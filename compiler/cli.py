@@ -174,6 +174,28 @@ def run(
 
 
 @app.command()
+def run_remote(
+    host: Annotated[str, typer.Argument(metavar="HOST", help="The board as ssh knows it: user@pi.")],
+    bundle: Annotated[Path, typer.Argument(metavar="OUT", help="A bundle that `graphwright compile` wrote.")],
+    input: Annotated[Path | None, typer.Option(help="Inputs by name in a .npz file; default: noise.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the results to a .npz file.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one call; default: all cores.")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Calls to time, after one that warms up.")] = 10,
+) -> None:
+    """Run a bundle on a board by ssh: copy it there once, time it, and bring the results back."""
+    with progress(f"running {bundle} on {host}"):
+        from .run_artifact import write_results
+        from .run_remote import run_remote as call
+
+        done = call(host, bundle, input, repeat, threads)
+    typer.echo(f"copied {done.copied_bytes} bytes" if done.copied_bytes else "the bundle was there already")
+    typer.echo(done.printed.rstrip())
+    if output is not None:
+        write_results(output, done.results)
+        typer.echo(f"wrote {output}")
+
+
+@app.command()
 def bench(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help=MODEL_HELP)],
     against: Annotated[str, typer.Option(help="Comma-separated: eager, inductor, onnxruntime, openvino.")] = "eager",

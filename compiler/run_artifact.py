@@ -34,13 +34,18 @@ def run_artifact(compiled: Any, inputs: Path | None, output: Path | None, repeat
     for name, value in named.items():
         yield f"{name}: {_describe(value)}"
     if output is not None:
-        try:
-            with output.open("wb") as file:
-                numpy.savez(file, **{name: _array(value) for name, value in named.items()})
-        except OSError as error:
-            raise GraphwrightError(f"cannot write the results to {output}: {error}") from error
+        write_results(output, {name: _array(value) for name, value in named.items()})
         yield f"wrote {output}"
     yield f"{seconds * 1e3:.3f} ms a call, the fastest of {repeat}"
+
+
+def write_results(output: Path, arrays: dict[str, Any]) -> None:
+    """Write a .npz file. Raises GraphwrightError where that fails."""
+    try:
+        with output.open("wb") as file:
+            numpy.savez(file, **arrays)
+    except OSError as error:
+        raise GraphwrightError(f"cannot write the results to {output}: {error}") from error
 
 
 def _time(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:

@@ -226,8 +226,6 @@ class Hardware:
         """Why graphwright makes no code for this machine, or None where it does."""
         if self.toolchain == "none":
             return "no compiler for it is known here; it is in the database for planning"
-        if self.isa == "armv7":
-            return "its code would divide through helpers that nothing links; 64-bit systems have records of their own"
         return None
 
     @property

@@ -124,7 +124,8 @@ int main(int argc, char **argv) {
     graphwright_model *model;
     if (graphwright_init(weights ? weights : beside_program("weights.safetensors"), threads, &model))
         die("%s", graphwright_error());
-    printf("loaded in %.3f ms, %d threads\n", 1e3 * (seconds() - started), graphwright_threads(model));
+    int used = graphwright_threads(model);
+    printf("loaded in %.3f ms, %d thread%s\n", 1e3 * (seconds() - started), used, used == 1 ? "" : "s");
     if (!given && input_count) puts("inputs: noise (give --input FILE for your own)");
     const void **sources = calloc((size_t)input_count + 1, sizeof *sources);
     void **targets = calloc((size_t)output_count + 1, sizeof *targets);

@@ -1,0 +1,122 @@
+"""A bundle runs on a board reached by ssh: here a shell in place of ssh, and QEMU in place of the board."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from boards import emulator
+from torch import nn
+from typer.testing import CliRunner
+
+import graphwright
+from graphwright.compiler.cli import app
+from graphwright.compiler.run_remote import run_remote
+from graphwright.errors import ArtifactError, GraphwrightError, InputError
+
+# ssh -o BatchMode=yes HOST SCRIPT: the script runs in a directory that is the board's home.
+SSH = """#!/bin/sh
+echo "$3" >> {log}
+if [ "$3" = nobody@nowhere ]; then echo "Could not resolve hostname nowhere" >&2; exit 255; fi
+cd {home} && exec env PATH={commands}:$PATH sh -c "$4"
+"""
+
+
+class Board:
+    """The stand-in: its home directory, and the calls of ssh."""
+
+    def __init__(self, root: Path, machine: str) -> None:
+        self.home, self.log, commands, local = root / "home", root / "log", root / "commands", root / "local"
+        for directory in (self.home, commands, local):
+            directory.mkdir()
+        self.log.touch()
+        (commands / "uname").write_text(f"#!/bin/sh\necho {machine}\n")
+        (local / "ssh").write_text(SSH.format(log=self.log, home=self.home, commands=commands))
+        for script in (commands / "uname", local / "ssh"):
+            script.chmod(0o755)
+        self.path = f"{local}:{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return graphwright.compile(nn.Softmax(-1), (torch.zeros(2, 5),), target="raspberry-pi-4b").bundle(
+        tmp_path_factory.mktemp("remote") / "out"
+    )
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
+    found = Board(tmp_path, "aarch64")
+    monkeypatch.setenv("PATH", found.path)
+    return found
+
+
+def through_emulator(board: Board, bundle: Path) -> Path:
+    """A copy of the bundle whose program calls QEMU: this machine's kernel may not do it by itself."""
+    import json
+    import shutil
+
+    from graphwright.compiler.artifact import seal_for
+
+    made = Path(shutil.copytree(bundle, board.home / "made"))
+    (made / "run").rename(made / "program.safetensors")  # copied along, as weights are
+    (made / "run").write_text(
+        f'#!/bin/sh\nchmod +x ../program.safetensors\nexec {emulator("aarch64")} ../program.safetensors "$@"\n'
+    )
+    manifest = json.loads((made / "manifest.json").read_text())
+    seal_for(made, manifest["target"], manifest["description"])
+    return made
+
+
+def test_results_come_back_and_the_bundle_stays(board: Board, made: Path, tmp_path: Path) -> None:
+    bundle = through_emulator(board, made)
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    np.savez(tmp_path / "in.npz", input=x)
+    first = run_remote("pi@board", bundle, tmp_path / "in.npz", repeat=2, threads=1)
+    np.testing.assert_allclose(first.results["softmax"], torch.softmax(torch.from_numpy(x), -1).numpy(), rtol=1e-6)
+    assert "1 thread\n" in first.printed
+    assert "ms of 2" in first.printed
+    assert first.copied_bytes > 50_000
+    again = run_remote("pi@board", bundle, tmp_path / "in.npz")
+    assert again.copied_bytes == 0
+    left = [p.name for p in (board.home / ".cache" / "graphwright").glob("*/*")]
+    assert not [name for name in left if name.startswith("call-")]
+    assert set(board.log.read_text().split()) == {"pi@board"}
+
+
+def test_the_command(board: Board, made: Path, tmp_path: Path) -> None:
+    bundle = through_emulator(board, made)
+    done = CliRunner().invoke(app, ["run-remote", "pi@board", str(bundle), "-o", str(tmp_path / "out.npz")])
+    assert done.exit_code == 0, done.output
+    assert "latency: first call" in done.output
+    assert np.load(tmp_path / "out.npz")["softmax"].shape == (2, 5)
+
+
+def test_what_can_go_wrong(board: Board, made: Path, tmp_path: Path) -> None:
+    with pytest.raises(GraphwrightError, match="Could not resolve hostname"):
+        run_remote("nobody@nowhere", made)
+    np.savez(tmp_path / "in.npz", image=np.zeros(3))
+    with pytest.raises(InputError, match="the model takes input, and the file has image"):
+        run_remote("pi@board", made, tmp_path / "in.npz")
+    np.savez(tmp_path / "in.npz", input=np.zeros((2, 5)))
+    with pytest.raises(GraphwrightError, match=r"on pi@board: run: .*the file has '<f8'"):
+        run_remote("pi@board", through_emulator(board, made), tmp_path / "in.npz")
+    (board.home / "made" / "run").write_text("#!/bin/sh\n")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        run_remote("pi@board", board.home / "made")
+
+
+def test_a_board_of_another_kind(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", Board(tmp_path, "riscv64").path)
+    with pytest.raises(InputError, match="is riscv64 and the bundle is for raspberry-pi-4b"):
+        run_remote("pi@board", made)
+
+
+def test_without_ssh(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent / "nowhere"))
+    with pytest.raises(GraphwrightError, match="OpenSSH"):
+        run_remote("pi@board", made)
