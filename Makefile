@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # One stamp a set of extras: pip runs only when pyproject.toml or constraints.txt changed.
 $(VENV)/.%: pyproject.toml constraints.txt
@@ -25,6 +25,9 @@ lint: $(VENV)/.lint build/types/graphwright  ## ruff and mypy --strict
 bench: $(VENV)/.models,peers  ## compare with eager, inductor, onnxruntime and openvino
 	$(BIN)/python benchmarks/models.py
 
+bench-arm: $(VENV)/.models  ## instructions and modelled cycles of ARM code (Debian: qemu-user llvm-19)
+	$(BIN)/python benchmarks/arm.py
+
 fuzz: $(VENV)/.models,test  ## 20,000 random models through the passes and the compiler; goes on where it stopped
 	$(BIN)/python tests/fuzz.py
 
@@ -36,5 +39,5 @@ build/types/graphwright:
 	mkdir -p build/types
 	ln -sfn ../.. $@
 
-.PHONY: help demo test lint bench fuzz mutate
+.PHONY: help demo test lint bench bench-arm fuzz mutate
 .PRECIOUS: $(VENV)/.%

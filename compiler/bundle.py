@@ -5,6 +5,8 @@
     weights.safetensors  mapped by both (inside them with single_file=True)
     graphwright.h, example.c, example.py, README.txt, LICENSES.txt, manifest.json (digests of all of it)
 
+For Android it is a Gradle module instead: libmodel.so with the weights inside, its JNI and Kotlin sources, build files.
+
 The directory is an artifact as well: where PyTorch and graphwright are installed on such a machine, `graphwright.load`
 takes it.
 """
@@ -21,8 +23,9 @@ from safetensors.torch import load_file
 
 from ..backends.aot import weights
 from ..backends.aot.library import BUNDLED, LIBRARY_NAME, OBJECT_NAME, WEIGHTS_NAME
+from ..backends.aot.toolchain import is_android
 from ..backends.bundle import features, link
-from ..backends.bundle.notices import readme, write_notices
+from ..backends.bundle.notices import android_readme, readme, write_notices
 from ..backends.bundle.table import Copy, Table, Tensor, c_source
 from ..errors import ArtifactError, InputError
 from . import artifact, loading
@@ -34,6 +37,12 @@ if TYPE_CHECKING:
     import torch
 
 PROGRAM_NAME = "run"
+ANDROID_NAME = "libmodel.so"  # Android's packager takes lib*.so only
+_LIBRARY_FILES = ("graphwright.h", "example.c", "example.py")
+_ANDROID_FILES = (
+    *("graphwright.h", "graphwright_jni.c", "Model.kt"),
+    *("build.gradle.kts", "CMakeLists.txt", "AndroidManifest.xml"),
+)
 _FILES = Path(link.__file__).parent  # what every bundle has a copy of lies there
 
 
@@ -62,16 +71,21 @@ def bundle(directory: Path, path: Path, executable: bool = False, single_file: b
         made.mkdir()
         if table.weights_bytes:
             shutil.copyfile(directory / WEIGHTS_NAME, made / WEIGHTS_NAME)
+        android = is_android(target["triple"]) and not executable
+        single_file = single_file or android
         text = c_source(table, WEIGHTS_NAME, _digest_of(manifest)) if single_file else c_source(table)
         code = directory / OBJECT_NAME if table.runs else None
-        link.program(code, text, target["triple"], made / PROGRAM_NAME, made)
+        if not android:
+            link.program(code, text, target["triple"], made / PROGRAM_NAME, made)
         if not executable:
-            link.library(code, text, target["triple"], made / LIBRARY_NAME, made)
-            for name in ("graphwright.h", "example.c", "example.py"):
+            name = ANDROID_NAME if android else LIBRARY_NAME
+            link.library(code, text, target["triple"], made / name, made)
+            for name in _ANDROID_FILES if android else _LIBRARY_FILES:
                 shutil.copyfile(_FILES / name, made / name)
         if single_file and table.weights_bytes:
             (made / WEIGHTS_NAME).unlink()
-        (made / "README.txt").write_text(readme(table, executable, single_file))
+        about = android_readme(table) if android else readme(table, executable, single_file)
+        (made / "README.txt").write_text(about)
         write_notices(made / "LICENSES.txt")
         artifact.seal_for(made, target, manifest["description"])
         return artifact.save(made, path)

@@ -1,6 +1,6 @@
 """`graphwright run-remote user@pi bundle/`: copy a bundle to a board by ssh, run it there, and bring the results back.
 
-The board needs an ssh server, a shell, tar, and nothing of ours. A bundle stays there under .cache/graphwright/DIGEST, so
+The board needs an ssh server, a shell and tar. A bundle stays there under .cache/graphwright/DIGEST, so
 that only inputs travel the next time; `rm -r ~/.cache/graphwright` on the board removes what was left.
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 _MACHINES = {3: "i386", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 _KINDS = {1: "object", 2: "executable", 3: "shared"}
-_LOAD, _DYNAMIC, _INTERPRETER, _STACK = 1, 2, 3, 0x6474E551
+_LOAD, _DYNAMIC, _INTERPRETER, _TLS, _STACK = 1, 2, 3, 7, 0x6474E551
 _DYNSYM, _VERNEED = 11, 0x6FFFFFFE
 _NEEDED, _TEXTREL = 1, 22
 
@@ -34,6 +34,7 @@ class Elf:
     alignments: tuple[int, ...]  # bytes, of each loadable segment
     executable_stack: bool
     text_relocations: bool
+    thread_local: bool  # it has variables that the loader gives every thread
 
 
 def read(path: Path) -> Elf:
@@ -122,4 +123,5 @@ class _Reader:
             alignments=tuple(align for kind, _, _, _, align in self.segments if kind == _LOAD),
             executable_stack=any(kind == _STACK and flags & 1 for kind, _, _, flags, _ in self.segments),
             text_relocations=any(tag == _TEXTREL for tag, _ in dynamic),
+            thread_local=any(kind == _TLS for kind, _, _, _, _ in self.segments),
         )

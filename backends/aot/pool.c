@@ -19,6 +19,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -255,7 +256,7 @@ void meet_family(void) {
 
 __attribute__((constructor)) static void start(void) {
     static char room[2 * LARGEST_PAGE]; /* holds one whole page, whatever its size */
-    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t page = (size_t)getauxval(AT_PAGESZ); /* sysconf's number for it is another one in every C library */
     void *wiped = (void *)round_up((uintptr_t)room, page);
     if (page <= LARGEST_PAGE && madvise(wiped, page, 18 /* MADV_WIPEONFORK */) == 0) {
         family = wiped;

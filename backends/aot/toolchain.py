@@ -26,16 +26,19 @@ from . import elf
 _SOURCES = ("runtime.c", "pool.c", "scratch.c", "half.c")
 _HERE = Path(__file__).parent
 _FLAGS = ("-O2", "-fPIC", "-ffunction-sections", "-std=c11", "-D_GNU_SOURCE", "-g0", "-Wall", "-Wextra", "-Werror")
-# What runtime.c, LLVM's lowering of plain C and TVM's intrinsics may ask of libc and libm.
+# What the runtime, bundle.c, LLVM's lowering of plain C and TVM's intrinsics may ask of libc and libm.
 _C_LIBRARY = """
     __tls_get_addr clock_gettime free getpid madvise memcpy memmove memset nanosleep posix_memalign pthread_create
-    pthread_join pthread_sigmask sched_getcpu sigfillset strlen syscall sysconf abs labs
+    pthread_join pthread_sigmask sched_getcpu sigfillset strlen syscall getauxval abs labs
+    abort calloc close lseek mmap munmap open pthread_getspecific pthread_key_create pthread_key_delete
+    pthread_setspecific
 """
 _MATH = """
     acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs floor fma
     fmax fmin fmod hypot j0 j1 ldexp lgamma log log10 log1p log2 lrint lround nearbyint nextafter pow remainder rint
     round roundeven sin sincos sinh sqrt tan tanh tgamma trunc y0 y1
 """
+MATH = frozenset(name + ending for name in _MATH.split() for ending in ("", "f"))
 EXPORTS = (
     "gw_init",
     "gw_run",
@@ -50,7 +53,20 @@ EXPORTS = (
 
 def runtime_objects(triple: str) -> list[Path]:
     """The runtime compiled for an LLVM triple; from the cache where it is there."""
-    return c_objects([_HERE / name for name in _SOURCES], runtime_headers(), triple)
+    sources, flags = _SOURCES, _flags(triple)
+    if flags:
+        sources = (*_SOURCES, "emutls.c")
+    return c_objects([_HERE / name for name in sources], runtime_headers(), triple)
+
+
+def _flags(triple: str) -> tuple[str, ...]:
+    """Android's loader knows thread-local variables since version 10 (API 29)."""
+    return ("-femulated-tls",) if is_android(triple) else ()
+
+
+def is_android(triple: str) -> bool:
+    """Whether the C library is bionic."""
+    return "android" in triple.rsplit("-", 1)[-1]
 
 
 def runtime_headers() -> list[Path]:
@@ -58,12 +74,13 @@ def runtime_headers() -> list[Path]:
     return [_HERE / name for name in ("runtime.h", "internal.h")]
 
 
-def c_objects(sources: Sequence[Path], headers: Sequence[Path], triple: str, flags: Sequence[str] = ()) -> list[Path]:
+def c_objects(sources: Sequence[Path], headers: Sequence[Path], triple: str) -> list[Path]:
     """C files compiled for an LLVM triple, kept under the digest of what they are made of.
 
     headers: every file the sources include in quotes; their directories are searched.
     """
     target = zig_target(triple)
+    flags = _flags(triple)
     folders = dict.fromkeys(path.parent for path in headers)
     options = (*_FLAGS, *flags, *(f"-I{folder}" for folder in folders))
     digest = hashlib.sha256()
@@ -92,14 +109,15 @@ def kept(folder: str, name: str, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def link(objects: Sequence[Path], output: Path) -> None:
-    """Link objects to a shared library that exports the calls of runtime.h only.
+def link(objects: Sequence[Path], output: Path, exports: Sequence[str] = (), libraries: Sequence[Path] = ()) -> None:
+    """Link objects to a shared library that exports the calls of runtime.h, and `exports`, only.
 
-    What the C library does not have is refused here: on the target it would be found missing only when loaded.
+    The C library is left to the process that loads it, or is what `libraries` stand for. What it does not have is
+    refused here: on the target it would be found missing only when loaded.
     """
     with tempfile.TemporaryDirectory() as directory:
         script = Path(directory, "exports.map")
-        script.write_text(f"{{ global: {'; '.join(EXPORTS)}; local: *; }};\n")
+        script.write_text(f"{{ global: {'; '.join((*EXPORTS, *exports))}; local: *; }};\n")
         # 16 KiB pages are what some ARM systems use; the file grows by little.
         options = ("-shared", "--gc-sections", "--strip-all", "--build-id=none", "--hash-style=gnu")
         limits = ("-z", "now", "-z", "noexecstack", "-z", "max-page-size=16384", "-soname", output.name)
@@ -110,14 +128,21 @@ def link(objects: Sequence[Path], output: Path) -> None:
             "--version-script",
             str(script),
             *map(str, objects),
+            "--as-needed",
+            *map(str, libraries),
             "-o",
             str(output),
         )
 
-    known = {*_C_LIBRARY.split(), *_MATH.split(), *(f"{name}f" for name in _MATH.split())}
+    known = set(c_library())
     # The compiler's run-time library for 32-bit Arm, which the program of a bundle has inside.
     unknown = {name for name in elf.read(output).undefined - known if not name.startswith("__aeabi_")}
     assert not unknown, f"generated code calls {sorted(unknown)}, which nothing provides"
+
+
+def c_library() -> tuple[str, ...]:
+    """What generated code, the runtime and the code of bundles may call of libc and libm."""
+    return (*_C_LIBRARY.split(), *sorted(MATH))
 
 
 def merge(objects: Sequence[Path], output: Path) -> None:
@@ -126,9 +151,14 @@ def merge(objects: Sequence[Path], output: Path) -> None:
 
 
 def zig_target(triple: str) -> str:
-    """Zig's spelling of an LLVM triple: no vendor, and a C library always."""
+    """Zig's spelling of an LLVM triple: no vendor, and a C library always.
+
+    Android's headers do not come with zig: musl's stand for them, as the runtime uses what is the same in both.
+    """
     parts = triple.split("-")
     arch, system = "arm" if parts[0].startswith("armv7") else parts[0], "linux" if "linux" in parts else parts[-2]
+    if is_android(triple):
+        return f"{arch}-{system}-musl"
     return f"{arch}-{system}-{parts[-1] if parts[-1] != system else 'gnu'}"
 
 

@@ -52,6 +52,9 @@ def program(model: Path | None, table: str, triple: str, output: Path, files: Pa
 
 def library(model: Path | None, table: str, triple: str, output: Path, files: Path) -> None:
     """Link `output`, a shared library with the calls of graphwright.h and, for Python, those of runtime.h."""
+    if toolchain.is_android(triple):
+        _android_library(model, table, triple, output, files)
+        return
     target = toolchain.zig_target(triple)
     glibc = f"{target}.{'.'.join(map(str, GLIBC_FLOOR))}"
     with tempfile.TemporaryDirectory() as directory:
@@ -66,6 +69,24 @@ def library(model: Path | None, table: str, triple: str, output: Path, files: Pa
         )  # fmt: skip
 
 
+def _android_library(model: Path | None, table: str, triple: str, output: Path, files: Path) -> None:
+    """As `library`, for bionic: a stand-in for its libc.so and libm.so has the names, and bionic has no versions."""
+    target = toolchain.zig_target(triple)
+    with tempfile.TemporaryDirectory() as directory:
+        scratch = Path(directory)
+        names = toolchain.c_library()
+        stand_ins = []
+        for soname, mathematics in (("libc.so", False), ("libm.so", True)):
+            code = scratch / f"{soname}.s"
+            chosen = [name for name in names if (name in toolchain.MATH) == mathematics]
+            code.write_text("".join(f".globl {n}\n.type {n}, %function\n{n}:\n" for n in chosen))
+            toolchain.zig("cc", "-target", target, "-c", str(code), "-o", f"{code}.o", scratch=scratch)
+            toolchain.zig("ld.lld", "-shared", "-soname", soname, f"{code}.o", "-o", str(scratch / soname))
+            stand_ins.append(scratch / soname)
+        objects = _objects(model, _LIBRARY_SOURCES, table, triple, scratch, files)
+        toolchain.link(objects, output, _EXPORTS, stand_ins)
+
+
 def _objects(
     model: Path | None, sources: Sequence[str], table: str, target: str, scratch: Path, files: Path
 ) -> list[Path]:
@@ -77,7 +98,7 @@ def _objects(
     text = scratch / "table.c"
     text.write_text(table)
     toolchain.zig(
-        "cc", "-O2", "-fPIC", "-g0", "-std=c11", f"-I{_HERE}", f"-I{files}", "-target", target, "-c", str(text),
-        "-o", str(made), scratch=scratch,
+        "cc", "-O2", "-fPIC", "-g0", "-std=c11", f"-I{_HERE}", f"-I{files}", "-target", toolchain.zig_target(target),
+        "-c", str(text), "-o", str(made), scratch=scratch,
     )  # fmt: skip
     return [*([model] if model else ()), *toolchain.runtime_objects(target), *fixed, made]

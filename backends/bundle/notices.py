@@ -33,6 +33,25 @@ def readme(table: Table, executable: bool, single_file: bool) -> str:
     return "\n".join(lines)
 
 
+def android_readme(table: Table) -> str:
+    """How to use the bundle in an app."""
+    lines = [
+        f"A model compiled by graphwright for {table.target}: an Android library module (API 24 and newer, arm64-v8a).",
+        "",
+        'settings.gradle.kts:  include(":model"); project(":model").projectDir = file("this/directory")',
+        'the app:              dependencies { implementation(project(":model")) }',
+        "Kotlin:               org.graphwright.Model().use { it.run(listOf(buffer)) }",
+        "",
+        *(f"{kind} {t.name}: {t.dtype}[{', '.join(map(str, t.shape))}]"
+          for kind, tensors in (("input", table.inputs), ("output", table.outputs)) for t in tensors),
+        "",
+        "libmodel.so holds the weights and has the calls of graphwright.h. graphwright_jni.c and Model.kt are sources,",
+        "which the NDK and Kotlin compile. None of this has been run on Android; docs/arm.md of graphwright says more.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
 def write_notices(path: Path) -> None:
     """Write the licences of what is linked into a bundle. Raises ToolMissing without the ziglang package."""
     found = importlib.util.find_spec("ziglang")

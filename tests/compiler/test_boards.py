@@ -97,6 +97,23 @@ def test_a_whole_resnet_is_small_but_for_its_weights(tmp_path: Path) -> None:
     assert_like_float64(found, FirstResult(model), {"pixel_values": image}, 1e-5)  # as above
 
 
+class Gamma(nn.Module):
+    """A function that comes from the C library, which takes floats in floating-point registers."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.lgamma(x.abs() + 1) // 0.01
+
+
+@pytest.mark.parametrize("target", ["raspberry-pi-2b", "armv7"])
+def test_functions_of_the_c_library_on_32_bits(target: str, tmp_path: Path) -> None:
+    x = torch.linspace(-20, 20, 77)
+    made = graphwright.compile(Gamma(), (x,), target=target).bundle(tmp_path / "out")
+    assert "lgammaf" in elf.read(made / "model.so").undefined
+    (found,) = call(made, BOARDS[target], {"x": x}, tmp_path)
+    expected = Gamma()(x).numpy()
+    assert abs(found - expected).max() <= 1  # the last digit before rounding down
+
+
 def test_the_program_of_a_32_bit_board(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 4), nn.Softmax(-1)).eval()
     x = torch.randn(3, 16)

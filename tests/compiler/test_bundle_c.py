@@ -8,27 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from boards import emulator
-from torch import nn
+from boards import ROOTS, Doubled, emulator
 
 import graphwright
 from graphwright.backends.aot import toolchain
 
-ROOTS = {"aarch64": Path("/usr/aarch64-linux-gnu"), "armv7": Path("/usr/arm-linux-gnueabihf")}
 PACKAGES = {"aarch64": "libc6-arm64-cross", "armv7": "libc6-armhf-cross"}
 CPUS = {"aarch64": "cortex-a72", "armv7": "cortex-a7"}
 TARGETS = {"aarch64": "raspberry-pi-4b", "armv7": "raspberry-pi-2b"}
-
-
-class Doubled(nn.Module):
-    """Matrices of ones: the result is known by counting."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.ones(64, 64))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(x @ self.weight) * 2
 
 
 @pytest.fixture(scope="module", params=list(ROOTS))

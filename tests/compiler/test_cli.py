@@ -355,7 +355,7 @@ def test_verify_prints_errors():
 def test_code_for_another_machine_is_built_but_not_run():
     """Never a crash: what cannot run here says so when it is called, loaded or verified."""
     other = "aarch64" if hwdb.detect().isa == "x86_64" else "x86-64"
-    assert run("compile", "my_models:mlp", "-o", "out", "--target", other).exit_code == 0
+    assert run("compile", "my_models:mlp", "-o", "out", "--artifact", "--target", other).exit_code == 0
     assert "compile the model for target='native'" in fails("run", "out")
     result = run("verify", "my_models:mlp", "--target", other)
     assert result.exit_code == 0, result.output

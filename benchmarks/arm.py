@@ -1,0 +1,141 @@
+"""Evidence about ARM code without an ARM machine: `make bench-arm` writes docs/measurements/arm.json.
+
+- executed instructions of one inference, and how many for each vector multiply-add, counted by QEMU (qemu_count.c). One
+  inference is a run of two calls less a run of one.
+- the hot loop of every kernel in llvm-mca, LLVM's model of a core: multiply-adds a cycle, as a share of the model's own
+  peak. It takes every load for a hit in L1 and every branch for predicted: it ranks instruction mixes.
+- predicted latency, from the cost model.
+
+None of it is a measurement of a board. Needs Debian's qemu-user and llvm-19.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import graphwright
+from graphwright.backends.aot import codegen, toolchain
+from graphwright.compiler import zoo
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE.parent / "docs" / "measurements" / "arm.json"
+# LLVM's model of a core, and the vector multiply-adds of float32 it starts in a cycle. LLVM 19 has none of the
+# Cortex-A76: the Neoverse N1 is the same design.
+MODELS = {"cortex-a72": 1.0, "neoverse-n1": 2.0}
+BOARDS = {"raspberry-pi-4b": ("cortex-a72", "cortex-a72"), "raspberry-pi-5": ("cortex-a76", "neoverse-n1")}
+FMLA = re.compile(r"^\s+fmla\s+v\d+\.4s", re.M)
+# Counted by the same plugin: the aarch64 wheel of ONNX Runtime 1.31.1, one thread, -cpu cortex-a76.
+ONNX_RUNTIME = {"model": "resnet18", "instructions": 666_100_000, "fmla": 473_150_000}
+
+
+def main() -> None:
+    """Count, model and predict; print a table and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="resnet18", help="names of the zoo, separated by commas")
+    parser.add_argument("--boards", default=",".join(BOARDS))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    for program in ("qemu-aarch64", "llvm-mca-19"):
+        if shutil.which(program) is None:
+            sys.exit(f"{program} is missing: apt-get install qemu-user llvm-19")
+    rows = [measured(name, board) for name in options.models.split(",") for board in options.boards.split(",")]
+    for row in rows:
+        print(f"{row['model']} on {row['board']}: {row['instructions'] / 1e6:.1f} M instructions, "
+              f"{row['fmla'] / 1e6:.1f} M fmla, {row['instructions_per_fmla']:.3f} for each, "
+              f"predicted {row['predicted_ms']:.1f} ms")  # fmt: skip
+        for loop in row["loops"]:
+            print(f"  {loop['share_of_peak']:6.1%} of {row['mca_core']}'s peak, {loop['instructions_per_fmla']:.2f} "
+                  f"instructions per fmla, {loop['fmla']:3d} fmla: {loop['kernel']}")  # fmt: skip
+    options.output.write_text(json.dumps({"rows": rows, "onnxruntime": ONNX_RUNTIME}, indent=1) + "\n")
+
+
+def measured(name: str, board: str) -> dict[str, Any]:
+    """The figures of one model of the zoo on one board."""
+    emulated, core = BOARDS[board]
+    model, inputs = zoo.build(name)
+    with tempfile.TemporaryDirectory() as directory:
+        texts, compiled = assembly(model, inputs, board)
+        bundle = compiled.bundle(Path(directory, "out"), executable=True)
+        once, twice = (counts(bundle / "run", emulated, repeat) for repeat in (0, 1))
+    one = {kind: twice[kind] - once[kind] for kind in once}
+    return {
+        "model": name,
+        "board": board,
+        "qemu_cpu": emulated,
+        "mca_core": core,
+        **one,
+        "instructions_per_fmla": one["instructions"] / one["fmla"],
+        "predicted_ms": sum(k.predicted_us or 0.0 for k in compiled.report().kernels) / 1e3,
+        "loops": [found for kernel, text in texts.items() if (found := hot_loop(kernel, text, core))],
+    }
+
+
+def assembly(model: Any, inputs: Any, board: str) -> tuple[dict[str, str], Any]:
+    """The assembly text of every kernel by its C name, and the compiled model."""
+    import tvm
+
+    texts: dict[str, str] = {}
+    emit = codegen._emit
+
+    def noting(module: Any, target: Any) -> bytes:
+        text = tvm.get_global_func("target.build.llvm")(module, target).inspect_source("asm")
+        texts[str(next(iter(module.functions)).name_hint)] = text
+        return emit(module, target)
+
+    codegen._emit = noting
+    try:
+        compiled = graphwright.compile(model, inputs, target=board, cache=False, verify=False)
+    finally:
+        codegen._emit = emit
+    return texts, compiled
+
+
+def hot_loop(kernel: str, text: str, core: str) -> dict[str, Any] | None:
+    """The block that jumps to its own beginning and has the most multiply-adds, through llvm-mca; None without any."""
+    blocks = re.split(r"^(\.L\w+):.*$", text, flags=re.M)
+    loops = [
+        body[: match.end()]
+        for label, body in zip(blocks[1::2], blocks[2::2], strict=True)
+        if (match := re.search(rf"^\s+(?:b\.\w+|cbn?z\s+\w+,|b)\s+{re.escape(label)}$", body, re.M))
+        and FMLA.search(body)
+    ]
+    if not loops:
+        return None
+    code = max(loops, key=lambda body: len(FMLA.findall(body)))
+    lines = [line for line in code.splitlines() if re.match(r"^\s+[a-z]", line)]
+    fmla = len(FMLA.findall(code))
+    command = ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={core}", "-iterations=200", "-instruction-info=0"]
+    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=True)
+    cycles = float(re.search(r"Total Cycles:\s+(\d+)", done.stdout)[1]) / 200  # type: ignore[index]
+    return {
+        "kernel": kernel,
+        "fmla": fmla,
+        "instructions_per_fmla": len(lines) / fmla,
+        "cycles_per_fmla": cycles / fmla,
+        "share_of_peak": fmla / MODELS[core] / cycles,
+    }
+
+
+def counts(program: Path, cpu: str, repeat: int) -> dict[str, int]:
+    """What the program executes on one thread, by kind, with `repeat` calls after the first."""
+    with tempfile.TemporaryDirectory() as directory:
+        plugin = Path(directory, "qemu_count.so")
+        toolchain.zig("cc", "-shared", "-fPIC", "-O2", str(HERE / "qemu_count.c"), "-Wl,--allow-shlib-undefined",
+                      "-o", str(plugin), scratch=Path(directory))  # fmt: skip
+        command = ["qemu-aarch64", "-cpu", cpu, "-plugin", str(plugin), "-d", "plugin", str(program), "--threads", "1"]
+        command += ["--repeat", str(repeat)] if repeat else []
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    words = next(line for line in done.stderr.splitlines() if line.startswith("instructions ")).split()
+    return {kind: int(number) for kind, number in zip(words[::2], words[1::2], strict=True)}
+
+
+if __name__ == "__main__":
+    main()
