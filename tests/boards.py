@@ -61,9 +61,7 @@ def call(bundle: Path, cpu: str, inputs: dict[str, torch.Tensor], work: Path, *m
     return [np.load(file) for file in files]
 
 
-def assert_like_float64(
-    found: np.ndarray, model: nn.Module, inputs: dict[str, torch.Tensor], rtol: float
-) -> None:
+def assert_like_float64(found: np.ndarray, model: nn.Module, inputs: dict[str, torch.Tensor], rtol: float) -> None:
     """Compare with the model in float64: `rtol` is the relative L2 error."""
     with torch.no_grad():
         wide = [t.double() if t.is_floating_point() else t for t in inputs.values()]

@@ -53,9 +53,7 @@ EXPORTS = (
 
 def runtime_objects(triple: str) -> list[Path]:
     """The runtime compiled for an LLVM triple; from the cache where it is there."""
-    sources, flags = _SOURCES, _flags(triple)
-    if flags:
-        sources = (*_SOURCES, "emutls.c")
+    sources = (*_SOURCES, "emutls.c") if is_android(triple) else _SOURCES
     return c_objects([_HERE / name for name in sources], runtime_headers(), triple)
 
 
