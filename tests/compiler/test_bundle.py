@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -17,9 +18,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import graphwright
-from graphwright.backends.aot import elf
+from graphwright.backends.aot import elf, library
 from graphwright.compiler.cli import app
-from graphwright.errors import ArtifactError, InputError
+from graphwright.errors import ArtifactError, InputError, UnsupportedOp
 
 ROUNDING = 1e-6  # a few sums of float32, each within 6e-8 of its terms
 GLIBC_FLOOR = (2, 28)
@@ -80,15 +81,15 @@ def test_bare_bytes_go_in_and_out(made: Path, image: torch.Tensor, tmp_path: Pat
 
 
 def test_the_files_are_of_the_board_and_ask_for_nothing_newer(made: Path) -> None:
-    program, library = elf.read(made / "run"), elf.read(made / "model.so")
-    assert program.machine == library.machine == "aarch64"
+    program, shared = elf.read(made / "run"), elf.read(made / "model.so")
+    assert program.machine == shared.machine == "aarch64"
     assert (program.kind, program.interpreter, program.needed) == ("executable", None, ())
-    assert library.kind == "shared"
-    assert set(library.needed) <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-aarch64.so.1"}
-    versions = {tuple(map(int, version.removeprefix("GLIBC_").split("."))) for _, version in library.versions}
+    assert shared.kind == "shared"
+    assert set(shared.needed) <= {"libc.so.6", "libm.so.6", "libpthread.so.0", "ld-linux-aarch64.so.1"}
+    versions = {tuple(map(int, version.removeprefix("GLIBC_").split("."))) for _, version in shared.versions}
     assert versions
     assert max(versions) <= GLIBC_FLOOR
-    for facts in (program, library):
+    for facts in (program, shared):
         assert all(alignment % 16384 == 0 for alignment in facts.alignments)
         assert not facts.executable_stack
         assert not facts.text_relocations
@@ -268,6 +269,28 @@ def test_what_is_not_bundled(image: torch.Tensor, made: Path, tmp_path: Path) ->
     with pytest.raises(ArtifactError, match="choose another name"):
         bundle(network(), (image,), tmp_path / "taken")
     assert (tmp_path / "taken" / "letter.txt").read_text() == "mine"
+
+
+class Unsupported(nn.Module):
+    """Two operators that have no lowering, on lines of their own."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        values = torch.linalg.eigvalsh(x @ x.T)
+        waves = torch.fft.rfft(x).abs()
+        return values, waves, torch.relu(x)
+
+
+def test_all_that_has_no_lowering_is_named_before_code_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def generate(*_: Any) -> None:
+        raise AssertionError("code was generated")
+
+    monkeypatch.setattr(library, "build", generate)
+    with pytest.raises(UnsupportedOp, match="cannot be compiled for raspberry-pi-4b") as raised:
+        graphwright.compile(Unsupported().eval(), (torch.randn(4, 4),), target="raspberry-pi-4b")
+    source, first = inspect.getsourcelines(Unsupported)
+    for operator, line in (("_linalg_eigh", "eigvalsh"), ("_fft_r2c", "rfft")):
+        number = first + next(i for i, text in enumerate(source) if line in text)
+        assert re.search(rf"{operator}.*\n\s+File \"{__file__}\", line {number}, in forward", str(raised.value))
 
 
 def test_the_command_makes_bundles_for_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
