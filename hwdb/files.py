@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import tomli  # compiled: a third of tomllib's time
 
@@ -29,18 +28,21 @@ _COMMENTS = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*")
 _STRING = re.compile(r"""["']([^"'\n]*)["']""")
 
 
-@dataclass(frozen=True)
-class Record:
-    """One table of a TOML file: an architecture, a device or a source."""
+class _Place(NamedTuple):
+    """Where a record stands. A tuple, since hundreds are made before the first is read."""
 
     id: str
     kind: str
     file: str
-    content: str = field(repr=False)  # a newline and the whole file
+    content: str  # a newline and the whole file
     start: int  # where in it the record's header begins, after a newline
     end: int  # where the next one does
     aliases: tuple[str, ...] = ()
     given: Mapping[str, Any] | None = None  # what a program registered, in place of text
+
+
+class Record(_Place):
+    """One table of a TOML file: an architecture, a device or a source."""
 
     @staticmethod
     def registered(id: str, kind: str, given: Mapping[str, Any]) -> Record:

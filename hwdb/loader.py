@@ -42,11 +42,10 @@ class Database:
         table = self._source_records if record.kind == "source" else self.records
         if record.id in table:
             record.mistake("", f"this record already exists: {table[record.id].where}")
-        if record.kind != "source":
-            for name in (record.id, *record.aliases):
-                if (other := self._names.setdefault(spelling(name), record.id)) != record.id:
-                    record.mistake("aliases", f"the name {name!r} already belongs to {self.records[other].where}")
         table[record.id] = record
+        for name in (record.id, *record.aliases) if record.kind != "source" else ():
+            if (other := self._names.setdefault(spelling(name), record.id)) != record.id:
+                record.mistake("aliases", f"the name {name!r} already belongs to {self.records[other].where}")
         vars(self).pop("_bare_names", None)
 
     def remove(self, id: str) -> Record | None:

@@ -18,12 +18,11 @@ _MAKERS = {
     "beaglebone": "beagleboard",
     "beagleplay": "beagleboard",
 }
-_AS_HYPHENS = str.maketrans("_ .", "---")
 
 
 def spelling(name: str) -> str:
     """Return `name` as names are compared: lower case, `_`, ` ` and `.` as `-`."""
-    return name.strip().lower().translate(_AS_HYPHENS)
+    return name.strip().lower().replace("_", "-").replace(" ", "-").replace(".", "-")
 
 
 def bare(name: str) -> str:
