@@ -200,8 +200,8 @@ def test_pi_has_no_crypto():
 
 def test_dram_is_one_stream_per_core_up_to_the_channels():
     records = database()
-    assert records.build("raspberry-pi-5", cores=1).dram_gbs == 8
-    assert records.build("raspberry-pi-5", cores=4).dram_gbs == 12
+    assert records.build("jetson-orin-nano", cores=1).dram_gbs == 13.5
+    assert records.build("jetson-orin-nano", cores=6).dram_gbs == 68.3
 
 
 def test_a_good_file_reads(tmp_path):
