@@ -22,7 +22,7 @@ class Method:
 
     scheme: str = "affine"
     weight: str = "per_channel"
-    activation: str = "kl"
+    activation: str = "mse"
     keep: tuple[str, ...] = ()
 
 
@@ -39,7 +39,7 @@ def int8_method(precision: str, options: Mapping[str, Any] | None) -> Method:
     if not isinstance(options, Mapping) or (unknown := sorted(set(map(str, options)) - set(there))):
         wrong = "" if not isinstance(options, Mapping) else f"; {unknown[0]!r}{suggest(unknown[0], there)} is none"
         raise InputError(f"int8= is a mapping of the options {', '.join(there)}{wrong}")
-    chosen = {"scheme": "affine", "weight": "per_channel", "activation": "kl", "keep": (), **options}
+    chosen = {"scheme": "affine", "weight": "per_channel", "activation": "mse", "keep": (), **options}
     return method_of(chosen["scheme"], chosen["weight"], chosen["activation"], chosen["keep"])
 
 

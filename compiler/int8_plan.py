@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 Sample = tuple[Sequence[torch.Tensor], compare.Reference]
 TRIES = 6  # assignments measured
+ENOUGH = 0.85  # of the allowed error, after which no larger budget is tried
 LOOKED_AT = 4  # inputs whose damage is averaged
 # Behind `quantise`: rounding moves to the front, products give bytes, what came twice is merged.
 JOINING = (hoist_quantise, requantise, merge_duplicates, remove_dead)
@@ -276,13 +277,26 @@ def within_tolerance(
     # Predictions have the wrong scale where errors correlate: the budget is scaled by predicted over measured.
     budget = wanted * (predicted / measured if math.isfinite(measured) and measured and predicted else 1.0)
     reason = "kept in float32: it costs more accuracy than the tolerance leaves"
+    best, best_measured, kept_by = None, 0.0, 0.0
+    failed = predicted
     for _ in range(TRIES):
         some = plan.without(_over_budget(order, errors, budget), reason)
+        if best is not None and some.chosen == best.chosen:
+            break
         measured = _measured(graph, hw, some, samples)
         log.info("budget %.1e: %d products in 8 bits, error %.1e", budget, len(some.chosen), measured)
         if measured <= wanted:
-            return some, measured, notes
-        budget *= min(0.7, 0.9 * wanted / measured) if math.isfinite(measured) else 0.1
+            best, best_measured, kept_by = some, measured, budget
+            if measured > ENOUGH * wanted:
+                break
+        else:
+            failed = budget
+        if best is not None:
+            budget = math.sqrt(kept_by * failed)
+        else:
+            budget *= min(0.7, 0.9 * wanted / measured) if math.isfinite(measured) else 0.1
+    if best is not None:
+        return best, best_measured, notes
     nothing = plan.without(plan.chosen, reason)
     return nothing, _measured(graph, hw, nothing, samples), notes
 

@@ -58,7 +58,7 @@ def quantize(
     *,
     scheme: str = "affine",
     weight: str = "per_channel",
-    activation: str = "kl",
+    activation: str = "mse",
     keep: Sequence[str] = (),
     tolerance: float | None = None,
     target: Target = "native",
@@ -70,7 +70,7 @@ def quantize(
         hundred that look like those the model will get. The error is measured on the first eight.
     scheme: "affine" values with a zero point; "symmetric": zero in the middle of values of both signs.
     weight: a scale "per_channel" of the output, or "per_tensor".
-    activation: how ranges are found: "kl", "mse", "percentile", "minmax" (docs/compression.md).
+    activation: how ranges are found: "mse", "kl", "percentile", "minmax" (docs/compression.md).
     keep: names of products, or of their weights, that stay float32; * and ? as in a shell.
     tolerance: the relative L2 error at the outputs against float64 that is allowed, 1e-1 unless given; what costs the
         most goes back to float32 until it is kept.

@@ -102,7 +102,7 @@ def test_a_tolerance_is_kept_by_going_back() -> None:
 @needs_vnni
 def test_keep_and_how_ranges_are_found() -> None:
     model, calibration = network(), images(4)
-    for activation in ("minmax", "mse", "percentile"):
+    for activation in ("minmax", "kl", "percentile"):
         report = compiled(model, images(1)[0], calibration, int8={"activation": activation}).report()
         assert f"ranges by {activation}" in report.text()
         assert report.errors[0].relative_l2 <= compare.REDUCED["int8"]
@@ -206,7 +206,7 @@ def test_torch_compile_takes_the_same_options() -> None:
 def test_quantize_gives_a_module_that_runs_and_compiles() -> None:
     model, calibration = network(), images()
     x = images(1, seed=2)[0]
-    quantised = graphwright.quantize(model, iter(calibration), activation="mse", keep=["*_0_weight"])
+    quantised = graphwright.quantize(model, iter(calibration), activation="kl", keep=["*_0_weight"])
     with torch.no_grad():
         exact, integers = model(x), quantised(x)
     error = float((integers - exact).norm() / exact.norm())
