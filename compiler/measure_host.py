@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import mmap
 import statistics
 import tempfile
 import time
@@ -23,7 +24,8 @@ from tvm.tirx.script import builder as T
 from ..backends.aot import library, weights
 from ..backends.aot.library import Library
 from ..backends.aot.program import Buffer, Program, Step
-from ..backends.kernels.loops import constant, kernel_function, span, view
+from ..backends.kernels.loops import constant, flat, kernel_function, span
+from ..backends.kernels.register_tile import prefetch
 from ..hwdb import Hardware
 from ..hwdb.measured import Measured, identity
 
@@ -62,7 +64,7 @@ def measure(hw: Hardware, seconds: float = SECONDS, say: Callable[[str], None] =
     ]
     for level, floats in footprints.items():
         programs.append(_sums(hw, f"level_{level}", floats, _passes(hw, level, floats)))
-        buffers.append(((torch.zeros(hw.cores, floats),), (torch.empty(hw.cores, _SUMS * lanes),)))
+        buffers.append(((_zeros(hw.cores, floats),), (torch.empty(hw.cores, _SUMS * lanes),)))
     with tempfile.TemporaryDirectory(prefix="graphwright-calibrate-") as scratch:
         say("building the kernels")
         info = library.build(programs, hw, Path(scratch))
@@ -111,13 +113,27 @@ def level_footprints(hw: Hardware) -> dict[int, int]:
     return found
 
 
+def _zeros(rows: int, floats: int) -> torch.Tensor:
+    """Zeros in large pages where the system has them, as the weights of a model are."""
+    size = 4 * rows * floats
+    memory = mmap.mmap(-1, size + (2 << 20))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:  # a kernel without them
+            log.debug("no large pages: %s", error)
+    return torch.frombuffer(memory, dtype=torch.float32, count=rows * floats).zero_().view(rows, floats)
+
+
+_AHEAD = 2048  # floats read between two looks ahead
 _SUMS = 8  # vectors added up side by side, so that no addition waits for the one before
 
 
 def _whole(hw: Hardware, size: int) -> int:
-    """`size` bytes as floats, in whole steps of the summing loop."""
+    """`size` bytes as floats, in whole blocks of the summing loop."""
     step = _SUMS * hw.lanes("float32")
-    return max(1, size // 4 // step) * step
+    block = step * max(1, _AHEAD // step)
+    return max(1, size // 4 // block) * block
 
 
 def _passes(hw: Hardware, level: int, floats: int) -> int:
@@ -164,20 +180,25 @@ def _chained(hw: Hardware, chains: int, steps: int, tasks: int) -> Any:
 
 
 def _sums(hw: Hardware, name: str, floats: int, passes: int) -> Program:
-    """Every core adds up its own row, `passes` times."""
+    """Every core adds up its own row; of what is read once, it asks for the lines ahead, as kernels do."""
     lanes = hw.lanes("float32")
     step = _SUMS * lanes
+    block = step * max(1, _AHEAD // step) if passes == 1 else floats
 
     def body(x: Any, out: Any) -> None:
-        rows = view(x, (hw.cores, floats))
+        everything = flat(x)
         with T.parallel(0, hw.cores) as core:
             acc = T.alloc_buffer((step,), "float32", scope="local")
             for c in range(_SUMS):
                 T.buffer_store(acc, constant(0.0, lanes), [span(c * lanes, lanes)])
-            with T.serial(0, passes), T.serial(0, floats // step) as block:
-                for c in range(_SUMS):
-                    at = span(c * lanes, lanes)
-                    T.buffer_store(acc, acc[at] + rows[core, span(block * step + c * lanes, lanes)], [at])
+            with T.serial(0, passes), T.serial(0, floats // block) as part:
+                first = core * floats + part * block
+                if passes == 1:
+                    prefetch(everything, first + 2 * block, block)
+                with T.serial(0, block // step) as row:
+                    for c in range(_SUMS):
+                        at = span(c * lanes, lanes)
+                        T.buffer_store(acc, acc[at] + everything[span(first + row * step + c * lanes, lanes)], [at])
             for c in range(_SUMS):
                 T.buffer_store(out, acc[span(c * lanes, lanes)], [core, span(c * lanes, lanes)])
 

@@ -18,6 +18,7 @@ from ..backends.kernels import attention_plan
 from ..backends.kernels.batch_matmul import batch_seconds, choose_batch_tiling
 from ..backends.kernels.conv_depthwise_plan import choose_pair
 from ..backends.kernels.conv_plan import Conv, problem_of, rank_plans
+from ..backends.kernels.epilogue import is_heavy
 from ..backends.kernels.gemv import dots_seconds, is_narrow
 from ..backends.kernels.layer_norm import CYCLES, ROW_CYCLES, norm_rows
 from ..backends.kernels.rows import predicted_seconds as rows_seconds
@@ -27,7 +28,7 @@ from ..backends.lowering.kernels_conv import MAXIMUM_EFFICIENCY, SWEEP_EFFICIENC
 from ..backends.lowering.kernels_matmul import bind
 from ..backends.lowering.kernels_pairs import pair_of
 from ..backends.region_kernel import ENTRY_SECONDS
-from ..backends.tiling import predicted_seconds, rank_tilings
+from ..backends.tiling import HEAVY_CYCLES, predicted_seconds, rank_tilings
 from ..hwdb import Hardware
 from ..hwdb.cost import Work, predict_seconds
 from ..passes import dialect, dialect_joined, dialect_pairs, dialect_planar
@@ -124,7 +125,10 @@ def _planar_conv(node: fx.Node, hw: Hardware) -> float | None:
 
 def _conv_seconds(conv: Conv, hw: Hardware, constant: bool) -> float | None:
     if conv.groups == conv.channels == conv.filters and conv.groups > 1:
-        return _sweep(Windows(conv.batch, conv.rows, conv.columns, conv.channels), hw, SWEEP_EFFICIENCY, conv.residual)
+        windows = Windows(conv.batch, conv.rows, conv.columns, conv.channels)
+        swept = _sweep(windows, hw, SWEEP_EFFICIENCY, conv.residual)
+        vectors = math.prod(conv.output_shape) / hw.lanes("float32") if is_heavy(conv.activation) else 0.0
+        return None if swept is None else swept + HEAVY_CYCLES * vectors / hw.cores / hw.cycles_per_us * 1e-6
     if conv.pointwise:
         rows, columns, depth = math.prod(conv.output_shape[:3]), conv.filters, conv.channels
         tiling = rank_tilings(hw, rows, columns, depth, packed=True, residual=conv.residual)[0]

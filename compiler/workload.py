@@ -1,8 +1,8 @@
 """What a model asks of any machine: the operators of its rewritten graph, counted in operations and bytes.
 
-Views cost nothing. A pointwise operator joins the operator that computes its operand, and only its other operands are
-read. Equal operators are one entry with a count. Elements are counted, not bytes: what an element weighs depends on the
-precision a machine is asked to run in.
+Views cost nothing. A pointwise operator joins the operator that computes its largest operand, where nobody else reads
+that; only its other operands are read then. Equal operators are one entry with a count. Elements are counted, not
+bytes: what an element weighs depends on the precision a machine is asked to run in.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def operation_of(node: fx.Node) -> Operation | None:
     sizes = sorted((_elements(n) for n in computed), reverse=True)
     weights = float(sum(_elements(n) for n in operands if n.op == "get_attr"))
     name = str(node.target).split(".")[1]
-    if node.target in _FOLDED or (_pointwise(node) and any(n.op == "call_function" for n in computed)):
+    if node.target in _FOLDED or _joins(node, computed):
         return Operation(name, (), _element_flops(node, written), float(sum(sizes[1:])), 0.0, weights, 0)
     if node.target in _GATHERS:
         return Operation(name, (), 0.0, 2.0 * written, float(written), 0.0, 1)
@@ -115,6 +115,12 @@ def operation_of(node: fx.Node) -> Operation | None:
     elements = 0.0 if products else _element_flops(node, written)
     read = float(sum(sizes))
     return Operation(name, products, elements, read, float(written), weights, 1, _winograd(node))
+
+
+def _joins(node: fx.Node, computed: Sequence[fx.Node]) -> bool:
+    """Whether a pointwise operator is done while its largest operand is written."""
+    largest = max(computed, key=_elements, default=None)
+    return _pointwise(node) and largest is not None and largest.op == "call_function" and len(largest.users) == 1
 
 
 def _products(node: fx.Node) -> tuple[Product, ...]:
