@@ -22,7 +22,7 @@ from ..backends.choices import Choices
 from ..errors import InputError
 from ..hwdb import obstacle
 from ..passes.families import restrict
-from . import artifact, calibration, compare, fingerprint, loading, tune, verify
+from . import artifact, calibration, compare, fingerprint, loading, tune, twins, verify
 from .build import Built, build
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
@@ -145,7 +145,7 @@ def _write(
     captured_at = time.perf_counter()
     inputs = calibration.inputs_of(example, options.calibration, captured.signature)
     if options.precision == "adaptive":
-        calibration.check_adaptive(inputs)
+        twins.check_adaptive(inputs)
     samples = calibration.samples_for(captured, inputs, options)
     precision = Precision(
         options.precision, options.tolerance, samples, observed=inputs.calibration, method=options.method
@@ -156,7 +156,7 @@ def _write(
     if _can_verify(captured, inputs, options):
         built, errors = _verify(directory, captured, built, inputs.example or [], options, precision)
     build_twin = partial(_build_float32, captured, options, inputs)
-    built, twin, notes = calibration.beside(directory, captured, built, inputs, options, build_twin)
+    built, twin, notes = twins.beside(directory, captured, built, inputs, options, build_twin)
     report = Report(
         options.hw.id,
         options.precision,

@@ -77,7 +77,10 @@ def _identity(rewrite: Any) -> tuple[str, str | None]:
     if not source:
         return "", "has no source file"
     assert path is not None
-    helpers, reason = sources.digest_of(Path(path).resolve(), rewrite.__module__)
+    try:
+        helpers, reason = sources.digest_of(Path(path).resolve(), rewrite.__module__)
+    except SyntaxError:
+        return "", f"stands in {path}, which is no Python module"
     if reason is not None:
         return "", reason
     # The file may have been edited since it was imported: what runs is the code.

@@ -4,10 +4,9 @@
     linear(x, W)    -> the same
     depthwise(x)    -> depthwise'(joined_rows(pieces)), of which the result's channels are in another order as well
 
-Every value made by concats, splits, slices and moves of its last dim is a list of channels (source, number). Sorted by
-source they are few runs of neighbours, the pieces; the order goes into the weights W' = W[:, order], which
-`fold_constants` works out. A channel that a block passes on untouched is then never copied, however many blocks it
-passes (ShuffleNetV2's other half). A depthwise convolution has a weight a channel, and may have its channels in any
+Channels sorted by source are few runs of neighbours (`channel_routes`); the order goes into weights W' = W[:, order],
+which `fold_constants` works out. A channel that a block passes on untouched is then never copied, however many blocks
+it passes (ShuffleNetV2's other half). A depthwise convolution has a weight a channel, and may have its channels in any
 order where all who read it are products with constant weights.
 
 Results are sums of the same terms in another order. More than MOST_PIECES pieces are put side by side first, in one
@@ -18,9 +17,6 @@ is, other dtypes than float32.
 from __future__ import annotations
 
 import logging
-import operator
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,8 +24,8 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
+from .channel_routes import Pieces, Route, passes_on, pieces_of, routes_of
 from .dialect_joined import joined_linear, joined_rows
-from .fuse_reshape_transpose import map_of
 from .refusals import keep
 from .row_moves import reshaped
 
@@ -39,40 +35,9 @@ aten = torch.ops.aten
 MOST_PIECES = 8  # a piece costs every row tile a loop; with more of them copying is cheaper
 
 
-@dataclass(frozen=True)
-class Route:
-    """The channels of a value: channel i is channel number[i] of sources[which[i]]."""
-
-    sources: tuple[fx.Node, ...]
-    which: torch.Tensor
-    number: torch.Tensor
-
-    def taken(self, index: torch.Tensor) -> Route:
-        """The channels at `index`."""
-        return Route(self.sources, self.which[index], self.number[index])
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """Runs of neighbouring channels, and the place that each of them has in the value: piece order -> value order."""
-
-    parts: tuple[tuple[fx.Node, int, int], ...]  # source, first channel, channels
-    order: torch.Tensor
-
-    @property
-    def whole(self) -> fx.Node | None:
-        """The one source of which the pieces are all channels, or None."""
-        (source, start, width), *others = self.parts
-        return source if not others and not start and width == rewrite.shape_of(source)[-1] else None
-
-
 def route_channels(graph: fx.GraphModule, hw: Hardware) -> int:
     """Let products read channels where they lie; returns the number of values that they read in one piece before."""
-    routes: dict[fx.Node, Route] = {}
-    for node in graph.graph.nodes:
-        route = _route(node, routes)
-        if route is not None:
-            routes[node] = route
+    routes = routes_of(graph)
     current: dict[fx.Node, fx.Node] = {}  # what stands for a product that was rewritten
     count = sum(_read_in_pieces(graph, node, routes[node], current) for node in list(routes))
     if count:
@@ -80,107 +45,12 @@ def route_channels(graph: fx.GraphModule, hw: Hardware) -> int:
     return rewrite.finish(graph, count)
 
 
-def _own(node: fx.Node, routes: dict[fx.Node, Route]) -> Route:
-    width = rewrite.shape_of(node)[-1]
-    return routes.get(node) or Route((node,), torch.zeros(width, dtype=torch.int64), torch.arange(width))
-
-
-def _route(node: fx.Node, routes: dict[fx.Node, Route]) -> Route | None:
-    """The channels of a value that is made of other values' channels; None for one that is computed."""
-    if node.op != "call_function" or not node.args:
-        return None
-    if rewrite.calls(node, aten.cat.default):
-        return _joined(node, routes)
-    if node.target is operator.getitem:
-        return _piece(node, routes)
-    source = node.args[0]
-    if not isinstance(source, fx.Node) or rewrite.value_of(source) is None or rewrite.value_of(node) is None:
-        return None
-    if not rewrite.shape_of(source) or not rewrite.shape_of(node):
-        return None
-    if rewrite.calls(node, aten.slice.Tensor):
-        a = rewrite.arguments(node)
-        if a["dim"] % len(rewrite.shape_of(source)) != len(rewrite.shape_of(source)) - 1:
-            return None
-        own = _own(source, routes)
-        return own.taken(torch.arange(len(own.which))[a["start"] : a["end"] : a["step"]])
-    if (
-        rewrite.calls(node, dialect.permute, aten.reshape.default)
-        and rewrite.shape_of(node)[-1] == rewrite.shape_of(source)[-1]
-    ):
-        order = _order_of(node)
-        return None if order is None else _own(source, routes).taken(order)
-    return None
-
-
-def _joined(node: fx.Node, routes: dict[fx.Node, Route]) -> Route | None:
-    a = rewrite.arguments(node)
-    rank = len(rewrite.shape_of(node))
-    parts = a["tensors"]
-    if a["dim"] % rank != rank - 1 or any(
-        rewrite.value_of(p) is None or len(rewrite.shape_of(p)) != rank for p in parts
-    ):
-        return None
-    if any(p.meta["val"].dtype != node.meta["val"].dtype for p in parts):
-        return None
-    sources: dict[fx.Node, int] = {}
-    which, number = [], []
-    for part in parts:
-        own = _own(part, routes)
-        places = torch.tensor([sources.setdefault(s, len(sources)) for s in own.sources], dtype=torch.int64)
-        which.append(places[own.which])
-        number.append(own.number)
-    return Route(tuple(sources), torch.cat(which), torch.cat(number))
-
-
-def _piece(node: fx.Node, routes: dict[fx.Node, Route]) -> Route | None:
-    split, index = node.args
-    if not rewrite.calls(split, aten.split_with_sizes.default, aten.split.Tensor):
-        return None
-    a = rewrite.arguments(split)
-    whole = a["self"]
-    rank = len(rewrite.shape_of(whole))
-    if a["dim"] % rank != rank - 1:
-        return None
-    first = sum(a["split_sizes"][:index]) if "split_sizes" in a else a["split_size"] * index
-    return _own(whole, routes).taken(torch.arange(first, first + rewrite.shape_of(node)[-1]))
-
-
-def _order_of(node: fx.Node) -> torch.Tensor | None:
-    """Which channel of the operand each channel is, where a move leaves everything else in place."""
-    moved = map_of(node)
-    width = rewrite.shape_of(node)[-1]
-    count = rewrite.value_of(node).numel()  # type: ignore[union-attr]
-    if moved is None or not count:
-        return None
-    runs = moved.runs((count // width, width))
-    if runs is None or any(digit.stride >= width for digit in runs[1]):
-        return None
-    if [(d.extent, d.stride) for d in runs[0]] != ([(count // width, width)] if count > width else []):
-        return None
-    order = torch.zeros(1, dtype=torch.int64)
-    for digit in runs[1]:
-        order = (order[:, None] + torch.arange(digit.extent) * digit.stride).reshape(-1)
-    return order
-
-
-def _pieces(route: Route) -> Pieces:
-    """The route's channels sorted by source and number, neighbours as one piece."""
-    order = (route.which * (int(route.number.max()) + 1) + route.number).argsort(stable=True)
-    which, number = route.which[order], route.number[order]
-    first = torch.ones(len(order), dtype=torch.bool)
-    first[1:] = (which[1:] != which[:-1]) | (number[1:] != number[:-1] + 1)
-    starts = [*first.nonzero().flatten().tolist(), len(order)]
-    parts = [(route.sources[int(which[a])], int(number[a]), b - a) for a, b in pairwise(starts)]
-    return Pieces(tuple(parts), order)
-
-
 def _read_in_pieces(graph: fx.GraphModule, node: fx.Node, route: Route, current: dict[fx.Node, fx.Node]) -> bool:
     """Rewrite the products that read `node`, if all who compute with it can take its channels in another order."""
     readers = _computing(node)
     if not readers or not rewrite.is_float(node) or node.meta["val"].dtype != torch.float32:
         return False
-    pieces = _pieces(Route(tuple(current.get(s, s) for s in route.sources), route.which, route.number))
+    pieces = pieces_of(Route(tuple(current.get(s, s) for s in route.sources), route.which, route.number))
     in_order = bool((pieces.order == torch.arange(len(pieces.order))).all())
     if in_order and (pieces.whole is not None or any(_is_depthwise(reader) for reader in readers)):
         return False  # a reshape, or pieces that are side by side for those who need them so
@@ -202,22 +72,7 @@ def _read_in_pieces(graph: fx.GraphModule, node: fx.Node, route: Route, current:
 
 def _computing(node: fx.Node) -> list[fx.Node]:
     """Who reads the value and does not pass channels on."""
-    return [user for user in node.users if not _passes_on(user)]
-
-
-def _passes_on(user: fx.Node) -> bool:
-    if rewrite.calls(user, aten.cat.default):
-        a = rewrite.arguments(user)
-        return bool(a["dim"] % len(rewrite.shape_of(user)) == len(rewrite.shape_of(user)) - 1)
-    if rewrite.calls(user, aten.split_with_sizes.default, aten.split.Tensor, aten.slice.Tensor):
-        a = rewrite.arguments(user)
-        rank = len(rewrite.shape_of(a["self"]))
-        return bool(a["dim"] % rank == rank - 1)
-    if rewrite.calls(user, dialect.permute, aten.reshape.default):
-        source = user.args[0]
-        assert isinstance(source, fx.Node)
-        return rewrite.shape_of(user)[-1:] == rewrite.shape_of(source)[-1:] and _order_of(user) is not None
-    return False
+    return [user for user in node.users if not passes_on(user)]
 
 
 def _refused(graph: fx.GraphModule, reader: fx.Node, value: fx.Node) -> str | None:
