@@ -162,8 +162,8 @@ def _options(
 ) -> Options:
     hw = compile_target(target)
     check_precision(precision)
-    if tolerance is not None and (not _is_number(tolerance) or not 0 < tolerance < 1):
-        raise InputError(f"tolerance is a relative error and must lie between 0 and 1, got {tolerance!r}")
+    if tolerance is not None and (not _is_number(tolerance) or not 0 < tolerance <= 1):
+        raise InputError(f"tolerance is a relative error and must be positive and at most 1, got {tolerance!r}")
     if threads is not None and (not isinstance(threads, int) or not _is_number(threads) or not 1 <= threads <= THREADS):
         raise InputError(f"threads must be a whole number from 1 to {THREADS}, got {threads!r}")
     count = threads or max(1, min(torch.get_num_threads(), hw.cores))

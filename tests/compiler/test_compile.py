@@ -234,7 +234,7 @@ def test_without_examples_the_first_call_compiles(block: Block) -> None:
 @pytest.mark.parametrize(
     "option",
     [{"threads": v} for v in (True, 0, 2.0, 257, "2")]
-    + [{"tolerance": v} for v in (True, 0, -1e-3, 1.0, math.inf, math.nan, "1e-3")],
+    + [{"tolerance": v} for v in (True, 0, -1e-3, 1.5, math.inf, math.nan, "1e-3")],
 )
 def test_numbers_that_mean_nothing_are_refused(option: dict[str, Any], block: Block, image: torch.Tensor) -> None:
     with pytest.raises(InputError, match=next(iter(option))):
