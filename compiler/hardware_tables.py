@@ -77,7 +77,8 @@ def why(hw: Hardware) -> list[str]:
     for key, value, record in rows:
         out.append(f"  {key:{width}s}  {value}  [{record.id}: {', '.join(record.values['source'])}]")
     if hw.native:
-        read = ", ".join(source.id for source in hw.sources if source.kind in ("system", "measured"))
+        stated = {id for record in lineage for id in record.values["source"]}
+        read = ", ".join(source.id for source in hw.sources if source.id not in stated)
         out.append(f"  what this machine says of itself counts in place of the above: {read}")
     out += [
         "",
@@ -206,12 +207,15 @@ def _unit(hw: Gpu) -> dict[str, str]:
 
 def _stated(lineage: tuple[Record, ...]) -> Iterator[tuple[str, str, Record]]:
     """Each fact that counts, and the record it is from: the nearest that states it; tables go entry by entry."""
+    from ..hwdb.schema import OWN, TABLES
+
     seen: set[str] = set()
     for record in lineage:
         for key, value in record.values.items():
-            entries = {f"{key}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {key: value}
+            entries = {f"{key}.{part}": v for part, v in value.items()} if key in TABLES else {key: value}
             for name, entry in entries.items():
-                if key not in _ABOUT and name not in seen:
+                others = record is not lineage[0] and key in OWN
+                if key not in _ABOUT and not others and name not in seen:
                     seen.add(name)
                     yield name, _written(entry), record
         for key, sign in (("features", "+"), ("without", "-")):

@@ -167,6 +167,17 @@ def test_hw_show_names_the_source_of_every_fact(name):
         assert set(named.split(", ")) <= known
 
 
+def test_hw_show_tells_what_counts():
+    """Of a rate by vector width the nearest record's table counts as a whole; of rates by dtype each entry."""
+    told = run("hw", "show", "zen4", "--why").output
+    assert re.findall(r"^  fma_per_cycle +(.*?)  \[(\w+):", told, re.M) == [("256 2 512 1", "zen4")]
+    told = run("hw", "show", "h100-sxm", "--why").output
+    assert len(re.findall(r"^  vector_flops\.float32 ", told, re.M)) == 1
+    assert not re.search(r"^  parts ", run("hw", "show", "raspberry-pi-5", "--why").output, re.M)  # the core's own
+    told = run("hw", "show", "native", "--why").output
+    assert re.search(r"counts in place of the above: host\b", told)
+
+
 def test_hw_show_prints_facts_and_sources():
     output = run("hw", "show", "pi4", "--why").output
     for text in ("raspberry-pi-4b", "57.6 GFLOP/s", "1024 KiB, 16 ways", "cortex-a72: ", "raspberrypi.com"):
