@@ -200,7 +200,7 @@ def test_the_rule_accepts_what_keeps_the_tolerance(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("starved")
 def test_a_rule_that_accepts_nothing_leaves_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphwright.compiler.calibration.calibrated", lambda *given: None)
+    monkeypatch.setattr("graphwright.compiler.twins.calibrated", lambda *given: None)
     model, samples = outliers()
     compiled = graphwright.compile(model, samples[2], precision="adaptive", calibration=samples, cache=False)
     assert "there is one build, in float32" in compiled.report().text()
