@@ -3,6 +3,7 @@
     NVIDIA   /proc/driver/nvidia/gpus/*/information    the marketing name; nvidia-smi, where it is installed, adds
                                                        memory, compute capability, power limit and clock
     AMD      /sys/class/kfd/kfd/topology/nodes/*       the LLVM target, compute units, clock and memory
+    others   /sys/class/drm/card*/device               that there is a card, and its vendor: no driver for computing
 
 A card names its record by marketing name (NVIDIA) or by target and compute units (AMD, whose drivers know no names).
 Everything is read below a root directory, so that a recorded /proc and /sys replays in a test.
@@ -15,6 +16,7 @@ import logging
 import re
 import shutil
 import subprocess
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +30,14 @@ NVIDIA_SMI = (
 )
 _SMI_SECONDS = 10.0  # the driver wakes sleeping cards first
 _AMD_VENDOR = 4098
+_VENDORS = {"0x10de": "nvidia", "0x1002": "amd", "0x8086": "intel"}  # of PCI
 
 
 @dataclass(frozen=True)
 class FoundGpu:
     """One card and what its driver says of it; None where the driver does not say."""
 
-    vendor: str  # "nvidia" or "amd"
+    vendor: str  # "nvidia", "amd" or "intel"
     name: str | None  # as marketed
     architecture: str | None  # "sm_90", "gfx942"
     bus: str | None  # PCI domain:bus:device.function
@@ -53,7 +56,8 @@ def detect_gpus() -> tuple[FoundGpu, ...]:
 
 def gpus_at(root: Path, smi: str | None = None) -> tuple[FoundGpu, ...]:
     """Return the GPUs that /proc and /sys below `root` describe; `smi` is what NVIDIA_SMI printed there."""
-    return (*_nvidia(root, smi or ""), *_amd(root))
+    known = [*_nvidia(root, smi or ""), *_amd(root)]
+    return (*known, *_drawing(root, {gpu.bus for gpu in known}))
 
 
 def record_of(found: FoundGpu) -> str | None:
@@ -162,6 +166,21 @@ def _amd(root: Path) -> list[FoundGpu]:
                 driver=driver,
             )
         )
+    return found
+
+
+def _drawing(root: Path, known: Collection[str | None]) -> list[FoundGpu]:
+    """Cards that only the graphics driver shows."""
+    found: list[FoundGpu] = []
+    for device in sorted((root / "sys/class/drm").glob("card*/device")):
+        event = _fields(_read(device / "uevent"), "=")
+        vendor = _VENDORS.get(_read(device / "vendor").strip())
+        bus = event.get("PCI_SLOT_NAME", "").lower() or None
+        if vendor is None or bus in known or bus in {gpu.bus for gpu in found}:
+            continue
+        memory = _read(device / "mem_info_vram_total").strip()
+        size = int(memory) if memory.isdigit() and int(memory) else None
+        found.append(FoundGpu(vendor, None, None, bus, dram_bytes=size, driver=event.get("DRIVER")))
     return found
 
 

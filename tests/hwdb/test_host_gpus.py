@@ -57,6 +57,17 @@ def test_targets_as_llvm_names_them(version, name):
     assert gfx_target(version) == name
 
 
+def test_a_card_without_a_driver_for_computing_is_shown_once(tmp_path):
+    amd, intel = replay("two-cards", tmp_path)
+    assert (amd.architecture, amd.bus) == ("gfx1100", "0000:86:00.0")  # by KFD, not again as a card
+    assert intel == FoundGpu("intel", None, None, "0000:03:00.0", driver="xe")
+    assert record_of(intel) is None
+    nodes = tmp_path / "sys/class/kfd"
+    nodes.rename(tmp_path / "gone")
+    other = next(gpu for gpu in gpus_at(tmp_path) if gpu.vendor == "amd")
+    assert (other.architecture, other.dram_bytes, other.driver) == (None, 25753026560, "amdgpu")
+
+
 def test_a_machine_without_cards(tmp_path):
     unfold("haswell-i7-4770", tmp_path)
     assert gpus_at(tmp_path) == ()
