@@ -146,6 +146,10 @@ LEVELS: dict[str, Callable[[Subject], None]] = {
 }
 
 
-def single_threaded() -> None:
-    """Small tensors: threads that wait would cost more than those that work save."""
+def settle_torch() -> None:
+    """One thread, since threads that wait would cost more than those that work save; and no oneDNN.
+
+    Its brgemm convolutions read beyond small images that are mostly padding, and crash.
+    """
     torch.set_num_threads(1)
+    torch.backends.mkldnn.set_flags(False)
