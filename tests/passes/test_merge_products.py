@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from rewriting import HW, assert_same_numbers, check_graph, check_values, text_of, trace_core
 
+from graphwright import hwdb
 from graphwright.compiler.pipeline import copy_graph
 from graphwright.passes import dialect
 from graphwright.passes.default import PASSES
@@ -105,6 +106,26 @@ def test_what_saves_is_merged_without_what_does_not():
 
     graph = merged(model, [torch.randn(512, 64)], weights((64, 64), (64, 64), (512, 64), (32, 512)), 1)
     assert len(targets(graph, aten.linear.default)) == 3
+
+
+def test_products_that_wait_for_their_weights_are_kept(caplog):
+    """One row of a decoder: what takes the time is memory, however many kernels wait for it."""
+    hw = hwdb.lookup("zen4")
+    large = hw.caches[-1].size_bytes // (4 * 4096) // 2 + 8
+
+    def model(x, a, b):
+        return F.linear(x, a).sin() + F.linear(x, b).cos()
+
+    def count(rows, columns):
+        tensors = weights((columns, 4096), (columns, 4096))
+        graph = trace_core(Model(model, tensors), [torch.randn(rows, 4096)], pre_dispatch=True)
+        return merge_products(graph, hw)
+
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert count(1, large) == 0
+    assert "waits for" in caplog.text
+    assert count(256, large) == 1  # arithmetic takes longer
+    assert count(1, 64) == 1  # weights stay in the cache
 
 
 KEPT = [
