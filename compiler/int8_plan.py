@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import prod
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ from ..hwdb import Hardware
 from ..passes import dialect
 from ..passes.assign_precision import Choice
 from ..passes.hoist_quantise import hoist_quantise, moved
-from ..passes.int8_forms import Int8Form, int8_form, is_product
+from ..passes.int8_forms import Int8Form, int8_form, is_product, table_reason
 from ..passes.int8_scales import Table, scale_between
 from ..passes.merge_duplicates import merge_duplicates
 from ..passes.precision_forms import class_reason, is_arithmetic, streamed_bytes
 from ..passes.quantise import quantise
 from ..passes.remove_dead import remove_dead
 from ..passes.requantise import requantise
-from ..passes.rewrite import arguments
+from ..passes.rewrite import arguments, shape_of
 from . import compare, pipeline
 from .int8_method import Method
 from .observe import Observed, observe
@@ -45,6 +46,7 @@ from .sensitivity import error_of, sensitivities
 log = logging.getLogger(__name__)
 
 Sample = tuple[Sequence[torch.Tensor], compare.Reference]
+SECONDS_PER_BYTE = 1e-10  # that a table saves: as if it were read once, at 10 GB/s
 TRIES = 6  # assignments measured
 ENOUGH = 0.85  # of the allowed error, after which no larger budget is tried
 LOOKED_AT = 4  # inputs whose damage is averaged
@@ -59,6 +61,7 @@ class Int8Plan:
     table: Table
     choices: tuple[Choice, ...]
     forms: Mapping[str, Int8Form] = field(default_factory=dict)
+    tables: Mapping[str, float] = field(default_factory=dict)  # embeddings: what their bytes count for, in seconds
 
     @property
     def weights_only(self) -> frozenset[str]:
@@ -88,7 +91,8 @@ class Int8Plan:
             form.seconds if name in self.chosen else form.float32_seconds for name, form in self.forms.items()
         )
         share = seconds / wide if wide else 1.0
-        return f"{len(self.chosen)} products in 8 bits; the products are predicted to take {share:.2f} of float32"
+        count = len(self.chosen & set(self.forms))
+        return f"{count} products in 8 bits; the products are predicted to take {share:.2f} of float32"
 
 
 def plan_int8(
@@ -103,7 +107,8 @@ def plan_int8(
     Raises InputError for a pattern of `method.keep` that fits no product.
     """
     products = [n for n in graph.graph.nodes if is_product(n)]
-    kept = _kept(products, method.keep)
+    tables = {n: why for n in graph.graph.nodes if (why := table_reason(graph, n)) is not None}
+    kept = _kept([*products, *tables], method.keep)
     streamed = streamed_bytes(graph, products)
     first = {n: int8_form(graph, n, hw, streamed=streamed) for n in products}
     possible = [n for n in products if first[n].possible]
@@ -115,9 +120,14 @@ def plan_int8(
     table = _table(observed, method)
     choices = []
     for node in graph.graph.nodes:
+        operator = str(node.target).removesuffix(".default")
+        if node in tables:
+            reason = kept.get(node)
+            form_of = ("int8", tables[node], False, None, "int8 weights") if reason is None else ("float32", reason)
+            choices.append(Choice(node.name, operator, *form_of))
+            continue
         if not is_arithmetic(node):
             continue
-        operator = str(node.target).removesuffix(".default")
         reason = class_reason(node) or kept.get(node)
         if reason is None:
             form = forms.get(node, first[node])
@@ -131,14 +141,15 @@ def plan_int8(
             if form.pays:
                 reason = observed.unknown.get(source, "it was decided so when the model was compiled")
         choices.append(Choice(node.name, operator, "float32", reason))
-    plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()})
+    saved = {n.name: 3.0 * prod(shape_of(n.args[0])) * SECONDS_PER_BYTE for n in tables}
+    plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()}, saved)
     return plan if only is not None else _with_damage(graph, plan, inputs[:LOOKED_AT])
 
 
 def _kept(products: Sequence[fx.Node], patterns: Sequence[str]) -> dict[fx.Node, str]:
     """The products that `keep` names, and by which pattern."""
     found: dict[fx.Node, str] = {}
-    names = {n: (n.name, str(getattr(n.all_input_nodes[1], "target", ""))) for n in products}
+    names = {n: (n.name, *(str(o.target) for o in n.all_input_nodes if o.op == "get_attr")) for n in products}
     for pattern in patterns:
         fitting = [n for n, known in names.items() if any(fnmatchcase(k, pattern) for k in known)]
         if not fitting:
@@ -309,8 +320,8 @@ def _by_price(plan: Int8Plan) -> list[str]:
     """The products in 8 bits, the most squared error for a second gained first."""
 
     def price(choice: Choice) -> float:
-        form = plan.forms[choice.node]
-        gained = max(form.float32_seconds - form.seconds, 1e-12)
+        form = plan.forms.get(choice.node)
+        gained = plan.tables[choice.node] if form is None else max(form.float32_seconds - form.seconds, 1e-12)
         return (choice.error or 0.0) ** 2 / gained
 
     return [c.node for c in sorted((c for c in plan.choices if c.dtype == "int8"), key=price, reverse=True)]

@@ -84,6 +84,16 @@ def _linear_w8_fake(
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
+def _embedding_w8(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
+    """Rows of weight[N, K] in int8, each times its own scale[N]."""
+    s = scale.float()[indices]
+    return (weight[indices].float() * s[..., None]).contiguous()
+
+
+def _embedding_w8_fake(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
+    return scale.new_empty((*indices.shape, weight.shape[1]))
+
+
 def _conv2d_bf16(
     input: Tensor,
     weight: Tensor,
@@ -138,6 +148,9 @@ linear_w8 = dialect.define(
     f"(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
     _linear_w8,
     _linear_w8_fake,
+)
+embedding_w8 = dialect.define(
+    "embedding_w8", "(Tensor weight, Tensor scale, Tensor indices) -> Tensor", _embedding_w8, _embedding_w8_fake
 )
 conv2d_bf16 = dialect.define(
     "conv2d_bf16",

@@ -1,6 +1,7 @@
 """linear(x, w, b) -> qlinear(quantize(x), w8, scale, b'), conv2d likewise, for the products that were chosen.
 
     linear(x, w, b) -> linear_w8(x, w8, scale, b)        those in `weights_only`
+    embedding(w, i) -> embedding_w8(w8, scale, i)        a scale a row
 
 x is rounded by its scale in the table, once for all products that read it; the result is float32 (`requantise` makes it
 8 bits where only such products read it). A residual of a convolution that the table has a scale for becomes
@@ -20,7 +21,7 @@ import torch
 from torch import fx
 
 from . import dialect, dialect_int8, mixed, rewrite
-from .int8_forms import is_product
+from .int8_forms import is_product, table_reason
 from .int8_scales import Scale, Table, corrected_bias, quantised_weight, weight_scales
 from .rewrite import arguments, constant
 
@@ -29,7 +30,11 @@ log = logging.getLogger(__name__)
 
 def quantise(graph: fx.GraphModule, table: Table, chosen: Collection[str], weights_only: Collection[str] = ()) -> int:
     """Rewrite the products named in `chosen`, those in `weights_only` with float32 inputs; returns how many."""
-    nodes = [n for n in graph.graph.nodes if n.name in chosen and is_product(n)]
+    named = [n for n in graph.graph.nodes if n.name in chosen]
+    tables = [n for n in named if table_reason(graph, n) is not None]
+    nodes = [n for n in named if is_product(n)]
+    for node in tables:
+        _rows(graph, node)
     rounded: dict[fx.Node, fx.Node] = {}
     names: dict[fx.Node, str] = {}  # of products that are rewritten, as the table knows them
 
@@ -54,7 +59,20 @@ def quantise(graph: fx.GraphModule, table: Table, chosen: Collection[str], weigh
         mean = table.means.get(names.get(given["input"], given["input"].name))
         name = node.name
         names[_replace(graph, node, x, scale, residual, table.per_channel, mean)] = name
-    return rewrite.finish(graph, len(nodes))
+    return rewrite.finish(graph, len(nodes) + len(tables))
+
+
+def _rows(graph: fx.GraphModule, node: fx.Node) -> None:
+    """An embedding whose rows are stored in 8 bits."""
+    source, indices = node.args[:2]
+    weight = constant(graph, source)
+    assert weight is not None, node
+    assert isinstance(source, fx.Node)
+    scales = weight_scales(weight)
+    w = rewrite.add_constant(graph, f"{source.target}_rows_int8", quantised_weight(weight, scales), node)
+    s = rewrite.add_constant(graph, f"{source.target}_rows_scale", scales, node)
+    made = rewrite.call(graph, mixed.embedding_w8, (w, s, indices), before=node, value=node.meta["val"])
+    rewrite.replace(node, made)
 
 
 def _weights_only(graph: fx.GraphModule, node: fx.Node, per_channel: bool) -> None:

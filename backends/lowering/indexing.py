@@ -16,6 +16,7 @@ from torch import fx
 from tvm import te, tirx
 from tvm.script.ir_builder import tirx as T
 
+from ...passes import mixed
 from . import expressions as ex
 from .imperative import Elements, grid, local, loop_nest, when
 from .index_math import (
@@ -46,6 +47,18 @@ def embedding(
     """Rows of `weight`; padding_idx concerns gradients only."""
     rows = sizes(weight)[0]
     return define(out, lambda *i: weight(address(indices(*i[:-1]), rows), i[-1]), "embedding")
+
+
+@lowers(mixed.embedding_w8)
+def embedding_w8(out: Out, weight: te.Tensor, scale: te.Tensor, indices: te.Tensor) -> te.Tensor:
+    """Rows of int8, each times its scale."""
+    rows = sizes(weight)[0]
+
+    def value(*i: Expr) -> Expr:
+        row = address(indices(*i[:-1]), rows)
+        return weight(row, i[-1]).astype("float32") * scale(row)
+
+    return define(out, value, "embedding_w8")
 
 
 @lowers(aten.gather.default)
