@@ -33,6 +33,9 @@ from .selection import select
 from .trail import Trail
 from .tune import stored
 
+# Convolutions have kernels for images in NHWC: without layouts, what is compared would be the loss of those.
+PLAIN = ("layout",)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -65,7 +68,7 @@ class Explanation:
     refusals: tuple[Refusal, ...]
     report: Report
     copies: tuple[Copies, Copies]  # captured, rewritten
-    costs: tuple[Cost, Cost]  # without any fusion, as it is
+    costs: tuple[Cost, Cost]  # with `PLAIN` alone, as it is
     float32: Cost | None = None  # as it is but for the precision, where that is reduced
 
     def text(self) -> str:
@@ -87,7 +90,8 @@ class Explanation:
         return [
             f"copies: {before.count} nodes that only move elements ({size(before.bytes)}) as captured, "
             f"{after.count} ({size(after.bytes)}) behind the passes",
-            f"predicted by the cost model, not measured: {fused.text()}; with kernel_fusion=[] {unfused.text()}{wide}",
+            f"predicted by the cost model, not measured: {fused.text()}; "
+            f"with kernel_fusion={list(PLAIN)} {unfused.text()}{wide}",
         ]
 
     def html(self, title: str) -> str:
@@ -171,8 +175,8 @@ def explain(model: Model, example_inputs: Any = None, **options: Any) -> str:
 
 
 def _unfused(captured: fx.GraphModule, hw: Hardware, passes: Sequence[Pass], choices: Choices) -> Sequence[KernelInfo]:
-    """The kernels of the model with no family of fusions: the same kernels and the same cost model to compare with."""
-    chosen, fusions = select(passes, [])
+    """The kernels of the model with no family of fusions but `PLAIN`: the same kernels and cost model otherwise."""
+    chosen, fusions = select(passes, PLAIN)
     plain = pipeline.copy_graph(captured)
     restrict(plain, fusions)
     return kernels_of(pipeline.run(plain, hw, chosen)[0], hw, choices)

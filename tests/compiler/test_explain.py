@@ -62,14 +62,16 @@ def test_the_text_has_every_part(explanation: Explanation) -> None:
         assert f"\n{part}" in text, part
     assert re.search(r"copies: 2 nodes that only move elements \(2\.3 KB\) as captured, [012] \(", text)
     assert re.search(
-        r"predicted by the cost model, not measured: [\d.]+ us in \d+ kernels.*; with kernel_fusion=\[\] ", text
+        r"predicted by the cost model, not measured: [\d.]+ us in \d+ kernels.*; with kernel_fusion=\['layout'\] ", text
     )
 
 
 def test_fewer_fusions_are_explained_as_such() -> None:
+    found = explained(Net().eval(), torch.randn(1, 3, 8, 8), kernel_fusion=["layout"])
+    assert "fusions: layout, as kernel_fusion chose" in found.text()
+    assert found.costs[0] == found.costs[1]
     found = explained(Net().eval(), torch.randn(1, 3, 8, 8), kernel_fusion=[])
     assert "fusions: none, as kernel_fusion chose" in found.text()
-    assert found.costs[0] == found.costs[1]
     assert "fold_batch_norm" not in {name for name, _ in found.steps}
     mine = explained(nn.ReLU(), torch.ones(2), passes=[remove_dead])
     assert [p.name for p in mine.report.passes] == ["remove_dead"]
