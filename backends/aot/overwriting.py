@@ -32,7 +32,9 @@ from tvm.tirx.buffer import is_buffer_var
 
 Array = NDArray[np.int64]
 
-_MOST_ROWS = 1 << 21  # loop iterations gone through: a second, about
+# What is gone through of one kernel, a second or about 600 MB: loop iterations, and elements over all accesses.
+_MOST_ROWS = 1 << 21
+_MOST_ELEMENTS = 1 << 23
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "Add": np.add,
     "Sub": np.subtract,
@@ -132,6 +134,7 @@ class _Walk:
         self.stores: list[_Access] = []
         self.kept: dict[Any, list[tuple[int, Array]]] = {}  # variable -> scope it is bound in, elements it is made of
         self.scopes = 0
+        self.elements = 0  # gone through
 
     def visit(self, stmt: Any, place: _Place) -> None:
         kind = type(stmt).__name__
@@ -260,6 +263,9 @@ class _Walk:
         for extent, index in zip(buffer.shape, indices, strict=True):
             offset = np.add(*_aligned(offset * int(extent), _evaluate(index, place)))
         lanes = offset.shape[1] if offset.ndim == 2 else 1
+        self.elements += place.rows * lanes
+        if self.elements > _MOST_ELEMENTS:
+            raise _Unknown(f"it is touched more than {_MOST_ELEMENTS} times, too often to go through")
         offset = np.broadcast_to(offset if offset.ndim != 1 else offset[:, None], (place.rows, lanes))
         size = math.prod(int(n) for n in buffer.shape)
         return np.where((offset >= 0) & (offset < size), offset, -1)

@@ -298,6 +298,22 @@ def test_kernels_that_may_not(make: Any, reason: str) -> None:
     assert reason in why
 
 
+def test_what_is_touched_too_often_is_not_gone_through() -> None:
+    """A million iterations of 16 lanes: within the loops that are gone through, beyond the elements."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(x: T.Buffer((N,), "float32"), y: T.Buffer((N,), "float32")):
+        T.func_attr({"tirx.noalias": True})
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for i in range(N):
+                for j in range(512):
+                    y[T.Ramp(0, 1, 16)] = x[T.Ramp((i + j) % (N - 16), 1, 16)]
+
+    assert "too often" in overwriting(kernel, 0, 1)
+
+
 def test_an_element_that_is_read_again_later() -> None:
     assert "read after it is written" in overwriting(late(), 0, 1)
     assert not isinstance(overwriting(late(), 0, 2), str)  # over the second result it may
