@@ -33,17 +33,18 @@ aten = torch.ops.aten
 def remove_dead(graph: fx.GraphModule, hw: Hardware) -> int:
     """Erase dead nodes and no-ops; returns the number of nodes and constants that went."""
     count = 0
+    # First: a copy stays where somebody else reads its source, who has to be alive.
+    for node in reversed(list(graph.graph.nodes)):
+        if node.users or not _may_go(node):
+            continue
+        graph.graph.erase_node(node)
+        count += 1
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.users and _does_nothing(node) and not _reason_to_keep(node):
             source = node.args[0]
             assert isinstance(source, fx.Node)
             rewrite.replace(node, source)
             count += 1
-    for node in reversed(list(graph.graph.nodes)):
-        if node.users or not _may_go(node):
-            continue
-        graph.graph.erase_node(node)
-        count += 1
     if count:
         _drop_constants(graph)
     return rewrite.finish(graph, count)

@@ -199,3 +199,12 @@ def test_a_copy_of_which_a_view_is_returned_stays():
     x = torch.randn(2, 3)
     (result,) = graph(x)
     assert result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+def test_a_reader_that_is_dead_keeps_no_copy():
+    graph = trace_core(lambda x: x.exp().clone(), [torch.randn(3)], pre_dispatch=True)
+    copied = next(n for n in graph.graph.nodes if n.target is torch.ops.aten.clone.default)
+    rewrite.call(graph, torch.ops.aten.sin.default, (copied.args[0],), before=copied.next)
+    assert remove_dead(graph, HW) == 2
+    assert [n.target for n in graph.graph.nodes if n.op == "call_function"] == [torch.ops.aten.exp.default]
+    assert remove_dead(graph, HW) == 0
