@@ -216,6 +216,8 @@ def _cpu_times(work: Workload, hw: Hardware, dtype: str) -> list[Time] | None:
         waits = rate is not None and moved / (rate * 1e9) >= 0.7 * seconds
         launch = min(seconds, launch_seconds(hw)) * operation.launches
         found.append(Time(operation, operation.count * seconds, operation.count * launch, waits))
+    if not found:
+        return []
     first = found[0]
     woken = waking_seconds(hw)
     return [Time(first.operation, first.seconds + woken, first.launch + woken, first.waits), *found[1:]]

@@ -24,6 +24,7 @@ _LANDMARK = re.compile(
             | aliases \s* = \s* \[ ([^\]]*) \] )""",
     re.VERBOSE,
 )
+_HEADER = "a record begins a line with [kind.id]; the id is of letters, digits, - and _, or stands in double quotes"
 _COMMENTS = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*")
 _STRING = re.compile(r"""["']([^"'\n]*)["']""")
 
@@ -46,8 +47,13 @@ class Record(_Place):
 
     @staticmethod
     def registered(id: str, kind: str, given: Mapping[str, Any]) -> Record:
-        """A record that a program states rather than a file."""
-        return Record(id, kind, "", "", 0, 0, tuple(given.get("aliases", ())), given)
+        """A record that a program states rather than a file. Raises RecordError for a wrong fact."""
+        record = Record(id, kind, "", "", 0, 0, (), given)
+        if wrong := schema.text(id):
+            record.mistake("", f"the id {id!r} {wrong}")
+        if kind not in ("architecture", "device"):
+            record.mistake("", f"kind {kind!r} is none of architecture, device{suggest(str(kind), schema.KINDS)}")
+        return Record(id, kind, "", "", 0, 0, tuple(record.values.get("aliases", ())), given)
 
     @property
     def text(self) -> str:
@@ -104,16 +110,22 @@ class Record(_Place):
 
     def _parsed(self) -> Mapping[str, Any]:
         tables = parsed(self.content, self.start, self.end, self.file)
-        for kind in tables:
-            if kind != self.kind:
-                self.mistake("", f"[{kind}]: a record is [kind.id]{suggest(kind, schema.KINDS)}")
+        strange = [kind for kind in tables if kind != self.kind] or [
+            f"{self.kind}.{id}" for id in tables[self.kind] if id != self.id
+        ]
+        if strange:
+            near = "" if strange[0] in schema.KINDS else suggest(strange[0], schema.KINDS)
+            self.mistake("", f"[{strange[0]}]: {_HEADER}{near}")
         values: Mapping[str, Any] = tables[self.kind][self.id]
         return values
 
 
 def records_of(file: Path) -> Iterator[Record]:
-    """Yield the records of `file`, none of them parsed yet. Raises RecordError for what is no record."""
-    name, text = str(file), "\n" + file.read_text(encoding="utf-8")
+    """Yield the records of `file`, none of them parsed yet. Raises RecordError for what is no record or no text."""
+    try:
+        name, text = str(file), "\n" + file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{file}: cannot be read as text in UTF-8: {error}") from error
     heads: list[tuple[int, str, str, list[str]]] = []  # where it starts, kind, id, aliases
     for mark in _LANDMARK.finditer(text):
         kind, quoted, bare, aliases = mark.groups()
@@ -137,6 +149,7 @@ def parsed(content: str, start: int, end: int, file: str) -> dict[str, Any]:
     try:
         return tomli.loads(content[start:end])
     except tomli.TOMLDecodeError as error:
-        found = re.search(r"at line (\d+)", str(error))
+        found = re.search(r"at line (\d+), ", str(error))
         line = content.count("\n", 0, start) + int(found.group(1)) - 1 if found else content.count("\n", 0, end)
-        raise RecordError(f"{file}:{line}: not valid TOML: {error}") from error
+        what = str(error).replace(found.group(), "at ") if found else str(error)
+        raise RecordError(f"{file}:{line}: not valid TOML: {what}") from error

@@ -44,6 +44,8 @@ class Database:
             record.mistake("", f"this record already exists: {table[record.id].where}")
         table[record.id] = record
         for name in (record.id, *record.aliases) if record.kind != "source" else ():
+            if spelling(name) == "native":
+                record.mistake("aliases", "the name 'native' means the machine one works on")
             if (other := self._names.setdefault(spelling(name), record.id)) != record.id:
                 record.mistake("aliases", f"the name {name!r} already belongs to {self.records[other].where}")
         vars(self).pop("_bare_names", None)
@@ -55,12 +57,14 @@ class Database:
         self._merged.clear()
         return self.records.pop(id, None)
 
-    def check(self, ids: Iterable[str] | None = None) -> None:
-        """Read and check every record (or those of `ids`) with its sources and ancestors. Raises RecordError."""
-        for id in self.records if ids is None else ids:
-            self._check(self.records[id])
-        for source in self._source_records if ids is None else ():
-            self.source(source)
+    def check(self, records: Iterable[Record] | None = None) -> None:
+        """Read and check every record (or `records`) with its sources and ancestors. Raises RecordError."""
+        everything = (*self.records.values(), *self._source_records.values())
+        for record in everything if records is None else records:
+            if record.kind == "source":
+                self.source(record.id)
+            else:
+                self._check(record)
 
     def source(self, id: str) -> Source:
         """Return the source called `id`; raises KeyError where there is none."""
@@ -152,6 +156,8 @@ class Database:
         known: Iterable[str] = instruction_set.FLAGS if cpu else schema.ACCELERATOR_ISAS
         if isa not in known:
             record.mistake("isa", f"isa {isa!r} is not one of {', '.join(known)}")
+        if cpu and not values["triple"].startswith(isa):
+            record.mistake("triple", f"triple {values['triple']!r} is not one of {isa}, the record's isa")
         for key in ("features", "without"):
             for name in record.values.get(key, ()):
                 flags: Mapping[str, str] = instruction_set.FLAGS[isa] if cpu else {}
@@ -208,13 +214,13 @@ def register(id: str, values: Mapping[str, Any], kind: str = "device") -> Hardwa
     records = database()
     given = {"source": ["program"], "confidence": "medium", **values}
     given.setdefault("name", id)
-    record = Record.registered(id, kind, given)
     if id in records.records and id not in _registered:
-        record.mistake("", f"this record already exists: {records.records[id].where}")
+        raise RecordError(f"register({id!r}): this record already exists: {records.records[id].where}")
+    record = Record.registered(id, kind, given)
     replaced = records.remove(id)
     try:
         records.enter(record)
-        records.check([id])
+        records.check([record])
     except RecordError:
         records.remove(id)
         if replaced is not None:
@@ -227,14 +233,15 @@ def register(id: str, values: Mapping[str, Any], kind: str = "device") -> Hardwa
 @functools.cache
 def _database(directories: str) -> Database:
     records = Database(sorted(Path(__file__).parent.glob("*.toml")))
-    shipped = set(records.records)
+    own: list[Record] = []
     for directory in filter(None, directories.split(os.pathsep)):
         if not Path(directory).is_dir():
             raise RecordError(f"GRAPHWRIGHT_HWDB names {directory!r}, which is not a directory")
         for file in sorted(Path(directory).glob("*.toml")):
             for record in records_of(file):
                 records.enter(record)
+                own.append(record)
     for record in _registered.values():
         records.enter(record)
-    records.check(set(records.records) - shipped)
+    records.check([*own, *_registered.values()])
     return records

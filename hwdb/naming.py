@@ -15,6 +15,9 @@ _MAKERS = {
     "aws": "amazon",
     "tesla": "nvidia",
     "quadro": "nvidia",
+    "hailo-8": "hailo",
+    "hailo-8l": "hailo",
+    "hailo-10h": "hailo",
     "beaglebone": "beagleboard",
     "beagleplay": "beagleboard",
 }

@@ -10,6 +10,7 @@ as (key, message) pairs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,13 +46,20 @@ def text(value: Any) -> str | None:
 
 
 def texts(value: Any) -> str | None:
-    whole = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    whole = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
     return None if whole else "is not a list of strings"
+
+
+def sources(value: Any) -> str | None:
+    """Ids of sources; short_forms leaves text where `confidence` is a key too."""
+    return "says how sure it is, and so does another key" if isinstance(value, str) else texts(value)
 
 
 def number(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "is not a number"
+    if math.isinf(value):
+        return "is not finite: leave an unknown value out"
     return None if value > 0 else "is not positive: leave an unknown value out"
 
 
@@ -104,6 +112,8 @@ def matrix_shape(shape: str) -> tuple[int, int, int, str, str]:
     n, k = rest.split("k")
     if multiplied not in BITS or accumulated not in BITS:
         raise ValueError(shape)
+    if min(int(m), int(n), int(k)) < 1:
+        raise ValueError(shape)
     return int(m), int(n), int(k), multiplied, accumulated
 
 
@@ -111,6 +121,8 @@ def vector_rate(value: Any) -> str | None:
     """A number, or one by vector width in bits."""
     if not isinstance(value, dict):
         return number(value)
+    if not value:
+        return "has no rate"
     for bits, rate in value.items():
         if bits not in ("128", "256", "512") or number(rate):
             return f"has {bits} = {rate!r}: vector bits (128, 256, 512) to a rate"
@@ -182,7 +194,7 @@ COMMON = {
     "without": texts,
     "note": text,
     "conflicts": texts,  # "dram_gbs: 1640 (source-a), 2300 (source-b)"
-    "source": texts,
+    "source": sources,
     "confidence": one_of(*CONFIDENCES),
 }
 CPU = {

@@ -18,7 +18,7 @@ from typing import Any
 _SIZE = re.compile(r"(\d+)([KMG])")
 _CACHE = re.compile(r"(\d+[KMG])(?: (\d+))?(?: /(\d+))?(?: @(\d+))?")
 _MEMORY = re.compile(r"(\d+[KMG]) (\d+(?:\.\d+)?)")
-_CLUSTER = re.compile(r"(\d+) ([\w-]+)(?: ([\d.]+))?")
+_CLUSTER = re.compile(r"(\d+) ([\w-]+)(?: (\d+(?:\.\d+)?))?")
 
 
 def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(stated := values.get("source"), str):
         confidence, _, ids = stated.rpartition(":")
         given = {"confidence": confidence.strip()} if confidence else {}
-        result |= {**given, "source": [id.strip() for id in ids.split(",")]}
+        if not given.keys() & values.keys():
+            result |= {**given, "source": [id.strip() for id in ids.split(",")]}
     return result
 
 

@@ -26,7 +26,8 @@ from .records import Hardware
 
 log = logging.getLogger(__name__)
 
-# The attributes of TVM's targets that mean something here, and those that say nothing about the machine.
+# The attributes of TVM's targets that mean something here, and those that say nothing about the machine, or what is
+# known of it anyway: the width of vectors follows from the features, the ABI from the triple.
 _READ = {
     "llvm": ("mtriple", "mcpu", "mattr", "num-cores", "mabi", "vector-width"),
     "cuda": ("arch",),
@@ -99,23 +100,39 @@ def from_tvm(target: Mapping[str, Any]) -> Hardware:
     Raises UnknownTarget for kinds and attributes that are not understood: ignoring one would be wrong code.
     """
     kind = target.get("kind")
-    if kind not in _READ:
+    if not isinstance(kind, str) or kind not in _READ:
         raise UnknownTarget(
             f"TVM target kind {kind!r} is not understood; one of {', '.join(_READ)}{suggest(str(kind), _READ)}"
         )
     for key in target:
         known = {*_IGNORED, *_READ[kind], *(_LIMITS if kind != "llvm" else ())}
         if key not in known:
-            raise UnknownTarget(f"TVM target attribute {key!r} of {kind} is not understood{suggest(key, known)}")
+            raise UnknownTarget(f"TVM target attribute {key!r} of {kind} is not understood{suggest(str(key), known)}")
+        if wrong := _mistake(key, target[key]):
+            raise UnknownTarget(f"TVM target attribute {key!r} of {kind} is {target[key]!r}: {wrong}")
     return _from_llvm(target) if kind == "llvm" else _from_gpu(target)
+
+
+def _mistake(key: str, value: Any) -> str | None:
+    """What is wrong with an attribute: whatever of it went by unread would be another machine."""
+    if key in ("mtriple", "mcpu", "arch"):
+        return None if isinstance(value, str) else "it is text"
+    if key == "mattr":
+        signed = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v[:1] in ("+", "-") for v in value)
+        return None if signed else "it is a list of '+feature' and '-feature'"
+    if key == "num-cores" or key in _LIMITS:
+        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return None if number else "it is a positive whole number"
+    return None
 
 
 def _from_llvm(target: Mapping[str, Any]) -> Hardware:
     triple = target.get("mtriple", "")
-    family = re.split("-", triple)[0] if triple else platform.machine().lower()
-    isa = next((isa for isa in ("aarch64", "arm64", "armv7", "riscv64", "loongarch64") if family.startswith(isa)), "")
-    isa = {"arm64": "aarch64", "": "x86_64" if family in ("x86_64", "amd64") else ""}.get(isa, isa)
-    if not isa:
+    family = triple.split("-")[0] if triple else platform.machine().lower()
+    isa = {"arm64": "aarch64", "amd64": "x86_64"}.get(
+        family, "armv7" if re.fullmatch("armv7[a-z]*", family) else family
+    )
+    if isa not in _ROOTS:
         raise UnknownTarget(f"mtriple {triple!r}: {family} is not one of {', '.join(_ROOTS)}")
     records = database()
     cpu = target.get("mcpu", "generic")
@@ -153,8 +170,9 @@ def _record_of_cpu(records: Database, isa: str, cpu: str) -> str:
 def _from_gpu(target: Mapping[str, Any]) -> Hardware:
     cpu = target.get("arch", target.get("mcpu", ""))
     hw = resolve(cpu)
-    if not isinstance(hw, Gpu):
-        raise UnknownTarget(f"{cpu!r} is not a GPU")
+    isa = {"cuda": "nvptx", "rocm": "amdgcn"}[target["kind"]]
+    if not isinstance(hw, Gpu) or hw.isa != isa:
+        raise UnknownTarget(f"{cpu!r} is not a GPU that {target['kind']} is for")
     return dataclasses.replace(hw, **{_LIMITS[key]: value for key, value in target.items() if key in _LIMITS})
 
 

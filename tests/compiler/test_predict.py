@@ -140,6 +140,11 @@ def test_energy_and_memory_are_bounds_and_unknown_stays_unknown(predictor):
     assert "unknown" in unknown.line()
 
 
+def test_a_model_that_computes_nothing_takes_no_time():
+    nothing = predict.Predictor(torch.nn.Identity(), (torch.zeros(4),))
+    assert {nothing.predict(hwdb.lookup(id)).milliseconds for id in ("raspberry-pi-5", "t4")} == {0.0}
+
+
 def test_units_without_work_and_small_tiles_cost():
     hw = hwdb.lookup("a100-sxm-80gb")
     work = Workload((), 10**9, 10**9)  # nothing stays in the cache

@@ -65,6 +65,8 @@ def test_short_forms_are_written_out(tmp_path):
         ('memory = "24 1008"', r"own\.toml:19: device\.own: memory = '24 1008' is not like '24G 1008'"),
         ('memory = "24G 1008"\ndram_gbs = 900', r"own\.toml:19: device\.own: memory = .* or says again what"),
         ('source = "manual"', r"own\.toml:17: device\.own: confidence missing"),
+        ('source = "high: manual"\nconfidence = "low"', r"own\.toml:19: .* says how sure it is, and so does another"),
+        ('clusters = ["4 base 2.4.0"]', r"own\.toml:19: device\.own: clusters = .* is like '4 cortex-a76 2400'"),
         ('source = "sure: manual"', r"own\.toml:17: device\.own: confidence = 'sure' is not one of high"),
     ],
 )
@@ -239,6 +241,15 @@ MISTAKES = {
         "'sse22' is not a known x86_64 feature; did you mean 'sse2'",
     ),
     "list of numbers": (BASE + "aliases = [1]\n", "aliases = .1. is not a list of strings"),
+    "list of nothing": (BASE + 'aliases = [""]\n', "aliases = .''. is not a list of strings"),
+    "infinite": (BASE + "clock_mhz = inf\n", "clock_mhz = inf is not finite"),
+    "another isa's triple": (BASE.replace('"x86_64-', '"arm64-'), "'arm64-unknown-linux-gnu' is not one of x86_64"),
+    "the machine one works on": (BASE + 'aliases = ["Native"]\n', "'native' means the machine one works on"),
+    "header within the line": (BASE + "  [architecture.x]\n  year = 1\n", r"\[architecture\.x\]: a record begins"),
+    "header of another kind": (BASE + "[device.'x']\n", r"\[device\]: a record begins a line with \[kind\.id\]"),
+    "id with a point": (BASE + "[architecture.x.y]\n", r"\[architecture\.x\]: a record begins a line"),
+    "no rate": (BASE.replace("fma_per_cycle = 1", "fma_per_cycle = {}"), "fma_per_cycle = .* has no rate"),
+    "empty matrix": (BASE + 'matrix_shapes = ["m0n8k8:int8:int32"]\n', "has 'm0n8k8:int8:int32', which is not like"),
     "odd rate": (BASE.replace("fma_per_cycle = 1", "fma_per_cycle = { 64 = 1 }"), "fma_per_cycle = .* has 64 = 1"),
     "cache without size": (
         BASE + "caches = [{ level = 1 }]\n",
@@ -270,6 +281,28 @@ def test_mistakes_name_file_and_record(tmp_path, mistake):
     assert "own.toml" in str(raised.value)
     if mistake not in ("not TOML", "unknown kind"):
         assert "architecture." in str(raised.value) or "source.manual" in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"note = '\xe9'", None])
+def test_what_is_no_text_is_named(tmp_path, content):
+    file = tmp_path / "own.toml"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_bytes(content)
+    with pytest.raises(RecordError, match=r"own\.toml: cannot be read as text in UTF-8"):
+        Database([file])
+
+
+def test_files_of_windows_are_read(tmp_path):
+    text = BASE.replace("\n", "\r\n")
+    (tmp_path / "own.toml").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert Database([tmp_path / "own.toml"]).build("base").cores == 1
+
+
+def test_one_line_is_given_for_what_is_not_toml(tmp_path):
+    with pytest.raises(RecordError, match=r"own\.toml:17: not valid TOML: [^0-9]* \(at column 8\)$"):
+        read(tmp_path, BASE + "year = = 2\n")
 
 
 def test_the_line_of_the_key_is_given(tmp_path):

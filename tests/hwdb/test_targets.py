@@ -70,6 +70,12 @@ def test_a_mistake_in_ones_own_file_is_found_at_once(own_directory):
         hwdb.lookup("zen4")
 
 
+def test_a_source_of_ones_own_is_read_though_nothing_names_it(own_directory):
+    (own_directory / "boards.toml").write_text(OWN + '[source.unused]\ntitle = "x"\n  [device.indented]\n')
+    with pytest.raises(RecordError, match=r"source\.unused: \[device\]: a record begins a line with \[kind\.id\]"):
+        hwdb.lookup("zen4")
+
+
 def test_no_such_directory(monkeypatch):
     monkeypatch.setenv("GRAPHWRIGHT_HWDB", "/nowhere/at/all")
     with pytest.raises(RecordError, match="'/nowhere/at/all', which is not a directory"):
@@ -99,6 +105,9 @@ def test_what_is_registered_survives_other_directories(own_directory, monkeypatc
         ({"extends": "zen4", "clok_mhz": 1}, "unknown key 'clok_mhz'; did you mean 'clock_mhz'"),
         ({"extends": "zen4", "cores": 0}, "cores = 0 is not positive"),
         ({"extends": "zen4", "aliases": ["haswell"]}, "'haswell' already belongs to"),
+        ({"extends": "zen4", "aliases": [1]}, "is not a list of strings"),
+        ({"extends": "zen4", "aliases": ["native"]}, "'native' means the machine one works on"),
+        ({"extends": "zen4", "kind": "source"}, "kind 'source' is none of architecture, device"),
         ({"extends": "zen4", "units": 3}, "units belongs to gpu and npu records, and this one is a cpu"),
     ],
 )
@@ -144,6 +153,7 @@ def test_names_without_decoration(name, short):
     [
         ("Raspberry Pi 5", "raspberry-pi"),
         ("Milk-V Duo", "milk-v"),
+        ("Hailo-8L", "hailo"),
         ("Moore Threads MTT S80", "moore-threads"),
         ("Tesla T4", "nvidia"),
         ("AWS Graviton3", "amazon"),
@@ -193,6 +203,16 @@ def test_what_is_told_to_tvm_leads_back(name):
         ({"kind": "vax"}, UnknownTarget, "kind 'vax' is not understood"),
         ({}, UnknownTarget, "kind None is not understood"),
         ({"kind": "llvm", "mcpus": "zen"}, UnknownTarget, "attribute 'mcpus' of llvm.*did you mean 'mcpu'"),
+        ({"kind": ["llvm"]}, UnknownTarget, "kind .'llvm'. is not understood"),
+        ({"kind": "llvm", 5: 6}, UnknownTarget, "attribute 5 of llvm is not understood"),
+        ({"kind": "llvm", "mcpu": None}, UnknownTarget, "'mcpu' of llvm is None: it is text"),
+        ({"kind": "llvm", "mattr": "+avx2,+fma"}, UnknownTarget, "'mattr' of llvm is '.avx2,.fma': it is a list of"),
+        ({"kind": "llvm", "mattr": ["avx2"]}, UnknownTarget, "a list of '.feature' and '-feature'"),
+        ({"kind": "llvm", "num-cores": 0}, UnknownTarget, "'num-cores' of llvm is 0: it is a positive whole number"),
+        ({"kind": "llvm", "num-cores": "4"}, UnknownTarget, "is '4': it is a positive whole number"),
+        ({"kind": "llvm", "mtriple": "aarch64_be-linux-gnu"}, UnknownTarget, "aarch64_be is not one of x86_64"),
+        ({"kind": "rocm", "mcpu": "sm_80"}, UnknownTarget, "'sm_80' is not a GPU that rocm is for"),
+        ({"kind": "cuda", "arch": "sm_80", "thread_warp_size": -1}, UnknownTarget, "is -1: it is a positive whole"),
         ({"kind": "llvm", "mtriple": "s390x-linux-gnu"}, UnknownTarget, "s390x is not one of x86_64, aarch64"),
         ({"kind": "rocm", "mcpu": "haswell"}, UnknownTarget, "'haswell' is not a GPU"),
         ("{kind", UnknownTarget, "not valid JSON"),
