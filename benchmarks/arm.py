@@ -99,7 +99,7 @@ def assembly(model: Any, inputs: Any, board: str) -> tuple[dict[str, str], Any]:
 
 
 def hot_loop(kernel: str, text: str, core: str) -> dict[str, Any] | None:
-    """The block that jumps to its own beginning and has the most multiply-adds, through llvm-mca; None without any."""
+    """The loop of one block that has the most multiply-adds, through llvm-mca; None where no loop has any."""
     blocks = re.split(r"^(\.L\w+):.*$", text, flags=re.M)
     loops = [
         body[: match.end()]

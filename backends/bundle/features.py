@@ -22,7 +22,6 @@ _BITS = {
         "dotprod": (_HWCAP, 20),
         "sve": (_HWCAP, 22),
         "fp16fml": (_HWCAP, 23),
-        "lse2": (_HWCAP, 25),
         "rcpc-immo": (_HWCAP, 26),
         "flagm": (_HWCAP, 27),
         "sve2": (_HWCAP2, 1),
@@ -43,9 +42,10 @@ _BITS = {
         "hwdiv": (_HWCAP, 18),
     },
 }
-# Instructions that LLVM uses only where a program names them, which no kernel does: their absence does no harm. And
-# conversions of halves on 32-bit Arm, which have no bit of their own: processors with VFPv4 have them.
-_UNUSED = frozenset({"fp-armv8", "aes", "sha2", "sha3", "sm4", "crc", "fp16"})
+# Instructions that LLVM uses only where a program names them, or (lse2) where it changes 16 bytes at once, which no
+# kernel does: their absence does no harm. And conversions of halves on 32-bit Arm, which have no bit of their own:
+# processors with VFPv4 have them.
+_UNUSED = frozenset({"fp-armv8", "aes", "sha2", "sha3", "sm4", "crc", "lse2", "fp16"})
 
 
 def bits(isa: str, features: Iterable[str]) -> tuple[tuple[str, int, int], ...]:

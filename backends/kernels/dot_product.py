@@ -1,7 +1,8 @@
 """Sums of narrow products: acc[lane] += left[k .. k + group) . weight[k .. k + group)[lane], a word of 32 bits a step.
 
     bfloat16   group 2, float32 sums     vdpbf16ps; without it two shifts and two float32 multiply-adds
-    int8       group 4, int32 sums       vpdpbusd, unsigned left and signed right bytes, never saturates
+    int8       group 4, int32 sums       vpdpbusd and usdot, unsigned left and signed right bytes, never saturate
+               group 4, int32 sums       sdot, signed bytes on both sides
                group 2, int32 sums       vpmaddwd on bytes widened to 16 bits: two exact products and their sum
                                          (vpmaddubsw would take four bytes, but saturates at 16 bits: 255*127*2 > 32767)
     weights    group 2, float32 sums     float32 left, bfloat16 weights widened by a shift: half the bytes to stream
@@ -129,6 +130,8 @@ def int8_dot(hw: Hardware, *, emulated: bool = False) -> Dot:
     lanes = hw.lanes("float32")
     if hw.isa == "x86_64" and (hw.vector_dot_product("int8") == "vnni" or emulated):
         return _vnni(hw, lanes, emulated)
+    if hw.isa == "aarch64" and hw.vector_dot_product("int8") in ("sdot", "i8mm"):
+        return _neon_bytes(hw, lanes)
     name = f"gw_dot_i16_{lanes}"
     intrinsic = _PMADDWD.get(hw.vector_bits) if hw.isa == "x86_64" else None
 
@@ -150,6 +153,19 @@ def _vnni(hw: Hardware, lanes: int, emulated: bool) -> Dot:
 
     spare = 3 if emulated else 0
     return Dot("emulated " * emulated + "vpdpbusd", lanes, 4, "int32", "uint8", "int32", 1, spare, text, multiply)
+
+
+def _neon_bytes(hw: Hardware, lanes: int) -> Dot:
+    """usdot where there is i8mm, so that unsigned bytes stay as they are; else sdot."""
+    unsigned = "i8mm" in hw.features
+    what, feature = ("usdot", "i8mm") if unsigned else ("sdot", "dotprod")
+    name = f"gw_dot_{what}_{lanes}"
+    text = _neon_instruction(name, lanes, f"llvm.aarch64.neon.{what}.v{lanes}i32.v{4 * lanes}i8", f"+neon,+{feature}")
+
+    def multiply(acc: PrimExpr, left: Sequence[PrimExpr], weight: PrimExpr) -> PrimExpr:
+        return tirx.call_pure_extern(f"int32x{lanes}", name, acc, spread(left[0], lanes), weight)
+
+    return Dot(what, lanes, 4, "int32", "uint8" if unsigned else "int8", "int32", 1, 0, text, multiply)
 
 
 def choose_dot_tiling(hw: Hardware, dot: Dot, rows: int, columns: int, depth: int) -> Tiling:
@@ -262,6 +278,19 @@ def _vnni_instruction(name: str, lanes: int, features: str) -> str:
   ret {i} %r
 }}
 declare {i} {intrinsic}({i}, {b}, {b})
+"""
+
+
+def _neon_instruction(name: str, lanes: int, intrinsic: str, features: str) -> str:
+    i, b = f"<{lanes} x i32>", f"<{4 * lanes} x i8>"
+    return f"""
+{_HEAD} {i} @{name}({i} %c, {i} %a, {i} %b) {_attributes(features)} {{
+  %x = bitcast {i} %a to {b}
+  %y = bitcast {i} %b to {b}
+  %r = call {i} @{intrinsic}({i} %c, {b} %x, {b} %y)
+  ret {i} %r
+}}
+declare {i} @{intrinsic}({i}, {b}, {b})
 """
 
 

@@ -19,7 +19,7 @@ from tvm.tirx.script import builder as T
 from .dot_product import Dot, narrow
 from .loops import Shape, span
 
-FLIP = 128  # signed bytes are made unsigned by adding it, and the sum of the weights times it is taken off the result
+FLIP = 128  # signed bytes become unsigned by adding it, unsigned ones signed by taking it off: the same change of bits
 
 
 class Finish(Protocol):
@@ -49,6 +49,11 @@ class Tile:
     vectors: int
 
 
+def flips(source: str, dot: Dot) -> bool:
+    """Whether bytes of `source` have another sign than the instruction takes: int8_product.offsets sets it right."""
+    return {source, dot.left} == {"int8", "uint8"}
+
+
 def needs_staging(source: str, dot: Dot, depth: int) -> bool:
     """Whether rows of `depth` elements of dtype `source` cannot be read as they lie."""
     return dot.by_word and (source != dot.left or depth % dot.group != 0)
@@ -62,7 +67,7 @@ def stage(
     load(k, lanes) reads elements; store(value, word, lanes) writes words. Scratch is written in the type it is read in:
     LLVM takes stores and loads of different types for independent of each other.
     """
-    size = dot.lanes * (4 if dot.left == "uint8" else 1)  # elements of a vector
+    size = dot.lanes * (4 if dot.left in ("int8", "uint8") else 1)  # elements of a vector
     words = size // dot.group
     whole = depth // size
     if whole:
@@ -83,7 +88,7 @@ def stage(
 def fill_word(source: str, dot: Dot, value: int = 0) -> int:
     """The word whose elements all stand for `value` of dtype `source`."""
     bits = 32 // dot.group
-    value += FLIP if source == "int8" and dot.left == "uint8" else 0
+    value += FLIP if flips(source, dot) else 0
     word = sum((value & ((1 << bits) - 1)) << (bits * j) for j in range(dot.group))
     return word - (1 << 32) if word >> 31 else word
 
@@ -96,8 +101,8 @@ def _words(value: Any, source: str, dot: Dot, words: int) -> Any:
     elif dot.left == "int16":
         value = tirx.Cast(f"int16x{many}", value)
     value = T.reinterpret(f"int32x{words}", value)
-    if source == "int8" and dot.left == "uint8":
-        value = tirx.bitwise_xor(value, tirx.Broadcast(tirx.const(fill_word("int8", dot), "int32"), words))
+    if flips(source, dot):
+        value = tirx.bitwise_xor(value, tirx.Broadcast(tirx.const(fill_word(source, dot), "int32"), words))
     return value
 
 
@@ -108,8 +113,10 @@ def _word(elements: Sequence[Any], source: str, dot: Dot) -> Any:
     for j, value in enumerate(elements):
         if source == "float32":
             value = narrow(value, 1)
-        elif source == "int8" and dot.left == "uint8":
+        elif flips(source, dot):
             value = tirx.Cast("uint8", tirx.Cast("int32", value) + FLIP)
+        elif dot.left == "int8":
+            value = T.reinterpret("uint8", value)
         elif dot.left == "int16":
             value = T.reinterpret("uint16", tirx.Cast("int16", value))
         word = tirx.bitwise_or(word, tirx.Cast("uint32", value) << tirx.const(bits * j, "uint32"))

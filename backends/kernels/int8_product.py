@@ -4,8 +4,8 @@ a is uint8 or int8 with one zero point, w is int8 and symmetric (zero point 0), 
 
     sum (a - zero) w  =  sum a w  -  zero * sum w          the second part is a constant of each column
 
-`offsets` computes that constant once, together with an integer bias; where the instruction takes unsigned bytes only, a
-signed a is stored as a + 128 (dot_tile.py) and 128 * sum w goes into the constant too. Then, for each element,
+`offsets` computes that constant once, together with an integer bias; where the instruction takes bytes of the other
+sign, a is stored as a + 128 or a - 128 (dot_tile.py) and 128 * sum w goes into the constant too. For each element:
 
     addend = fma(residual - zero, scale, bias)                             bias, residual: where there are such
     y = fma(float(sum + offset), scale[column], addend)
@@ -34,7 +34,7 @@ from .conv_plan import Conv
 from .dot_conv import DotConvPlan, choose_dot_conv, dot_conv, pack_conv
 from .dot_matmul import Product, dot_matmul, pack_for
 from .dot_product import Dot, choose_dot_tiling
-from .dot_tile import FLIP
+from .dot_tile import FLIP, flips
 from .epilogue import apply_activation, is_heavy
 from .loops import Shape, span, spread, view
 
@@ -125,7 +125,8 @@ def _fma(a: Any, b: Any, c: Any, lanes: int) -> Any:
 
 def offsets(weight: torch.Tensor, zero: int, source: str, dot: Dot, bias: torch.Tensor | None = None) -> torch.Tensor:
     """What is added to the sums of each row of weight[N, ...] (int8): see the module's head. int32[N]."""
-    zero += FLIP if source == "int8" and dot.left == "uint8" else 0
+    if flips(source, dot):
+        zero += FLIP if source == "int8" else -FLIP
     constant = -zero * weight.flatten(1).to(torch.int64).sum(1)
     return (constant if bias is None else constant + bias).to(torch.int32)
 

@@ -85,6 +85,28 @@ def test_a_model_on_a_board(name: str, board: str, tmp_path: Path) -> None:
     assert_like_float64(found[0], FirstResult(model), named, rtol)
 
 
+@pytest.mark.parametrize(
+    ("board", "cpu", "instruction"), [("raspberry-pi-5", "cortex-a76", "sdot"), ("neoverse-v1", "max", "usdot")]
+)
+def test_products_of_bytes(board: str, cpu: str, instruction: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(6, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, stride=2), nn.ReLU(),
+        nn.Conv2d(32, 64, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 49, 30),
+    ).eval()  # fmt: skip
+    images = [torch.randn(1, 6, 16, 16) for _ in range(4)]
+    quantised = graphwright.quantize(model, images, target=board)
+    compiled = graphwright.compile(quantised, images[0], target=board)
+    choices = [kernel.choice for kernel in compiled.report().kernels if kernel.algorithm.startswith("int8")]
+    assert len(choices) == 4
+    assert all(choice.startswith(f"{instruction},") for choice in choices), choices
+    (name,) = (spec.name for spec in compiled.inputs)
+    (found,) = call(compiled.bundle(tmp_path / "out", executable=True), cpu, {name: images[0]}, tmp_path)
+    with torch.no_grad():
+        expected = quantised(images[0]).numpy()
+    assert abs(found - expected).max() <= 1e-6 * abs(expected).max()  # integers are exact; one scale is rounded
+
+
 @pytest.mark.slow
 def test_a_whole_resnet_is_small_but_for_its_weights(tmp_path: Path) -> None:
     model, _ = zoo.build("resnet18")
