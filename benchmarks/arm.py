@@ -99,17 +99,17 @@ def assembly(model: Any, inputs: Any, board: str) -> tuple[dict[str, str], Any]:
 
 
 def hot_loop(kernel: str, text: str, core: str) -> dict[str, Any] | None:
-    """The loop of one block that has the most multiply-adds, through llvm-mca; None where no loop has any."""
+    """The loop of one block that is densest in multiply-adds, through llvm-mca; None where no loop has eight."""
     blocks = re.split(r"^(\.L\w+):.*$", text, flags=re.M)
     loops = [
         body[: match.end()]
         for label, body in zip(blocks[1::2], blocks[2::2], strict=True)
         if (match := re.search(rf"^\s+(?:b\.\w+|cbn?z\s+\w+,|b)\s+{re.escape(label)}$", body, re.M))
-        and FMLA.search(body)
+        and len(FMLA.findall(body)) >= 8
     ]
     if not loops:
         return None
-    code = max(loops, key=lambda body: len(FMLA.findall(body)))
+    code = max(loops, key=lambda body: len(FMLA.findall(body)) / body.count("\n"))
     lines = [line for line in code.splitlines() if re.match(r"^\s+[a-z]", line)]
     fmla = len(FMLA.findall(code))
     command = ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={core}", "-iterations=200", "-instruction-info=0"]
