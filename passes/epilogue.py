@@ -94,7 +94,7 @@ def _activate(found: Epilogue, node: fx.Node, kinds: frozenset[str]) -> Epilogue
         keep(log, found.last, "kernel_fusion leaves activations out")
         return None
     activation = activation_of(node)
-    if activation is None or not rewrite.is_float(found.last, node):
+    if activation is None:
         keep(log, found.last, "%s behind it is no activation", node.target)
         return None
     return replace(found, last=node, activation=activation[0], args=tuple(activation[1]))
