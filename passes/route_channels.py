@@ -123,10 +123,11 @@ def _is_depthwise(node: fx.Node) -> bool:
 
 def _materialised(graph: fx.GraphModule, pieces: Pieces, node: fx.Node) -> fx.Node:
     """The pieces side by side, behind `node`; the source itself where it is all of them."""
-    lead = rewrite.shape_of(node)[:-1]
+    before = node.next
     if pieces.whole is not None:
-        return reshaped(graph, pieces.whole, rewrite.shape_of(node), node.next)
-    return rewrite.call(graph, joined_rows, _parts(graph, pieces, lead, node.next), before=node.next)
+        return reshaped(graph, pieces.whole, rewrite.shape_of(node), before)
+    parts = _parts(graph, pieces, rewrite.shape_of(node)[:-1], before)
+    return rewrite.call(graph, joined_rows, parts, before=before)
 
 
 def _parts(

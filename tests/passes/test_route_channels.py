@@ -54,6 +54,14 @@ def rewritten(model: Any, inputs: list[torch.Tensor], count: int = 1) -> fx.Grap
     return graph
 
 
+def test_many_pieces_of_rows_that_were_counted_otherwise():
+    def model(x):
+        return linear(x[22::2].reshape(1, 12), MATRIX[5, 12])
+
+    graph = rewritten(model, [torch.randn(46)])
+    assert any(n.target is joined_rows for n in graph.graph.nodes)
+
+
 def test_rows_that_were_counted_otherwise():
     def model(x):
         first, second = x.split([4, 2], -1)
