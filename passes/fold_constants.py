@@ -62,7 +62,7 @@ def fold_constants(graph: fx.GraphModule, hw: Hardware) -> int:
         leaves = [n for n in cone if n.op == "get_attr"]
         names[node] = str(leaves[0].target) if len(leaves) == 1 else node.name
         unread.update(dict.fromkeys(cone))
-    for node, value in values.items():
+    for node, value in reversed(values.items()):  # what is returned as a view of another value is its own by then
         stored = rewrite.add_constant(graph, f"{names[node]}_folded", value, node)
         given = memory.escapes(node)  # to the caller, who may write to it
         node.replace_all_uses_with(rewrite.call(graph, aten.clone.default, (stored,), before=node) if given else stored)

@@ -13,6 +13,7 @@ from graphwright.compiler.reference import run_eager
 from graphwright.passes import fold_constants as module
 from graphwright.passes.fold_constants import fold_constants
 from graphwright.passes.remove_dead import remove_dead
+from graphwright.testing import check_pass
 
 aten = torch.ops.aten
 
@@ -233,3 +234,13 @@ def test_a_constant_that_is_returned_is_given_as_a_copy():
     first.zero_()
     assert second.tolist() == [[0, 2], [4, 6]]
     assert run_eager(graph, [torch.ones(2)])[1].tolist() == [[0, 2], [4, 6]]
+
+
+def test_what_is_returned_as_a_view_is_no_copy_of_what_it_is_a_view_of():
+    def model(x):
+        row = torch.arange(6, dtype=torch.float32)
+        return x + row, row.reshape(3, 2).permute(1, 0)
+
+    x = torch.randn(4, 6)
+    graph = check_pass(fold_constants, trace_core(model, [x]), [x], exact=True, hw=HW)
+    assert sum(n.target is torch.ops.aten.clone.default for n in graph.graph.nodes) == 1
