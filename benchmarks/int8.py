@@ -31,7 +31,7 @@ from graphwright.compiler import zoo
 from graphwright.compiler.bench import Runner, interleave, onnxruntime, openvino
 
 SAMPLES = 8
-ROUNDS = 25
+ROUNDS = 15
 THREADS = torch.get_num_threads()
 
 

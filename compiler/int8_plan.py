@@ -112,9 +112,13 @@ def plan_int8(
     streamed = streamed_bytes(graph, products)
     first = {n: int8_form(graph, n, hw, streamed=streamed) for n in products}
     possible = [n for n in products if first[n].possible]
-    shared = _shared([n for n in possible if first[n].name == "int8"])
-    forms = {n: int8_form(graph, n, hw, shared, streamed) for n in possible}
-    paying = [n for n in possible if forms[n].pays and forms[n].name == "int8" and n not in kept]
+    paying = [n for n in possible if first[n].name == "int8" and n not in kept]
+    while True:  # a product that does not pay rounds no input for others: until all that are left do
+        forms = {n: int8_form(graph, n, hw, _shared(paying), streamed) for n in possible}
+        before = len(paying)
+        paying = [n for n in paying if forms[n].pays and forms[n].name == "int8"]
+        if len(paying) == before:
+            break
     wanted = list(dict.fromkeys(v for n in paying for v in _rounded(n, paying)))
     observed = observe(graph, inputs, wanted) if wanted else Observed({}, {}, {})
     table = _table(observed, method)

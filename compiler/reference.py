@@ -39,7 +39,9 @@ class Float64(Keeping):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = fx.node.map_aggregate((args, kwargs), _widen_dtype)
         result = super().call_function(target, args, kwargs)
-        if isinstance(result, torch.Tensor) and result.dtype in _WIDER and _has_integers(args, kwargs):
+        ours = getattr(target, "namespace", "") == "graphwright"  # bytes of the dialect are steps of a scale
+        wider = isinstance(result, torch.Tensor) and result.dtype in _WIDER and not ours
+        if wider and _has_integers(args, kwargs):
             # A real function of integers, which PyTorch rounds to its default dtype.
             args, kwargs = fx.node.map_aggregate((args, kwargs), _widen_integers)
             result = super().call_function(target, args, kwargs)

@@ -34,6 +34,7 @@ from .rewrite import arguments, constant, shape_of, value_of
 GAIN = 0.9  # of the float32 time: less is not worth the rounding
 WINOGRAD_GAIN = 2.4  # times as fast as the direct float32 sum, where its tiles fit the image well
 RATE = 4.0  # products of bytes in the time of one of floats, by vector instructions
+ENTRY_SECONDS = 0.5e-6  # a kernel more, which rounds the input
 LEAST_TABLE = 1 << 16  # elements of an embedding: smaller ones are not worth a rounding
 NEARLY = 1.1  # weights alone are taken for as much more time: inputs keep their precision
 
@@ -77,6 +78,7 @@ def int8_form(
     narrow = times.seconds(item_bytes=1, rate=RATE)
     if x not in shared:
         elements = prod(shape_of(x))
+        narrow += ENTRY_SECONDS
         narrow += predict_seconds(hw, Work({}, 4.0 * elements, 1.0 * elements, launches=0)) or 0.0
     if node.target is not dialect.conv2d and alone.pays and alone.seconds <= NEARLY * narrow:
         return alone

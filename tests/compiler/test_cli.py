@@ -338,6 +338,16 @@ def test_compile_report_as_json():
     assert json.loads(result.stdout)["precision"] == "fp32"
 
 
+def test_compile_in_8_bits_by_a_file_of_inputs():
+    numpy.savez("inputs.npz", arr_0=numpy.random.default_rng(0).standard_normal((4, 2, 6), dtype=numpy.float32))
+    given = ("--precision", "int8", "--calibration", "inputs.npz", "--tolerance", "0.1")
+    result = run("compile", "my_models:mlp", "-o", "out", *given)
+    assert result.exit_code == 0, result.output
+    # Products as small as these gain nothing anywhere, and the report says why.
+    assert "everything stays float32" in result.output
+    assert "calibration=" in fails("compile", "my_models:mlp", "-o", "out", "--precision", "int8")
+
+
 def test_compile_mistakes():
     assert "did you mean" in fails("compile", "my_models:mlp", "-o", "out", "--target", "natve")
     assert "precision" in fails("compile", "my_models:mlp", "-o", "out", "--precision", "fp33")

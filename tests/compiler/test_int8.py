@@ -57,7 +57,7 @@ def fused(model: nn.Module, x: torch.Tensor) -> torch.fx.GraphModule:
 
 
 def dtypes(report: Any) -> dict[str, str]:
-    return {c.node: c.dtype for c in report.precisions if "conv2d" in c.operator or "linear" in c.operator}
+    return {c.node: c.dtype for c in report.precisions if "conv2d" in c.operator}
 
 
 @needs_vnni
@@ -68,16 +68,17 @@ def test_a_convolutional_network_runs_in_bytes_from_end_to_end() -> None:
     report = result.report()
     assert set(dtypes(report).values()) == {"int8"}, report.text()
     kernels = [k.algorithm for k in report.kernels]
-    assert kernels.count("int8 conv") + kernels.count("int8 matmul") == 8
-    # One rounding of the image, one behind the mean: nothing in between is widened.
+    assert kernels.count("int8 conv") + kernels.count("int8 matmul") == 6
+    assert any("gains nothing" in c.reason for c in report.precisions if "linear" in c.operator)  # one row of 64
+    # One rounding, of the image: nothing behind it is widened.
     text = str(result.graph.graph)
-    assert text.count("graphwright.quantize") == 2
+    assert text.count("graphwright.quantize") == 1
     assert "graphwright.dequantize" not in text
     assert 0.0 < report.errors[0].relative_l2 <= compare.REDUCED["int8"]
     # The graph in PyTorch is the integer reference; a mean in float32 may add in another order.
     torch.testing.assert_close(result.graph(x)[0], result(x), rtol=1e-5, atol=1e-6)
     ranked = report.damage()
-    assert len(ranked) == 8
+    assert len(ranked) == 6
     assert ranked[0].sqnr_db is not None
     assert [c.sqnr_db for c in ranked] == sorted(c.sqnr_db for c in ranked if c.sqnr_db is not None)
     assert "most damaged by 8 bits" in report.text()
@@ -106,7 +107,7 @@ def test_keep_and_how_ranges_are_found() -> None:
         report = compiled(model, images(1)[0], calibration, int8={"activation": activation}).report()
         assert f"ranges by {activation}" in report.text()
         assert report.errors[0].relative_l2 <= compare.REDUCED["int8"]
-    options = {"keep": ["*11_weight", "*_0_weight"], "scheme": "symmetric", "weight": "per_tensor"}
+    options = {"keep": ["*_6_second_weight", "*_0_weight"], "scheme": "symmetric", "weight": "per_tensor"}
     report = compiled(model, images(1)[0], calibration, int8=options).report()
     kinds = list(dtypes(report).values())
     assert kinds[0] == kinds[-1] == "float32"
@@ -127,7 +128,7 @@ def test_a_machine_without_byte_products_refuses_with_the_reason() -> None:
 def test_bad_values_keep_their_part_in_float32() -> None:
     model = network()
     model[9].weight.data[:, :] = 0.0  # a layer of zeros: scales stay finite
-    model[11].weight.data[3, 5] = torch.nan
+    model[3].first.weight.data[3, 5] = torch.nan
     x = images(1)[0]
     report = compiled(model, x, images(2), verify=False).report()
     reasons = {c.node: c.reason for c in report.precisions if c.dtype == "float32"}
@@ -164,7 +165,7 @@ def test_an_outlier_of_ten_thousand_is_clipped_by_kl() -> None:
     assert scales["kl"] < 0.1 * scales["minmax"]
     # With minmax nothing is left of x, and the tolerance sends the layer back to float32.
     report = compiled(model, x, [x, spoilt], int8={"activation": "minmax"}).report()
-    assert dtypes(report)["linear_default"] == "float32"
+    assert next(c.dtype for c in report.precisions if c.node == "linear_default") == "float32"
     assert report.errors[0].relative_l2 <= compare.REDUCED["int8"]
 
 
@@ -211,9 +212,9 @@ def test_quantize_gives_a_module_that_runs_and_compiles() -> None:
         exact, integers = model(x), quantised(x)
     error = float((integers - exact).norm() / exact.norm())
     assert 0.0 < error < compare.REDUCED["int8"]
-    assert len(quantised.report().damage()) == 7
+    assert len(quantised.report().damage()) == 5
     result = graphwright.compile(quantised, x, cache=False)
-    assert sum(k.algorithm.startswith("int8") for k in result.report().kernels) == 7
+    assert sum(k.algorithm.startswith("int8") for k in result.report().kernels) == 5
     # A mean in float32 may add in another order, and a value at a tie rounds to the next step for it.
     assert float((result(x) - integers).norm() / integers.norm()) < compare.STEPS
     with pytest.raises(InputError, match="quantised for"):
