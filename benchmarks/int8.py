@@ -1,7 +1,8 @@
 """8 bits against float32, and against ONNX Runtime and OpenVINO in 8 bits.
 
     python benchmarks/int8.py prepare DIR MODEL ...      compiles, quantises and exports into DIR
-    python benchmarks/int8.py measure DIR MODEL ...      prints JSON: a row for each model
+    python benchmarks/int8.py ours DIR MODEL ...         our builds only
+    python benchmarks/int8.py measure DIR MODEL ...      prints JSON: a row for each model, of what DIR holds
 
 ONNX Runtime quantises the exported model by its own calibration (quantize_static: extremes, uint8 values, int8 weights
 with a scale a channel, QDQ nodes), on the inputs ours has; OpenVINO runs that very file, whose QDQ nodes it turns into
@@ -60,8 +61,8 @@ class Feeds:
         return next(self.left, None)
 
 
-def prepare(name: str, work: Path) -> None:
-    """Leave both builds of ours and the quantised ONNX file in `work`."""
+def prepare(name: str, work: Path, peers: bool) -> None:
+    """Leave both builds of ours in `work`, and for `peers` the quantised ONNX file."""
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
 
@@ -71,6 +72,8 @@ def prepare(name: str, work: Path) -> None:
         compiled = graphwright.compile(model, inputs, precision=precision, threads=THREADS, **options)
         compiled.save(work / f"{name}-{precision}.gw")
         (work / f"{name}-{precision}.txt").write_text(compiled.report().text())
+    if not peers:
+        return
     plain = work / f"{name}.onnx"
     onnxruntime(model, inputs, THREADS, plain)
     names = [i.name for i in onnx.load(plain, load_external_data=False).graph.input]
@@ -102,9 +105,10 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     runners: dict[str, Runner] = {
         "fp32": run("fp32"),
         "int8": run("int8"),
-        "onnxruntime int8": onnxruntime(model, inputs, THREADS, file),
-        "openvino int8": openvino(model, inputs, THREADS, file),
     }
+    if file.exists():
+        runners["onnxruntime int8"] = onnxruntime(model, inputs, THREADS, file)
+        runners["openvino int8"] = openvino(model, inputs, THREADS, file)
     errors = {n: float((first(r()) - exact).norm() / exact.norm()) for n, r in runners.items()}
     reports = {p: c.report() for p, c in ours.items()}
     parameters = sum(p.numel() * 4 for p in {*model.parameters(), *model.buffers()})
@@ -128,11 +132,11 @@ def first(results: Any) -> torch.Tensor:
 def main() -> None:
     """Run the command line."""
     command, work, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    if command == "prepare":
+    if command in ("prepare", "ours"):
         work.mkdir(parents=True, exist_ok=True)
         for name in names:
             started = time.perf_counter()
-            prepare(name, work)
+            prepare(name, work, peers=command == "prepare")
             print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     else:
         print(json.dumps([measure(name, work) for name in names], indent=1))
