@@ -69,7 +69,7 @@ def _round(graph: fx.GraphModule) -> int:
         if _is_move(node):
             whole[node], chains[node] = _chain(node, whole, chains)
     read = {n for n in chains if not _only_moved(n, chains)} | {c.head for c in chains.values()}
-    copies = {n for n in read if n in chains and n.target is not aten.clone.default and memory.is_copy(n)}
+    copies = {n for n, chain in chains.items() if n in read and memory.is_apart(n, chain.head)}
     current: dict[fx.Node, fx.Node] = {}
     for node, chain in chains.items():
         if node not in read:

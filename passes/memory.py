@@ -58,9 +58,9 @@ def _surely_root(node: fx.Node) -> fx.Node:
     return node
 
 
-def is_copy(node: fx.Node) -> bool:
-    """Whether a move has memory of its own: a reshape of what lies apart."""
-    return _surely_root(node) is node
+def is_apart(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a value made of moves of `source` surely has other memory: a reshape on the way copied what lay apart."""
+    return _surely_root(node) is not _surely_root(source)
 
 
 def escapes(node: fx.Node) -> bool:

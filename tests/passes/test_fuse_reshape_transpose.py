@@ -37,10 +37,11 @@ def test_there_and_back_is_nothing():
     assert_rewrite(before, torch.sin, [torch.randn(2, 3, 4, 5)], fuse_reshape_transpose, 1)
 
 
-def test_a_returned_copy_of_what_is_returned_too_stays_one():
+@pytest.mark.parametrize("shape", [(12, 2), (4, 3, 2)])
+def test_a_returned_copy_of_what_is_returned_too_stays_one(shape):
     def model(x):
         middle = x.permute(2, 1, 0)
-        return middle.flatten(0, 1), middle
+        return middle.reshape(2, 12).reshape(shape), middle
 
     x = torch.randn(2, 3, 4)
     graph = check_pass(fuse_reshape_transpose, trace_core(model, [x], True), [x], exact=True, hw=HW)
