@@ -14,7 +14,7 @@ $(VENV)/.%: pyproject.toml constraints.txt
 demo: $(VENV)/.models  ## compile ResNet-18 and MiniLM, check the numbers, time them beside PyTorch
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.models,test  ## run the tests
+test: $(VENV)/.models,test,cuda  ## run the tests
 	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.lint build/types/graphwright  ## ruff and mypy --strict

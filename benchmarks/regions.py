@@ -108,7 +108,7 @@ def ours_bytes(model: Graph, inputs: Inputs) -> int:
 
     hw = lookup("native")
     captured = capture.capture(capture.export(model, inputs), ())
-    graph, _ = pipeline.run(captured.graph, hw, default_passes())
+    graph, _ = pipeline.run(captured.graph, hw, default_passes(hw))
     total = 0
     for i, part in enumerate(partition(graph, lambda node: why_not(node, hw)).parts):
         assert part.compiled, part

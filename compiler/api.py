@@ -112,6 +112,8 @@ def compile(
     started = time.perf_counter()
     options = _options(target, precision, tolerance, verify, cache, threads, tune, passes, kernel_fusion)
     options = with_memory_limit(options, memory_limit)
+    if options.hw.kind == "gpu" and (memory_limit is not None or fallback is not None):
+        raise InputError(f"memory_limit= and fallback= are for CPUs: leave them out for {options.hw.id}")
     has_example = example_inputs is not None or isinstance(model, (ExportedProgram, str, os.PathLike))
     check_options(precision, fallback, calibration, has_example)
     method = int8_method(precision, int8)
@@ -162,12 +164,14 @@ def _options(
 ) -> Options:
     hw = compile_target(target)
     check_precision(precision)
+    if hw.kind == "gpu" and (precision != "fp32" or tune is not None):
+        raise InputError(f"code for GPUs is float32 and not tuned: leave precision= and tune= out for {hw.id}")
     if tolerance is not None and (not _is_number(tolerance) or not 0 < tolerance <= 1):
         raise InputError(f"tolerance is a relative error and must be positive and at most 1, got {tolerance!r}")
     if threads is not None and (not isinstance(threads, int) or not _is_number(threads) or not 1 <= threads <= THREADS):
         raise InputError(f"threads must be a whole number from 1 to {THREADS}, got {threads!r}")
     count = threads or max(1, min(torch.get_num_threads(), hw.cores))
-    chosen, fusions = select(passes, kernel_fusion)
+    chosen, fusions = select(passes, kernel_fusion, hw)
     seconds = tuning.budget(tune)
     return Options(hw, precision, tolerance, verify, cache, count, chosen, fusions, seconds, tuning.stored(hw))
 

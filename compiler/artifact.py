@@ -27,7 +27,7 @@ from typing import Any
 from .. import __version__
 from ..backends.aot.library import LIBRARY_NAME, WEIGHTS_NAME
 from ..errors import ArtifactError
-from ..hwdb import Hardware, missing_features
+from ..hwdb import Hardware, detect, missing_features
 from .cache import Cache, file_digest
 
 FORMAT = "graphwright artifact"
@@ -60,6 +60,10 @@ class Artifact:
 def seal(directory: Path, hw: Hardware, description: dict[str, Any]) -> Artifact:
     """Write the manifest of the files in `directory`: code for `hw`, and `description` (JSON data)."""
     target = {"id": hw.id, "name": hw.name, "isa": hw.isa, "triple": hw.triple, "features": sorted(hw.features)}
+    if hw.kind == "gpu":
+        # What has to fit is the processor beside the GPU; whether there is one is seen when the model is loaded.
+        host = detect()
+        target |= {"isa": host.isa, "triple": host.triple, "features": [], "gpu": hw.llvm_cpu}
     return seal_for(directory, target, description)
 
 

@@ -19,14 +19,15 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from ..backends.choices import Choices
+from ..backends.gpu.identity import gpu_compiler
 from ..errors import InputError
-from ..hwdb import obstacle
 from ..passes.families import restrict
 from . import artifact, calibration, compare, fingerprint, loading, tune, twins, verify
 from .build import Built, build
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
 from .compiled import Compiled
+from .obstacle import obstacle
 from .precision import FP32, Precision, Sample, check_tolerance
 from .report import ErrorRow, Report
 from .rewriting import rewrite_again
@@ -90,6 +91,7 @@ def _decisive(options: Options, example: Any) -> dict[str, Any]:
         "measured": sorted(options.preferred.items()),
         "memory_limit": options.memory_limit,
         "fusions": None if options.fusions is None else sorted(options.fusions),
+        "gpu compiler": gpu_compiler(options.hw) if options.hw.kind == "gpu" else None,
     }
 
 

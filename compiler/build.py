@@ -16,8 +16,9 @@ from torch import fx
 from ..backends.choices import Choices, choosing
 from ..backends.lowering.registry import KernelInfo
 from ..errors import GraphwrightError, UnsupportedOp
-from ..hwdb import Hardware, obstacle
+from ..hwdb import Hardware
 from . import pipeline
+from .obstacle import obstacle
 from .partition import Partition, partition
 from .pass_checks import Pass
 from .plan import Plan, make_plan
@@ -26,13 +27,14 @@ from .report import EagerRow
 from .rewriting import rewrite
 
 if TYPE_CHECKING:
-    from ..backends.lowering.extract import Lowered
+    from ..backends.lowering.extract import Fused, Lowered
     from ..passes.assign_precision import Choice
 
 log = logging.getLogger(__name__)
 
 # Tensors that operators left to PyTorch read.
 CONSTANTS_NAME = "constants.safetensors"
+_NO_PLAN = Plan((), 0, (), 0, {})  # until there is one
 MOST_FAILURES = 16  # operators whose lowering may fail: each costs lowering the graph once more
 
 
@@ -51,11 +53,11 @@ class Built:
     stages: dict[str, float] = field(default_factory=dict)
 
 
-def default_passes() -> tuple[Pass, ...]:
-    """The passes in their order."""
-    from ..passes.default import PASSES
+def default_passes(hw: Hardware) -> tuple[Pass, ...]:
+    """The passes for a machine, in their order."""
+    from ..passes.default import passes_for
 
-    return tuple(PASSES)
+    return passes_for(hw)
 
 
 def build(
@@ -76,9 +78,11 @@ def build(
     from ..backends.aot import library, weights
 
     clock = _Clock()
-    made = rewrite(graph, hw, default_passes() if passes is None else passes, precision)
+    made = rewrite(graph, hw, default_passes(hw) if passes is None else passes, precision)
     rewritten = made.graph
     clock.stage("passes")
+    if hw.kind == "gpu":
+        return _build_gpu(Built(_NO_PLAN, rewritten, made.runs, made.precisions, made.notes), hw, directory, clock)
     try:
         with choosing(choices or Choices()):
             parts, lowered = _lower(rewritten, hw, memory_limit)
@@ -108,9 +112,51 @@ def build(
     return built
 
 
+def _build_gpu(built: Built, hw: Hardware, directory: Path, clock: _Clock) -> Built:
+    """The same for a GPU, where all operators become one region."""
+    from ..backends.gpu.build import build as build_region
+
+    parts, fused = _region_for_gpu(built.graph, hw)
+    clock.stage("lowering")
+    built.plan, _ = make_plan(built.graph, parts.parts)
+    if fused is not None:
+        info = build_region(fused, hw, directory)
+        clock.stage("code")
+        built.kernels = tuple(info.kernels)
+        built.sizes |= {
+            "weights_bytes": info.weights_bytes,
+            "code_bytes": info.code_bytes,
+            "arena_bytes": info.storage_bytes,
+        }
+    built.stages = clock.seconds
+    return built
+
+
+def _region_for_gpu(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, Fused | None]:
+    """The graph as one region; None where it computes nothing. Raises UnsupportedOp with all that has no lowering."""
+    from ..backends.lowering.graph import LoweringError, Region, relax_region, why_not
+
+    parts = partition(graph, lambda node: why_not(node, hw))
+    if parts.reasons:
+        raise UnsupportedOp(_refusal(parts, hw))
+    if not parts.parts:
+        return parts, None
+    (part,) = parts.parts
+    try:
+        return parts, relax_region(Region("region_0", part.nodes, part.inputs, part.outputs), graph, hw)
+    except LoweringError as error:
+        raise GraphwrightError(f"{error}\nreport this as a bug") from error
+
+
 def kernels_of(graph: fx.GraphModule, hw: Hardware, choices: Choices | None = None) -> tuple[KernelInfo, ...]:
     """The kernels of a rewritten graph, with their predictions; no code is generated. None where lowering fails."""
     graph = pipeline.copy_graph(graph)
+    if hw.kind == "gpu":
+        from ..backends.gpu import build as gpu
+        from ..backends.gpu.lower import lower
+
+        fused = _region_for_gpu(graph, hw)[1]
+        return () if fused is None else tuple(lower(fused, hw, gpu.host_target()).kernels)
     try:
         with choosing(choices or Choices()):
             return _kernels(_lower(graph, hw)[1])

@@ -256,7 +256,8 @@ def explain(
 def verify(model: Model, target: Target = "native", input: Inputs = None, kernel_fusion: Fusions = None) -> None:
     """Compare every pass and the machine code with PyTorch in float64; exit 1 where they differ."""
     with progress(f"verifying {model} for {target}"):
-        from ..hwdb import lookup, obstacle
+        from ..hwdb import lookup
+        from .obstacle import obstacle
         from .verify import verify_model
 
         result = verify_model(*_load(model, input), target=target, kernel_fusion=_names(kernel_fusion))

@@ -19,6 +19,7 @@ from .variants import Variants
 
 if TYPE_CHECKING:
     from ..backends.aot.library import Library
+    from ..backends.gpu.device_library import DeviceLibrary
     from .executor import Run
     from .profile import Profile
     from .report import Report
@@ -35,7 +36,7 @@ class Compiled:
         self,
         run: Run,
         signature: Signature,
-        library: Library | None,
+        library: Library | DeviceLibrary | None,
         directory: Path,
         report: Report,
         graph: Callable[[], fx.GraphModule] | None = None,

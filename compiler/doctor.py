@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import GraphwrightError
-from ..hwdb import detect, lookup, obstacle
+from ..errors import GraphwrightError, ToolMissing
+from ..hwdb import detect, lookup
+from .obstacle import obstacle
 
 Status = Literal["ok", "missing", "broken"]
 
@@ -37,7 +38,7 @@ OPTIONAL = {
     "openvino": "peer of `graphwright bench`: pip install 'graphwright[peers]'",
 }
 # One record of every kind of target that this version builds.
-TARGETS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64")
+TARGETS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64", "a100", "mi300x")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def examine() -> list[Finding]:
         _guard("C compiler of ziglang", _runtime),
         _guard("compile and run", _compile_and_run),
     ]
+    findings += [_guard("CUDA compiler", _cuda), _guard("ROCm device libraries", _rocm)]
     findings += [_guard(f"target {name}", lambda name=name: _target(name)) for name in TARGETS]  # type: ignore[misc]
     findings += [_distribution(name, purpose, "missing") for name, purpose in OPTIONAL.items()]
     return findings
@@ -172,12 +174,39 @@ def _compile_and_run() -> Finding:
     return Finding("compile and run", "ok", f"a matrix product agrees with PyTorch within {error:.1e}")
 
 
+def _cuda() -> Finding:
+    from ..backends.gpu import cuda
+
+    try:
+        compiler = cuda.find_compiler()
+    except ToolMissing as error:
+        return Finding("CUDA compiler", "missing", str(error))
+    known = cuda.architectures(compiler)
+    return Finding("CUDA compiler", "ok", f"{compiler.name} at {compiler.path}, for {', '.join(known)}")
+
+
+def _rocm() -> Finding:
+    from ..backends.gpu import rocm
+
+    folder = rocm.bitcode_folder()
+    if folder is None:
+        return Finding("ROCm device libraries", "missing", f"models that call them cannot be built: {rocm.INSTALL}")
+    return Finding("ROCm device libraries", "ok", str(folder))
+
+
 def _target(name: str) -> Finding:
     from tvm.target import codegen
 
     hw = lookup(name)
     what = f"target {name}"
-    if not codegen.llvm_is_valid_cpu(hw.llvm_cpu, hw.triple):
+    if hw.isa == "nvptx":
+        from ..backends.gpu import cuda
+
+        try:
+            cuda.check_architecture(cuda.find_compiler(), hw.llvm_cpu)
+        except GraphwrightError as error:
+            return Finding(what, "missing", str(error))
+    elif not codegen.llvm_is_valid_cpu(hw.llvm_cpu, hw.triple):
         return Finding(what, "broken", f"the LLVM of apache-tvm has no code generation for {hw.llvm_cpu}")
     reason = obstacle(hw)
     return Finding(what, "ok", f"can be built here, not run: {reason}" if reason else "can be built and run here")

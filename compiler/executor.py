@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from ..backends.gpu.device_library import DeviceLibrary
 from .plan import OperatorCall, Plan, RegionCall, decode, resolve
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 Run: TypeAlias = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 
-def executor(plan: Plan, library: Library | None, constants: Mapping[str, torch.Tensor]) -> Run:
+def executor(plan: Plan, library: Library | DeviceLibrary | None, constants: Mapping[str, torch.Tensor]) -> Run:
     """The function from the plan's tensor inputs to its results; one region and nothing else is the fast path."""
     if len(plan.calls) == 1 and isinstance(call := plan.calls[0], RegionCall) and plan.outputs == call.outputs:
         assert library is not None
@@ -46,8 +47,11 @@ def executor(plan: Plan, library: Library | None, constants: Mapping[str, torch.
     return run
 
 
-def _region(library: Library, call: RegionCall, order: Sequence[int]) -> Run:
+def _region(library: Library | DeviceLibrary, call: RegionCall, order: Sequence[int]) -> Run:
     """The function that calls one region with the tensors at `order` of those it is given."""
+    if isinstance(library, DeviceLibrary):
+        device = library.call
+        return lambda tensors: device([tensors[i].resolve_neg() for i in order])
     region, run, empty = call.region, library.run, torch.empty
     outputs = tuple(zip(call.shapes, call.dtypes, strict=True))
 

@@ -120,7 +120,7 @@ def explained(
     check_precision(precision)
     if precision == "int8":
         raise InputError("explain has no calibration inputs, which int8 is decided by: the report of compile says why")
-    chosen, fusions = select(passes, kernel_fusion)
+    chosen, fusions = select(passes, kernel_fusion, hw)
     whole = capture(export(model, *arguments(example_inputs)), parameters_of(model))
     captured = whole.graph
     samples: tuple[Sample, ...] = ()

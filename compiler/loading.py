@@ -16,6 +16,8 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..backends.aot import library as aot
+from ..backends.gpu.device_library import DeviceLibrary
+from ..backends.gpu.launches import DEVICE_NAME
 from ..errors import ArtifactError
 from . import artifact
 from .build import CONSTANTS_NAME
@@ -71,6 +73,8 @@ def describe(directory: Path) -> Description:
 
 def runner(directory: Path, plan: Plan, threads: int) -> Run:
     """The machine code in `directory` as a function from tensor inputs to tensor results."""
+    if (directory / DEVICE_NAME).exists():
+        return executor(plan, DeviceLibrary(directory), {})
     return opened(directory, plan, threads)[1]
 
 
@@ -94,6 +98,13 @@ def assembled(
         artifact.check_machine(artifact.inspect(directory), Path("this model"))
     except ArtifactError as foreign:
         return Compiled(_refusing(str(foreign)), described.signature, None, directory, described.report, graph)
+    if (directory / DEVICE_NAME).exists():
+        try:
+            device = DeviceLibrary(directory)
+        except ArtifactError as absent:
+            return Compiled(_refusing(str(absent)), described.signature, None, directory, described.report, graph)
+        run = executor(described.plan, device, {})
+        return Compiled(run, described.signature, device, directory, described.report, graph)
     code, run = opened(directory, described.plan, threads)
     if (twin := described.twin) is not None:
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..backends.aot.library import Library
+from ..backends.gpu.device_library import DeviceLibrary
 from ..backends.lowering.registry import KernelInfo
 from ..errors import InputError
 
@@ -54,10 +55,14 @@ class Profile:
         return "\n".join(lines)
 
 
-def profile(library: Library | None, kernels: Sequence[KernelInfo], call: Callable[[], Any], rounds: int) -> Profile:
+def profile(
+    library: Library | DeviceLibrary | None, kernels: Sequence[KernelInfo], call: Callable[[], Any], rounds: int
+) -> Profile:
     """Time `kernels`, the steps of `library`'s regions in their order, over `rounds` of `call`."""
     if library is None:
         raise InputError("this model has no machine code: all of it runs in PyTorch")
+    if isinstance(library, DeviceLibrary):
+        raise InputError("kernels are timed on CPUs only; NVIDIA's nsys and AMD's rocprof time those of a GPU")
     if rounds < 1:
         raise InputError(f"rounds must be at least 1, got {rounds!r}")
     call()

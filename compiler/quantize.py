@@ -89,7 +89,7 @@ def quantize(
     measured = () if compare.is_random(captured.graph) else inputs.calibration[: calibration.MEASURED]
     samples = tuple((tensors, compare.reference(captured.graph, tensors)) for tensors in measured)
     precision = Precision("int8", tolerance, samples, observed=inputs.calibration, method=method)
-    made = rewrite(captured.graph, hw, default_passes(), precision)
+    made = rewrite(captured.graph, hw, default_passes(hw), precision)
     report = Report(
         *(hw.id, "int8", torch.get_num_threads(), made.runs),
         precisions=made.precisions,

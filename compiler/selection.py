@@ -11,18 +11,22 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from ..errors import InputError, suggest
+from ..hwdb import Hardware
 from . import sources
 from .pass_checks import Pass, checked_passes, is_ours, name_of
 
 
-def select(passes: Any = None, kernel_fusion: Any = None) -> tuple[tuple[Pass, ...], frozenset[str] | None]:
-    """The passes to run, and the families of fusions they may make; None stands for all of them.
+def select(
+    passes: Any = None, kernel_fusion: Any = None, hw: Hardware | None = None
+) -> tuple[tuple[Pass, ...], frozenset[str] | None]:
+    """The passes to run for `hw`, and the families of fusions they may make; None stands for all of them.
 
     Raises PassError for what is no pass, InputError for what is no family.
     """
-    from ..passes.default import FAMILIES, PASSES
+    from ..passes.default import FAMILIES, PASSES, passes_for
 
-    chosen: tuple[Pass, ...] = PASSES if passes is None else checked_passes(passes)
+    defaults = PASSES if hw is None else passes_for(hw)
+    chosen: tuple[Pass, ...] = defaults if passes is None else checked_passes(passes)
     families = checked_families(kernel_fusion, FAMILIES)
     if families is None:
         return chosen, None

@@ -84,7 +84,7 @@ def tune(
 ) -> dict[str, str]:
     """Measure candidates for about `seconds`, store what won, and return all that is stored."""
     started = time.perf_counter()
-    rewritten, _ = pipeline.run(graph, hw, default_passes() if passes is None else passes)
+    rewritten, _ = pipeline.run(graph, hw, default_passes(hw) if passes is None else passes)
     with tempfile.TemporaryDirectory(prefix="graphwright-tune-") as directory:
         builds: list[tuple[Path, Built]] = []
         last = 0.0

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ..errors import InputError
-from ..hwdb import obstacle
 from . import compare, loading
 from .build import Built
 from .calibration import Inputs
 from .capture import Captured
 from .executor import Run
+from .obstacle import obstacle
 from .reference import run_eager
 from .variants import Rule, calibrated, scales_of
 

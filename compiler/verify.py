@@ -12,13 +12,14 @@ import torch
 from torch import fx
 
 from ..errors import InputError, NumericMismatch
-from ..hwdb import Hardware, Target, compile_target, obstacle
+from ..hwdb import Hardware, Target, compile_target
 from ..passes.families import restrict
 from . import loading, pipeline
 from .build import build
 from .capture import Model, TensorSpec, arguments, capture, example_of, example_tensors, export
 from .compare import Reference, compare, errors, reference
 from .executor import Run
+from .obstacle import obstacle
 from .pass_checks import Pass, is_ours, name_of
 from .reference import Float64, relative_l2, run_eager
 from .report import ErrorRow
@@ -57,7 +58,7 @@ def verify_model(
     Arguments as in `graphwright.compile`. Raises NumericMismatch naming the pass or operator that is wrong.
     """
     hw = compile_target(target)
-    chosen, fusions = select(passes, kernel_fusion)
+    chosen, fusions = select(passes, kernel_fusion, hw)
     program = export(model, *arguments(example_inputs))
     captured = capture(program)
     restrict(captured.graph, fusions)

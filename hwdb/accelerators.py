@@ -153,8 +153,10 @@ class Gpu(Accelerator):
         return Occupancy(blocks, blocks * warps, blocks * warps / self.max_warps_per_unit, limited_by)
 
     def refusal(self) -> str | None:
-        """Why graphwright makes no code for this machine: GPUs are for planning until there is code generation."""
-        return "graphwright does not generate code for GPUs yet; `hw show` and `hw predict` know the device"
+        """Why graphwright makes no code for this machine, or None where it does: for CUDA and ROCm."""
+        if self.isa in ("nvptx", "amdgcn"):
+            return super().refusal()
+        return f"code for GPUs is made with CUDA and ROCm, not {self.isa}; `hw show` and `hw predict` know the device"
 
     def tvm_target(self) -> dict[str, Any]:
         """The description TVM's Target takes: kind, processor, and the limits its schedules read.

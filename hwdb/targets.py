@@ -58,7 +58,8 @@ def compile_target(target: str | Mapping[str, Any] | Hardware) -> Hardware:
     hw = resolve(target)
     if why := hw.refusal():
         raise UnknownTarget(f"cannot compile for {hw.id} ({hw.name}): {why}")
-    return with_generic_limits(hw) if hw.confidence == "low" and not hw.native else hw
+    uncertain = hw.confidence == "low" and not hw.native and hw.isa in _ROOTS
+    return with_generic_limits(hw) if uncertain else hw
 
 
 def resolve(target: str | Mapping[str, Any] | Hardware) -> Hardware:

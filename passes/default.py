@@ -77,6 +77,21 @@ PASSES: tuple[Pass, ...] = (
     remove_dead,  # last: constants that nobody reads must not reach the artifact
 )
 
+# Left out for GPUs, where loops are tensor expressions that TVM's rules schedule (backends/gpu).
+_FOR_CPUS: Mapping[Pass, str] = {
+    assign_layout: "the tiled product of a GPU takes convolutions in NCHW, and permutes would be kernels more",
+    route_channels: "it serves products of images in NHWC",
+    read_planar_images: "likewise",
+    fuse_conv_depthwise: "its operator has a kernel for CPUs and no definition",
+    sink_row_moves: "operands gathered by rows are no product that a rule would recognise",
+    fuse_head_moves: "likewise: attention with strides has one thread an element",
+}
+
+
+def passes_for(hw: Hardware) -> tuple[Pass, ...]:
+    """The passes that `compile` runs for a machine, in their order."""
+    return PASSES if hw.kind != "gpu" else tuple(rewrite for rewrite in PASSES if rewrite not in _FOR_CPUS)
+
 
 @dataclass(frozen=True)
 class Family:

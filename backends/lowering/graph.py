@@ -122,7 +122,7 @@ def why_not(node: fx.Node, hw: Hardware) -> str | None:
         return None
     target = node.target
     refused = "no lowering"
-    if target in KERNELS:
+    if target in KERNELS and has_kernels(hw):
         with noting() as decisions:
             call = KERNELS[target](node, hw)
         if isinstance(call, KernelCall):
@@ -133,6 +133,11 @@ def why_not(node: fx.Node, hw: Hardware) -> str | None:
     if target in LOWERINGS:
         return LOWERINGS[target].can(node)
     return f"{target}: {refused}"
+
+
+def has_kernels(hw: Hardware) -> bool:
+    """Whether the kernels of `KERNELS`, and the fusions that go with their cost model, are for `hw`: not for GPUs."""
+    return hw.kind in ("cpu", "board")
 
 
 def is_reshape(node: fx.Node) -> bool:
@@ -149,16 +154,16 @@ def lower(region: Region, graph: fx.GraphModule, hw: Hardware) -> Lowered:
     single: set[fx.Node] = set()
     while True:
         builder = _Builder(region, graph, hw, single)
-        module = relax.transform.DeadCodeElimination()(builder.build())
-        parameters = {str(var.name): name for name, var in builder.weight_vars.items()}
-        reasons = {name: fusion.reason for name, fusion in builder.fusions.items() if len(fusion.nodes) > 1}
-        inputs = tuple(builder.input_names)
-        fused = Fused(region.name, module, inputs, builder.weights, parameters, builder.calls, reasons)
         try:
-            return extract(fused, hw)
+            return extract(builder.fused(), hw)
         except Unscheduled as error:
             log.warning("%s: its operators become kernels of their own", error)
             single.update(builder.fusions[error.function].nodes)
+
+
+def relax_region(region: Region, graph: fx.GraphModule, hw: Hardware) -> Fused:
+    """The region as a Relax module without schedules, a function an operator where `hw` has no kernels of ours."""
+    return _Builder(region, graph, hw, set()).fused()
 
 
 def _out(value: torch.Tensor) -> Out:
@@ -202,7 +207,7 @@ class _Builder:
     def __init__(self, region: Region, graph: fx.GraphModule, hw: Hardware, single: Set[fx.Node]) -> None:
         self.region, self.graph, self.hw = region, graph, hw
         reshapes = frozenset(n for n in region.nodes if is_reshape(n))
-        fusions = fuse(region.nodes, region.outputs, reshapes, hw)
+        fusions = fuse(region.nodes, region.outputs, reshapes, hw) if has_kernels(hw) else []
         self.plan = [part for f in fusions for part in ([f] if single.isdisjoint(f.nodes) else apart(f))]
         self.fusions: dict[str, Fusion] = {}  # function -> what it computes
         self.block = relax.BlockBuilder()
@@ -214,7 +219,14 @@ class _Builder:
         self.calls: dict[str, tuple[KernelCall, str]] = {}
         self.outputs: list[Any] = []
 
-    def build(self) -> Any:
+    def fused(self) -> Fused:
+        """The module, without what nothing reads, and what its parts stand for."""
+        module = relax.transform.DeadCodeElimination()(self._build())
+        parameters = {str(var.name): name for name, var in self.weight_vars.items()}
+        reasons = {name: fusion.reason for name, fusion in self.fusions.items() if len(fusion.nodes) > 1}
+        return Fused(self.region.name, module, tuple(self.input_names), self.weights, parameters, self.calls, reasons)
+
+    def _build(self) -> Any:
         for i, node in enumerate(self.region.inputs):
             out = out_of(node)
             assert isinstance(out, Out)

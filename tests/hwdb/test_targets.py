@@ -165,7 +165,7 @@ def test_a_product_begins_with_its_maker(name, vendor):
     assert maker(name) == vendor
 
 
-@pytest.mark.parametrize("name", ["rtx-4090", "hailo-8", "mi300x"])
+@pytest.mark.parametrize("name", ["arc-a770", "hailo-8"])
 def test_what_no_code_is_made_for_is_refused_in_one_sentence(name):
     with pytest.raises(UnknownTarget, match=f"cannot compile for {name} ") as raised:
         hwdb.compile_target(name)

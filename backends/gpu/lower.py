@@ -1,0 +1,195 @@
+"""A region as a Relax module -> bytecode for TVM's virtual machine, host functions and GPU kernels, all as TVM's IR.
+
+Operators are joined by TVM's FuseOps (elementwise work into the product or reduction in front of it), every function is
+scheduled by the first rule (schedule.py) whose result can be lowered within the limits of the device, and memory is
+planned by StaticPlanBlockMemory.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import tvm
+import tvm.tirx.build  # not an attribute of tvm.tirx, where a function has its name
+import tvm_ffi
+from tvm import ir, relax, tirx
+from tvm.relax import transform
+from tvm.target import Target
+
+from ...errors import GraphwrightError
+from ...hwdb import Hardware
+from ..lowering.extract import Fused
+from ..lowering.registry import KernelInfo
+from .launches import Launch
+from .schedule import schedules
+
+log = logging.getLogger(__name__)
+
+_JOIN = (
+    transform.LegalizeOps,  # reshapes become functions, and views again where they are no result
+    transform.AnnotateTIROpPattern,
+    transform.FuseOps,
+    transform.FuseTIR,
+    transform.DeadCodeElimination,
+)
+_FINISH = (
+    transform.RewriteDataflowReshape,
+    transform.ToNonDataflow,
+    transform.RemovePurityChecking,
+    transform.CallTIRRewrite,
+    transform.StaticPlanBlockMemory,
+    transform.LowerAllocTensor,
+    transform.KillAfterLastUse,
+)
+_BYTECODE = (
+    transform.LowerRuntimeBuiltin,
+    transform.ComputePrimValue,
+    transform.VMShapeLower,
+    transform.AttachGlobalSymbol,
+)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What is left is code generation. `host` and `device` are TVM's IR; `builder` holds the bytecode."""
+
+    builder: Any
+    host: Any
+    device: Any
+    target: Target
+    launches: tuple[Launch, ...]
+    kernels: list[KernelInfo]
+    storage_bytes: int  # of the activations, as planned
+
+
+def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
+    """Schedule and lower a region for `hw`; `host` is the target dictionary of the machine that drives it.
+
+    Raises GraphwrightError for a function that no rule can bring within the limits of the device.
+    """
+    target = Target(hw.tvm_target(), host=host)
+    with target:
+        joined = _apply(fused.module, _JOIN)
+        planned = _apply(joined, _FINISH)
+        storage = _storage_bytes(planned)
+        builder = relax.ExecBuilder()
+        rest = tvm.get_global_func("relax.VMCodeGen")(builder, _apply(planned, _BYTECODE))
+    functions = {gv: function for gv, function in rest.functions_items() if isinstance(function, tirx.PrimFunc)}
+    host_functions: dict[Any, Any] = {}
+    kernels: dict[Any, Any] = {}
+    infos: dict[str, tuple[str, tuple[Launch, ...]]] = {}
+    for variable, function in functions.items():
+        rule, on_host, on_device = _lower_function(variable, function, target, hw.cores)
+        host_functions.update(on_host.functions_items())
+        kernels.update(on_device.functions_items())
+        infos[variable.name_hint] = (rule, tuple(_launch(kernel) for _, kernel in on_device.functions_items()))
+    launches = tuple(launch for _, found in infos.values() for launch in found)
+    rows = [
+        KernelInfo(name, name, rule, _described(found), None, step=number)
+        for number, (name, (rule, found)) in enumerate((call, infos[call]) for call in _calls(planned, infos))
+    ]
+    return Lowered(builder, ir.IRModule(host_functions), ir.IRModule(kernels), target, launches, rows, storage)
+
+
+def _apply(module: Any, passes: tuple[Any, ...]) -> Any:
+    for make in passes:
+        module = make()(module)
+    return module
+
+
+def _lower_function(variable: Any, function: Any, target: Target, units: int) -> tuple[str, Any, Any]:
+    """The first rule that works, the functions of the host and the kernels."""
+    failure: Exception | None = None
+    for rule, scheduled in schedules(function, target, units):
+        try:
+            on_host, on_device = _split(variable, scheduled, target)
+            for _, kernel in on_device.functions_items():
+                _check_limits(_launch(kernel), target)
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # what TVM's passes raise
+            log.warning("%s: %s does not work, the next rule takes its place", variable.name_hint, rule)
+            log.info("because %s", error)
+            failure = error
+            continue
+        return rule, on_host, on_device
+    raise GraphwrightError(
+        f"no schedule makes kernels of {variable.name_hint} for {target.kind.name}: report this as a bug"
+    ) from failure
+
+
+def _split(variable: Any, function: Any, target: Target) -> tuple[Any, Any]:
+    """The function through TVM's passes: what runs on the host, and the kernels."""
+    build = sys.modules["tvm.tirx.build"]
+    module = tirx.transform.BindTarget(target)(ir.IRModule({variable: function}))
+    pipeline, finish_host, finish_device = tirx.get_tir_pipeline("s_tir")
+    on_host, by_target = build.split_host_device_mods(pipeline(module))
+    (on_device,) = by_target.values()
+    return finish_host()(on_host), finish_device()(on_device)
+
+
+def _launch(kernel: Any) -> Launch:
+    extents: dict[str, int] = {}
+    shared: list[int] = []
+
+    def thread(node: Any) -> None:
+        if node.attr_key == "thread_extent":
+            extents[str(node.node.thread_tag)] = int(node.value)
+
+    def allocation(node: Any) -> None:
+        if str(node.buffer.scope()).startswith("shared"):
+            bits = tvm_ffi.dtype(str(node.buffer.dtype)).bits
+            shared.append(prod(int(extent) for extent in node.buffer.shape) * bits // 8)
+
+    tvm_ffi.structural_walk(kernel.body, [(tirx.AttrStmt, thread), (tirx.AllocBuffer, allocation)])
+    threads = prod(extent for tag, extent in extents.items() if tag.startswith("threadIdx"))
+    arguments = tuple("handle" if _is_pointer(p) else str(p.ty.dtype) for p in kernel.params)
+    tags = tuple(str(tag) for tag in kernel.attrs["tirx.kernel_launch_params"])
+    return Launch(str(kernel.attrs["global_symbol"]), arguments, tags, threads, sum(shared))
+
+
+def _is_pointer(parameter: Any) -> bool:
+    return isinstance(parameter.ty, ir.PointerType)
+
+
+def _check_limits(launch: Launch, target: Target) -> None:
+    threads, shared = (int(target.attrs[name]) for name in ("max_threads_per_block", "max_shared_memory_per_block"))
+    # What a kernel declares without asking the driver for more is at most 48 KB, on every device.
+    shared = min(shared, 48 << 10)
+    if launch.threads > threads:
+        raise ValueError(f"{launch.name} has {launch.threads} threads a block, the device allows {threads}")
+    if launch.shared_bytes > shared:
+        raise ValueError(f"{launch.name} has {launch.shared_bytes} bytes of shared memory, {shared} are allowed")
+
+
+def _described(launches: tuple[Launch, ...]) -> str:
+    shared = max(launch.shared_bytes for launch in launches)
+    text = " + ".join(f"{launch.threads} threads a block" for launch in launches)
+    return f"{text}, {shared} bytes shared" if shared else text
+
+
+def _calls(module: Any, known: dict[str, Any]) -> list[str]:
+    """The functions that main calls, in order."""
+    names: list[str] = []
+
+    def look(call: Any) -> None:
+        if isinstance(call.op, ir.GlobalVar) and call.op.name_hint in known:
+            names.append(call.op.name_hint)
+
+    relax.analysis.post_order_visit(module["main"], lambda e: look(e) if isinstance(e, relax.Call) else None)
+    return names
+
+
+def _storage_bytes(module: Any) -> int:
+    """Bytes of the storages that the plan allocates."""
+    total = 0
+
+    def look(expression: Any) -> None:
+        nonlocal total
+        if isinstance(expression, relax.Call) and expression.op.same_as(ir.Op.get("relax.memory.alloc_storage")):
+            total += prod(int(extent) for extent in expression.args[0].values)
+
+    relax.analysis.post_order_visit(module["main"], look)
+    return total

@@ -1,0 +1,199 @@
+"""Artifacts for GPUs: machine code that is there, and what is said where something is missing. No GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import graphwright
+from graphwright.backends.gpu import cuda, rocm
+from graphwright.backends.gpu.launches import Description
+from graphwright.compiler import artifact, doctor
+from graphwright.errors import ArtifactError, GraphwrightError, InputError, ToolMissing, UnknownTarget, UnsupportedOp
+
+CUDA_MACHINE, AMD_MACHINE = 190, 224  # of ELF files; llvm/BinaryFormat/ELF.h
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5), nn.Softmax(-1)
+    ).eval()
+
+
+IMAGE = torch.linspace(-1.0, 1.0, 3 * 8 * 8).reshape(1, 3, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Artifacts by target."""
+    made = {}
+    for target in ("a100", "mi300x"):
+        folder = tmp_path_factory.mktemp(target) / "out"
+        graphwright.compile(model(), (IMAGE,), target=target, cache=False).save(folder)
+        made[target] = folder
+    return made
+
+
+def machine_of(image: bytes) -> int:
+    (machine,) = struct.unpack_from("<H", image, 18)
+    return machine
+
+
+def test_a_cuda_artifact_holds_machine_code_of_every_kernel_it_launches(saved):
+    described = Description.read(saved["a100"] / "device.json")
+    content = (saved["a100"] / described.image).read_bytes()
+    assert described.arch == "sm_80"
+    cubin = content[content.index(b"\x7fELF") :]
+    assert machine_of(cubin) == CUDA_MACHINE
+    if described.image.endswith("fatbin"):
+        assert content[:4] == struct.pack("<I", 0xBA55ED50)
+    kernels = [launch.name for launch in described.kernels]
+    assert len(kernels) >= 4
+    for name in kernels:
+        assert f".text.{name}\0".encode() in cubin, name
+
+
+def test_a_rocm_artifact_holds_a_code_object_of_every_kernel_within_its_own_limits(saved):
+    from graphwright.backends.aot import elf
+
+    described = Description.read(saved["mi300x"] / "device.json")
+    path = saved["mi300x"] / described.image
+    assert described.image == "kernels.hsaco"
+    assert machine_of(path.read_bytes()) == AMD_MACHINE
+    found = elf.read(path)
+    assert not found.undefined
+    notes = {kernel[".name"]: kernel for kernel in metadata(path.read_bytes())["amdhsa.kernels"]}
+    assert "gfx942" in metadata(path.read_bytes())["amdhsa.target"]
+    for launch in described.kernels:
+        assert {launch.name, f"{launch.name}.kd"} <= found.defined
+        # TVM's code generator writes 256 into every kernel: with more threads a launch would be out of contract.
+        assert launch.threads <= notes[launch.name][".max_flat_workgroup_size"]
+        assert notes[launch.name][".vgpr_spill_count"] == 0
+
+
+def metadata(content: bytes) -> dict:
+    """The note of an AMD code object (LLVM's AMDGPU usage guide, code object V3 metadata), a MessagePack map."""
+    start = content.index(b"AMDGPU\0\0")
+    (size,) = struct.unpack_from("<I", content, start - 8)
+    return unpacked(content[start + 8 : start + 8 + size], 0)[0]
+
+
+def unpacked(data: bytes, at: int):
+    """A MessagePack value (the forms that LLVM writes) and where it ends."""
+    tag = data[at]
+    if tag < 0x80:
+        return tag, at + 1
+    if tag >= 0xE0:
+        return tag - 256, at + 1
+    if tag in (0xC0, 0xC2, 0xC3):
+        return {0xC0: None, 0xC2: False, 0xC3: True}[tag], at + 1
+    if tag in (0xCC, 0xCD, 0xCE):
+        width = 1 << (tag - 0xCC)
+        return int.from_bytes(data[at + 1 : at + 1 + width], "big"), at + 1 + width
+    if 0xA0 <= tag < 0xC0 or tag in (0xD9, 0xDA):
+        width = 0 if tag < 0xC0 else tag - 0xD8
+        length = tag & 31 if width == 0 else int.from_bytes(data[at + 1 : at + 1 + width], "big")
+        end = at + 1 + width + length
+        return data[end - length : end].decode(), end
+    if 0x80 <= tag < 0xA0 or tag in (0xDC, 0xDE):
+        width = 2 if tag in (0xDC, 0xDE) else 0
+        is_map = tag < 0x90 or tag == 0xDE
+        count = tag & 15 if width == 0 else int.from_bytes(data[at + 1 : at + 3], "big")
+        values, at = [], at + 1 + width
+        for _ in range(count * (1 + is_map)):
+            value, at = unpacked(data, at)
+            values.append(value)
+        return (dict(zip(values[::2], values[1::2], strict=True)) if is_map else values), at
+    raise AssertionError(hex(tag))
+
+
+@pytest.mark.parametrize(("target", "arch"), [("a100", "sm_80"), ("mi300x", "gfx942")])
+def test_without_a_device_a_call_says_so_and_the_rest_works(saved, target, arch):
+    manifest = artifact.inspect(saved[target])
+    assert manifest["target"]["gpu"] == arch
+    loaded = graphwright.load(saved[target])
+    assert len(loaded.report().kernels) >= 4
+    with pytest.raises(ArtifactError, match=f"cannot run: there is no {arch} device here"):
+        loaded(IMAGE)
+
+
+def test_no_compiler(monkeypatch, tmp_path):
+    for name in ("CUDA_PATH", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(cuda, "_USUAL", tmp_path / "nvcc")
+    monkeypatch.setattr(cuda, "find_nvrtc", lambda: None)
+    with pytest.raises(ToolMissing, match=r"needs a CUDA compiler and none is here: pip install 'graphwright\[cuda\]'"):
+        graphwright.compile(model(), (IMAGE,), target="a100", cache=False)
+    assert doctor._cuda().status == "missing"
+    finding = doctor._target("a100")
+    assert finding.status == "missing"
+    assert "CUDA compiler" in finding.detail
+
+
+def test_nvrtc_compiles_where_it_is_installed():
+    nvrtc = cuda.find_nvrtc()
+    if nvrtc is None:
+        pytest.skip("NVRTC is not installed: pip install 'graphwright[cuda]'")
+    source = 'extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2.0f; }'
+    cubin = cuda._with_nvrtc(nvrtc, source, "sm_80")
+    assert machine_of(cubin) == CUDA_MACHINE
+    assert b".text.twice\0" in cubin
+    with pytest.raises(GraphwrightError, match=r"NVRTC failed: (.|\n)*undefined_name"):
+        cuda._with_nvrtc(nvrtc, "int x = undefined_name;", "sm_80")
+
+
+def test_an_architecture_the_compiler_does_not_know():
+    with pytest.raises(GraphwrightError, match=r"makes no code for sm_35, it knows sm_\d+"):
+        cuda.check_architecture(cuda.find_compiler(), "sm_35")
+
+
+def test_functions_of_device_libraries_that_are_not_here(monkeypatch, tmp_path):
+    monkeypatch.setattr(rocm, "_places", lambda: iter([tmp_path]))
+    assert doctor._rocm().status == "missing"
+    with pytest.raises(ToolMissing, match=r"kernels call __ocml_\w+ of AMD's device libraries and none are here"):
+        graphwright.compile(torch.tan, (torch.ones(64),), target="mi300x", cache=False)
+
+
+def test_bitcode_of_another_architecture_is_not_linked(monkeypatch, tmp_path):
+    for name in ("ocml", "oclc_isa_version_90a", "oclc_wavefrontsize64_on", "oclc_wavefrontsize64_off"):
+        (tmp_path / f"{name}.bc").touch()
+    monkeypatch.setenv("HIP_DEVICE_LIB_PATH", str(tmp_path))
+    assert [path.stem for path in rocm.bitcode("gfx942", 64)] == ["ocml", "oclc_wavefrontsize64_on"]
+    assert [path.stem for path in rocm.bitcode("gfx90a", 64)][-1] == "oclc_isa_version_90a"
+    assert "oclc_wavefrontsize64_off" in [path.stem for path in rocm.bitcode("gfx1100", 32)]
+
+
+def test_operators_without_a_lowering_are_refused_together():
+    class Two(nn.Module):
+        def forward(self, x):
+            return torch.nonzero(x), torch.masked_select(x, x > 0)
+
+    with pytest.raises(UnsupportedOp, match="operators cannot be compiled for a100") as refused:
+        graphwright.compile(Two(), (torch.ones(4),), target="a100", cache=False)
+    assert "aten.nonzero" in str(refused.value)
+    assert "aten.masked_select" in str(refused.value)
+    assert f'{Path(__file__).name}", line' in str(refused.value)
+
+
+def test_a_model_larger_than_the_device():
+    small = dataclasses.replace(graphwright.hwdb.lookup("mi300x"), dram_bytes=1000)
+    with pytest.raises(GraphwrightError, match=r"needs 0\.0 GB for weights and activations and .* has 0\.0 GB; choose"):
+        graphwright.compile(model(), (IMAGE,), target=small, cache=False)
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"tune": "1s"}, {"memory_limit": "1MB"}])
+def test_options_that_are_for_cpus(options):
+    with pytest.raises(InputError, match=r"leave .* out for"):
+        graphwright.compile(model(), (IMAGE,), target="a100", cache=False, **options)
+
+
+def test_gpus_of_other_makers():
+    with pytest.raises(UnknownTarget, match="made with CUDA and ROCm, not spirv"):
+        graphwright.compile(model(), (IMAGE,), target="arc-a770", cache=False)

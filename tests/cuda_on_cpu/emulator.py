@@ -1,0 +1,70 @@
+"""CUDA on the CPU: TVM's own host code and runtime, over a driver of ours that runs kernels as threads of one block.
+
+    start()                     before tvm is imported: from then on this process has a CUDA device
+    compile_cuda(source, arch)  in the place of backends.gpu.cuda.compile_cuda: an image that the driver loads
+
+A kernel is compiled as C++ for this processor, with CUDA's words defined in include/device.h. What it shows: indexing,
+launches, memory plans, barriers (in both orders of lanes). What it does not: the CUDA compiler, timing, races between
+blocks, weak memory order. x86-64 only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+_LIBRARIES = {"libcudart.so.13": "cuda*", "libcuda.so.1": "cu*"}  # what each exports
+_KERNEL = re.compile(r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\([^;{]*\) \{', re.MULTILINE)
+_ALIGNED = re.compile(r"__shared__ (alignas\(\d+\))")  # nvcc takes the attribute there, C++ in front
+_DYNAMIC = re.compile(r"extern __shared__ (?:alignas\(\d+\) |__align__\(\d+\) )?(\w+) (\w+)\[\];")
+
+
+def start() -> None:
+    """Compile the driver and load it, for all that follows in this process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, exported in _LIBRARIES.items():
+            script, library = Path(scratch, "exports.map"), Path(scratch, name)
+            script.write_text(f"{name} {{ global: {exported}; local: *; }};\n")
+            options = [f"-Wl,-soname,{name}", f"-Wl,--version-script={script}", "-ldl"]
+            _compile("cc", str(HERE / "driver.c"), library, options)
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
+    """The kernels of generated CUDA C++ as an image of the emulated driver."""
+    source = _ALIGNED.sub(r"\1 __shared__", source)
+    source = _DYNAMIC.sub(r"\1* \2 = (\1*)emulated::dynamic_shared;", source)
+    if "EMULATED_WITHOUT_BARRIERS" in os.environ:
+        source = source.replace("__syncthreads();", "")
+    names = _KERNEL.findall(source)
+    assert names, "no kernel in the source"
+    entries = [f'extern "C" void emulated_{n}(void **arguments) {{ emulated::call({n}, arguments); }}' for n in names]
+    text = "\n".join(['#include "device.h"', source, *entries, '#include "threads.h"', ""])
+    with tempfile.TemporaryDirectory() as scratch:
+        code, library = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")
+        code.write_text(text)
+        options = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE / 'include'}"]
+        _compile("c++", str(code), library, options)
+        image = library.read_bytes()
+    return b"EMULATED" + struct.pack("<Q", len(image)) + image, "fatbin"
+
+
+def _compile(language: str, source: str, output: Path, options: list[str]) -> None:
+    """A shared library by the system's compiler, or ziglang's where there is none."""
+    system = shutil.which(language)
+    command = [system] if system else [sys.executable, "-m", "ziglang", language]
+    done = subprocess.run(
+        [*command, "-w", "-fPIC", "-shared", source, "-o", str(output), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
