@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ def calibrate(
     seconds: Annotated[float, typer.Option(help="For each figure; nothing else should run meanwhile.")] = 0.6,
 ) -> None:
     """Measure multiply-adds, bytes from every level, and parallel regions; predictions and choices then use them."""
-    if seconds <= 0:
+    if not 0 < seconds < math.inf:
         raise InputError(f"--seconds {seconds}: a figure takes some time to measure")
     from ..hwdb import host, measured
     from .cli import progress

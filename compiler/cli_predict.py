@@ -33,6 +33,8 @@ def predict(
 
     if html is not None and not html.absolute().parent.is_dir():
         raise InputError(f"--html {html}: there is no directory {html.absolute().parent}")
+    if html is not None and html.is_dir():
+        raise InputError(f"--html {html} is a directory: name a file in it")
     wanted = [name.strip() for name in devices.split(",")] if devices else None
     named = [hwdb.lookup(name) for name in wanted] if wanted else None  # a wrong name fails before the model loads
     from .cli import progress

@@ -18,6 +18,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..errors import CaptureError
 from ..passes import dialect, dialect_joined, dialect_pairs, dialect_planar
 from ..passes.rewrite import arguments, shape_of
 
@@ -82,10 +83,16 @@ class Workload:
 
 
 def workload(graph: fx.GraphModule) -> Workload:
-    """Count a captured graph, rewritten or not."""
+    """Count a captured graph, rewritten or not. Raises CaptureError where a shape is only known at run time."""
     found: Counter[Operation] = Counter()
     nodes: dict[Operation, fx.Node] = {}
     for node in graph.graph.nodes:
+        for tensor in _tensors(node):
+            if any(not isinstance(size, int) for size in tensor.shape):
+                raise CaptureError(
+                    f"{node.name} ({node.target}) has the shape {tuple(tensor.shape)}, which depends on the values of "
+                    "the inputs: what follows it cannot be counted; predict the parts before and after it"
+                )
         operation = operation_of(node)
         if operation is not None:
             found[operation] += 1

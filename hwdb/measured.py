@@ -76,7 +76,7 @@ def read(hw: Hardware) -> Measured | None:
         return None
     try:
         found = _parsed(json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         _warn(path, f"{type(error).__name__}: {error}")
         return None
     if found.machine != identity(hw):
@@ -111,12 +111,14 @@ def _parsed(data: Any) -> Measured:
     if data["version"] != VERSION:
         raise ValueError(f"its version is {data['version']!r}, not {VERSION}")
     levels = {int(level): _positive("level_gbs", rate) for level, rate in data["level_gbs"].items()}
+    if min(levels, default=0) < 0:
+        raise ValueError(f"level_gbs has the level {min(levels)}, and 0 is memory")
     rates = {key: _positive(key, data[key]) for key in ("flops", "launch_us", "wake_us")}
     return Measured(str(data["machine"]), str(data["date"]), level_gbs=levels, **rates)
 
 
 def _positive(key: str, value: Any) -> float:
-    number = float(value)
+    number = 0.0 if isinstance(value, bool) else float(value)
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{key} is {value!r}, not a positive number")
     return number

@@ -53,3 +53,10 @@ def test_figures_that_cannot_be_kept_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("GRAPHWRIGHT_DATA", str(tmp_path / "file"))
     result = CliRunner().invoke(app, ["--debug", "hw", "calibrate", "--seconds", "0.02"])
     assert "GRAPHWRIGHT_DATA" in str(result.exception)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
+def test_a_time_that_is_none_is_refused_and_nothing_kept(seconds):
+    result = CliRunner().invoke(app, ["hw", "calibrate", "--seconds", seconds])
+    assert result.exit_code == 1
+    assert "a figure takes some time to measure" in result.output

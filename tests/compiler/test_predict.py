@@ -18,7 +18,7 @@ from graphwright.compiler.capture import capture, export
 from graphwright.compiler.cli import app
 from graphwright.compiler.predict_accelerator import Accelerated
 from graphwright.compiler.workload import Operation, Product, Workload, workload
-from graphwright.errors import InputError
+from graphwright.errors import CaptureError, InputError
 
 
 def counted(model, *inputs, target="x86-64-v3"):
@@ -140,6 +140,16 @@ def test_energy_and_memory_are_bounds_and_unknown_stays_unknown(predictor):
     assert "unknown" in unknown.line()
 
 
+class Chosen(torch.nn.Module):
+    def forward(self, x):
+        return x[x > 0] * 2
+
+
+def test_shapes_that_depend_on_values_are_refused():
+    with pytest.raises(CaptureError, match=r"aten\.index\.Tensor\) has the shape .* depends on the values"):
+        counted(Chosen(), torch.randn(4))
+
+
 def test_a_model_that_computes_nothing_takes_no_time():
     nothing = predict.Predictor(torch.nn.Identity(), (torch.zeros(4),))
     assert {nothing.predict(hwdb.lookup(id)).milliseconds for id in ("raspberry-pi-5", "t4")} == {0.0}
@@ -215,3 +225,9 @@ def test_the_command_writes_table_and_page(tmp_path, monkeypatch):
         CliRunner().invoke(app, ["hw", "predict", "some_models:mlp", "--devices", "t4", "--json"]).stdout
     )
     assert listed[0]["memory_bytes"] == 4 * (72 + 16)
+
+
+def test_a_page_is_a_file(tmp_path):
+    result = CliRunner().invoke(app, ["hw", "predict", "resnet18", "--devices", "t4", "--html", str(tmp_path)])
+    assert result.exit_code == 1
+    assert "is a directory: name a file in it" in result.output

@@ -41,6 +41,9 @@ def test_other_features_or_cores_are_another_machine():
 
 BROKEN = {
     "no JSON": "{",
+    "deep": "[" * 100_000,
+    "true for a number": json.dumps({"version": 1, **dataclasses.asdict(FOUND), "flops": True}),
+    "a level below memory": json.dumps({"version": 1, **dataclasses.asdict(FOUND), "level_gbs": {"-1": 3.0}}),
     "nothing": "",
     "a list": "[]",
     "another version": json.dumps({"version": 99}),

@@ -8,6 +8,7 @@ import pytest
 import tomli
 
 from graphwright import hwdb
+from graphwright.hwdb.loader import database
 
 PUBLISHED = tomli.loads((Path(__file__).parent / "published_peaks.toml").read_text(encoding="utf-8"))
 # Published peaks have two to four digits, and vendors round clocks to 5 or 10 MHz.
@@ -60,6 +61,14 @@ def test_a_matrix_rate_has_an_instruction_and_an_instruction_a_rate():
         hw = hwdb.lookup(id)
         if hw.kind == "gpu" and hw.isa != "none":
             assert {shape.dtype for shape in hw.matrix_shapes} == set(hw.matrix_flops), id
+
+
+def test_where_two_pages_of_google_disagree_both_figures_are_kept():
+    records = database()
+    assert records.records["tpu-v3"].values["conflicts"][0] == (
+        "peak_ops bfloat16: 140e12 (jax-tpu), 123e12 (google-tpu-old)"
+    )
+    assert (hwdb.lookup("tpu-v3").confidence, hwdb.lookup("tpu-v4").peak_flops("int8")) == ("medium", 275e12)
 
 
 def test_there_are_figures_for_every_vendor():
