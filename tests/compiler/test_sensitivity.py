@@ -23,7 +23,7 @@ DOTS = lookup("znver4")
 
 def rewritten(model: nn.Module, x: torch.Tensor) -> tuple[fx.GraphModule, compare.Reference]:
     graph = capture(export(model.eval(), (x,), {})).graph
-    return pipeline.run(graph, DOTS, default_passes())[0], compare.reference(graph, [x])
+    return pipeline.run(graph, DOTS, default_passes(DOTS))[0], compare.reference(graph, [x])
 
 
 def alone(graph: fx.GraphModule, choice: object, x: torch.Tensor, expected: compare.Reference) -> float:

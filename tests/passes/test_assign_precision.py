@@ -27,7 +27,7 @@ def choose_precisions(*asked) -> tuple[Choice, ...]:
 
 
 def captured(model: nn.Module, *inputs: torch.Tensor, hw: Hardware) -> fx.GraphModule:
-    return pipeline.run(capture(export(model.eval(), inputs, {})).graph, hw, default_passes())[0]
+    return pipeline.run(capture(export(model.eval(), inputs, {})).graph, hw, default_passes(hw))[0]
 
 
 def decide(model: nn.Module, *inputs: torch.Tensor, machine: str = DOTS) -> tuple[fx.GraphModule, tuple[Choice, ...]]:
