@@ -15,7 +15,7 @@ from torch import nn
 
 import graphwright
 from graphwright.compiler.specialised import LIMIT, Specialised
-from graphwright.errors import CaptureError, GraphwrightError, InputError, UnknownTarget
+from graphwright.errors import CaptureError, InputError, UnknownTarget
 
 
 class Block(nn.Module):
@@ -283,11 +283,10 @@ def test_the_report_and_the_graph(compiled: Any, image: torch.Tensor) -> None:
     [
         ({"target": "x86-64-v9"}, UnknownTarget, "x86-64-v"),
         ({"target": "raspbery-pi"}, UnknownTarget, "did you mean"),
-        ({"precision": "int8"}, GraphwrightError, "not built yet"),
-        ({"threads": 0}, InputError, "at least 1"),
+        ({"threads": 0}, InputError, "from 1 to 256"),
         ({"threads": "2"}, InputError, "whole number"),
         ({"target": None}, InputError, "target is a name"),
-        ({"tolerance": "1"}, InputError, "positive number"),
+        ({"tolerance": "1"}, InputError, "positive and at most 1"),
         ({"tolerance": -1.0}, InputError, "positive"),
     ],
 )
