@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ class Database:
             record.mistake("", f"this record already exists: {table[record.id].where}")
         table[record.id] = record
         for name in (record.id, *record.aliases) if record.kind != "source" else ():
-            if spelling(name) == "native":
+            if (spelled := spelling(name)) == "native":
                 record.mistake("aliases", "the name 'native' means the machine one works on")
-            if (other := self._names.setdefault(spelling(name), record.id)) != record.id:
+            if (other := self._names.setdefault(spelled, record.id)) != record.id:
                 record.mistake("aliases", f"the name {name!r} already belongs to {self.records[other].where}")
         vars(self).pop("_bare_names", None)
 
@@ -123,7 +124,7 @@ class Database:
     def _bare_names(self) -> dict[str, str]:
         """Ids, aliases and product names, squeezed, that mean one record. Made on the first miss: few ask for it."""
         owners: dict[str, set[str]] = {}
-        for record in self.records.values():
+        for record in tuple(self.records.values()):
             for name in (record.id, *record.aliases, record.name):
                 owners.setdefault(squeezed(name), set()).add(record.id)
         return {name: min(ids) for name, ids in owners.items() if len(name) > 1 and len(ids) == 1}
@@ -134,11 +135,11 @@ class Database:
 
     def with_key(self, key: str) -> Iterator[Record]:
         """Yield the records that state `key` themselves, in the order of the files; only they are parsed."""
-        return (record for record in self.records.values() if record.states(key))
+        return (record for record in tuple(self.records.values()) if record.states(key))
 
     def children(self, id: str) -> Iterator[Record]:
         """Yield the records that extend `id`; only they are parsed."""
-        return (record for record in self.records.values() if record.extends(id))
+        return (record for record in tuple(self.records.values()) if record.extends(id))
 
     def _check(self, record: Record) -> None:
         for id in record.values["source"]:
@@ -197,8 +198,9 @@ def _of_largest(clusters: list[dict[str, Any]], stated: Mapping[str, Any]) -> di
     return {key: value for key, value in first.items() if value is not None and key not in stated}
 
 
-# What programs registered, to be entered into every database that is read.
+# What programs registered, to be entered into every database that is read; one thread at a time changes it.
 _registered: dict[str, Record] = {}
+_registering = threading.Lock()
 
 
 def database() -> Database:
@@ -211,6 +213,11 @@ def database() -> Database:
 
 def register(id: str, values: Mapping[str, Any], kind: str = "device") -> Hardware:
     """Enter a record from a program, in place of one it registered before. Raises RecordError for a wrong fact."""
+    with _registering:
+        return _register(id, values, kind)
+
+
+def _register(id: str, values: Mapping[str, Any], kind: str) -> Hardware:
     records = database()
     given = {"source": ["program"], "confidence": "medium", **values}
     given.setdefault("name", id)

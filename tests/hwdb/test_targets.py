@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,17 @@ def test_register():
     assert hwdb.register("my-cluster", extends="zen4", cores=64).cores == 64  # replaced
     with pytest.raises(UnknownTarget):
         hwdb.lookup("bigger")
+
+
+def test_threads_may_register_while_others_look_up():
+    def work(number):
+        for cores in range(1, 11):
+            hwdb.register(f"thread-{number}", extends="zen4", cores=cores, aliases=[f"of-{number}"])
+            assert hwdb.lookup("Radeon RX 7900 XTX").id == "rx-7900-xtx"  # by all names, made anew
+        return hwdb.lookup(f"thread-{number}").cores
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [10] * 8
 
 
 def test_what_is_registered_survives_other_directories(own_directory, monkeypatch):
