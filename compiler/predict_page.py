@@ -207,7 +207,7 @@ def _dots(predictor: Predictor, hw: Hardware, dtype: str, x: Scale, y: Scale) ->
 def _bars(rows: Sequence[Prediction]) -> tuple[list[Bar], Scale]:
     times = [(row.least_ms or 1.0, row.milliseconds or 1.0, row.most_ms or 1.0) for row in rows] or [(1.0, 1.0, 1.0)]
     low = 10 ** math.floor(math.log10(min(least for least, _, _ in times)))
-    high = 10 ** math.ceil(math.log10(max(most for _, _, most in times)))
+    high = max(10.0 * low, 10 ** math.ceil(math.log10(max(most for _, _, most in times))))
     axis = Scale(low, high, 250.0, _WIDTH - _RIGHT)
     bars = []
     for i, (row, (least, time, most)) in enumerate(zip(rows, times, strict=False)):

@@ -227,6 +227,13 @@ def test_the_command_writes_table_and_page(tmp_path, monkeypatch):
     assert listed[0]["memory_bytes"] == 4 * (72 + 16)
 
 
+def test_a_page_of_devices_without_a_figure_is_drawn(predictor):
+    targets = [hwdb.lookup("hailo-8")]
+    html = predict_page.page("m", predictor, targets, predict.ranked(predictor, targets), "float32", chosen=True)
+    assert "Hailo-8" in html
+    assert "unknown" in html
+
+
 def test_a_page_is_a_file(tmp_path):
     result = CliRunner().invoke(app, ["hw", "predict", "resnet18", "--devices", "t4", "--html", str(tmp_path)])
     assert result.exit_code == 1
