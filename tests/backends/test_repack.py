@@ -36,8 +36,8 @@ class Computed(nn.Module):
         (lambda x, w: F.conv2d(x, w, padding=1, groups=13), (1, 13, 9, 9), (13, 1, 3, 3), "depthwise conv"),
         (lambda x, w: F.conv2d(x, w), (1, 24, 9, 9), (10, 24, 1, 1), "pointwise conv"),
         (lambda x, w: F.conv_transpose2d(x, w, stride=2), (1, 12, 9, 9), (12, 5, 3, 3), "transposed conv"),
-        (lambda x, w: F.conv1d(x, w, padding=2), (1, 12, 40), (9, 12, 5), "direct conv"),
-        (lambda x, w: F.conv3d(x, w, padding=1), (1, 3, 5, 6, 7), (4, 3, 3, 3, 3), "direct conv"),
+        (lambda x, w: F.conv1d(x, w, padding=2), (1, 20, 40), (9, 20, 5), "direct conv"),
+        (lambda x, w: F.conv3d(x, w, padding=1), (1, 6, 5, 6, 7), (4, 6, 3, 3, 3), "direct conv"),
     ],
 )
 def test_computed_weights(function: Function, x: tuple[int, ...], w: tuple[int, ...], algorithm: str) -> None:
