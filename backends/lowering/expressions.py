@@ -158,10 +158,10 @@ def minimum(a: Any, b: Any) -> Any:
 
 
 def add(a: Any, b: Any) -> Any:
-    """a + b: integers wrap, and zero added to -0.0 is 0.0, where the simplifier would leave it out."""
+    """a + b: 32-bit integers wrap, and zero added to -0.0 is 0.0, where the simplifier would leave it out."""
     dtype = dtype_of(a)
-    if dtype in wrapping.WIDE:
-        return wrapping.add(a, b, dtype)
+    if dtype == "int32":
+        return wrapping.add(a, b)
     return _kept_zero(a) + _kept_zero(b)
 
 
@@ -171,8 +171,8 @@ def subtract(a: Any, b: Any) -> Any:
     Machine code has one subtraction again: LLVM knows that a product with -1 is exact.
     """
     dtype = dtype_of(a)
-    if dtype in wrapping.WIDE:
-        return wrapping.subtract(a, b, dtype)
+    if dtype == "int32":
+        return wrapping.subtract(a, b)
     return add(a, b * tirx.const(-1.0, dtype)) if is_float(dtype) else a - b
 
 
@@ -184,8 +184,8 @@ def negative(a: Any) -> Any:
 def multiply(a: Any, b: Any) -> Any:
     """a * b, also where `b` is the constant zero and `a` infinite or NaN; integers wrap."""
     dtype = dtype_of(a)
-    if dtype in wrapping.WIDE:
-        return wrapping.multiply(a, b, dtype)
+    if dtype == "int32":
+        return wrapping.multiply(a, b)
     if isinstance(b, tirx.FloatImm) and b.value == 0:
         # x - x is NaN exactly where x * 0 is; sqrt(-0.0)-like tricks would not survive simplification.
         bad = tirx.any(is_nan(a), is_inf(a))

@@ -1,13 +1,12 @@
-"""Integers of 32 and 64 bits that wrap around, as torch's do.
+"""Integers of 32 bits that wrap around, as torch's do.
 
 TVM takes such numbers for indices, which never overflow: its simplifier makes True of a + 1 > a and a of a * 2 // 2,
-and its LLVM instructions are marked accordingly (nsw for signed numbers, nuw for unsigned ones). So nothing is added or
-multiplied here that could overflow:
+and its LLVM instructions are marked accordingly (nsw). So they are added and multiplied in 64 bits, where nothing
+overflows, and the lower half is kept; LLVM finds the one instruction that does it. Each operand is used once: chains of
+operators stay as long as they are.
 
-    32 bits    in 64 bits, of which the lower half is kept; LLVM finds the one instruction that does it
-    64 bits    by halves: a = a1 2^32 + a0, where every sum and product of parts is below 2^63
-
-A shift to the left may lose bits, which is what wraps; the simplifier knows nothing of it.
+Not so 64 bits, for which there is nothing wider: by halves, every operand is used several times, and an expression of a
+dozen operators is too large to compile.
 """
 
 from __future__ import annotations
@@ -17,52 +16,25 @@ from typing import Any
 
 from tvm import tirx
 
-WIDE = frozenset({"int32", "int64"})  # narrower numbers are no indices, and their instructions are not marked
 
-
-def add(a: Any, b: Any, dtype: str) -> Any:
+def add(a: Any, b: Any) -> Any:
     """a + b."""
-    return _narrowed(lambda x, y: x + y, a, b) if dtype == "int32" else _add(a, b)
+    return _narrowed(lambda x, y: x + y, a, b)
 
 
-def subtract(a: Any, b: Any, dtype: str) -> Any:
+def subtract(a: Any, b: Any) -> Any:
     """a - b."""
-    if dtype == "int32":
-        return _narrowed(lambda x, y: x - y, a, b)
-    return _add(_add(a, tirx.bitwise_xor(b, _number(-1))), _number(1))
+    return _narrowed(lambda x, y: x - y, a, b)
 
 
-def multiply(a: Any, b: Any, dtype: str) -> Any:
+def multiply(a: Any, b: Any) -> Any:
     """a * b."""
-    if dtype == "int32":
-        return _narrowed(lambda x, y: x * y, a, b)
-    crossed = _low(_low(a) * _high(b)) + _low(_high(a) * _low(b))
-    quarter = tirx.bitwise_and(a, _number(0xFFFF)) * _low(b)
-    upper = tirx.shift_left(tirx.shift_right(_low(a), _number(16)) * _low(b), _number(16))
-    return _add(_add(upper, quarter), _raised(crossed))
+    return _narrowed(lambda x, y: x * y, a, b)
 
 
 def _narrowed(combine: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
-    # -2^31 times itself is 2^62: 64 bits hold every result.
-    return _high(_raised(combine(a.astype("int64"), b.astype("int64")))).astype("int32")
-
-
-def _add(x: Any, y: Any) -> Any:
-    low = _low(x) + _low(y)
-    return tirx.bitwise_or(_raised(_high(x) + _high(y) + _high(low)), _low(low))
-
-
-def _low(value: Any) -> Any:
-    return tirx.bitwise_and(value, _number(0xFFFFFFFF))
-
-
-def _high(value: Any) -> Any:
-    return tirx.shift_right(value, _number(32))
-
-
-def _raised(value: Any) -> Any:
-    return tirx.shift_left(value, _number(32))
-
-
-def _number(value: int) -> Any:
-    return tirx.const(value, "int64")
+    # -2^31 times itself is 2^62: 64 bits hold every result. A shift to the left may lose bits, which is what wraps; the
+    # simplifier knows nothing of it.
+    half = tirx.const(32, "int64")
+    wide = combine(a.astype("int64"), b.astype("int64"))
+    return tirx.shift_right(tirx.shift_left(wide, half), half).astype("int32")
