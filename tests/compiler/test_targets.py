@@ -41,8 +41,8 @@ def test_targets_as_tvm_describes_them(linear):
     torch.testing.assert_close(native(linear[1]), linear[0](linear[1]), rtol=1e-5, atol=1e-6)  # sums in another order
 
 
-@pytest.mark.parametrize("name", ["rtx-4090", "NVIDIA H100 80GB HBM3", "mi300x", "hailo-8", "tpu-v5e"])
-def test_gpus_and_npus_are_refused_in_one_sentence(name, linear):
+@pytest.mark.parametrize("name", ["arc-a770", "apple-m1-gpu", "hailo-8", "tpu-v5e"])
+def test_planning_targets_are_refused_in_one_sentence(name, linear):
     for use in (graphwright.compile, explain):
-        with pytest.raises(UnknownTarget, match=r"cannot compile for .*(GPUs yet|planning)"):
+        with pytest.raises(UnknownTarget, match=r"cannot compile for .*(CUDA and ROCm|planning)"):
             use(*linear, target=name)
