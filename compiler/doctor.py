@@ -38,7 +38,7 @@ OPTIONAL = {
     "openvino": "peer of `graphwright bench`: pip install 'graphwright[peers]'",
 }
 # One record of every kind of target that this version builds.
-TARGETS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64", "a100", "mi300x")
+TARGETS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "aarch64", "sm_80", "gfx942")
 
 
 @dataclass(frozen=True)

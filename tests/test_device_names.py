@@ -31,9 +31,10 @@ def named_devices(source: str) -> set[str]:
 
 
 def names_a_machine(text: str) -> bool:
-    """Whether `text` is the name of a machine, and not of an instruction set (aarch64) or a level of it (x86-64-v3)."""
+    """Whether `text` is the name of a machine, and not of an instruction set (aarch64, sm_80) or a level of it."""
     id = database().find(text)
-    return id is not None and not id.startswith("x86-64") and "extends" in database().records[id].values
+    levels = ("x86-64", "sm_", "gfx")
+    return id is not None and not id.startswith(levels) and "extends" in database().records[id].values
 
 
 def questions_about_identity(source: str) -> list[int]:
