@@ -182,7 +182,7 @@ def negative(a: Any) -> Any:
 
 
 def multiply(a: Any, b: Any) -> Any:
-    """a * b, also where `b` is the constant zero and `a` infinite or NaN; integers wrap."""
+    """a * b, also where `b` is the constant zero and `a` infinite or NaN; 32-bit integers wrap."""
     dtype = dtype_of(a)
     if dtype == "int32":
         return wrapping.multiply(a, b)
