@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from ..backends.gpu.device_library import DeviceLibrary
+from ..passes.memory import in_order
 from .plan import OperatorCall, Plan, RegionCall, decode, resolve
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def executor(plan: Plan, library: Library | DeviceLibrary | None, constants: Map
         with torch.no_grad():
             for call, step in zip(plan.calls, steps, strict=True):
                 if isinstance(call, OperatorCall):
-                    slots[call.output] = step(*decode(call.args, slots), **decode(call.kwargs, slots))
+                    args = in_order(step, decode(call.args, slots))
+                    slots[call.output] = step(*args, **decode(call.kwargs, slots))
                     continue
                 for slot, value in zip(call.outputs, step([slots[i] for i in call.inputs]), strict=True):
                     slots[slot] = value

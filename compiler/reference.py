@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..passes.memory import in_order
+
 _WIDER = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
 
 
@@ -19,6 +21,9 @@ class Keeping(fx.Interpreter):
         super().__init__(graph)
         self.wanted = set(wanted)
         self.values: dict[fx.Node, Any] = {}
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(target, tuple(in_order(target, args)), kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)

@@ -303,7 +303,11 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
         _matmul,
         _matmul_fake,
     ),
-    "swish": ("(Tensor input, float beta) -> Tensor", _swish, lambda input, beta: input.new_empty(input.shape)),
+    "swish": (
+        "(Tensor input, float beta) -> Tensor",
+        lambda input, beta: _swish(input, beta).contiguous(),
+        lambda input, beta: input.new_empty(input.shape),
+    ),
     "permute": (
         "(Tensor input, int[] in_shape, int[] dims, int[] out_shape) -> Tensor",
         _permute,

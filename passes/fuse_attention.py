@@ -153,7 +153,7 @@ def _rewrite(graph: fx.GraphModule, node: fx.Node, a: dict[str, Any]) -> None:
 
     q, k, v, mask = a["query"], a["key"], a["value"], a["attn_mask"]
     value = rewrite.packed(node.meta["val"])
-    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(rewrite.shape_of(q)[-1])
+    scale = a["scale"] if a["scale"] is not None else 1 / math.sqrt(rewrite.shape_of(q)[-1] or 1)
     batched = value.dim() == 4
     if not batched:
         q, k, v = (reshaped(n, [n_shape[0], 1, *n_shape[1:]]) for n in (q, k, v) for n_shape in [rewrite.shape_of(n)])

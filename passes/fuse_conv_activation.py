@@ -50,21 +50,20 @@ def _fuse(graph: fx.GraphModule, conv: fx.Node) -> bool:
         a |= _as_image(a, len(rewrite.shape_of(conv)) - 2)
     elif a["activation"] != "none":
         return False
-    pad = a["input"]
-    padded = a["layout"] == "NCHW" and fuses(graph, "conv+pad")
-    absorbed = _padding(pad, a["padding"]) if padded else None
-    if absorbed is not None:
-        a |= {"input": pad.args[0], "padding": absorbed}
+    pads = []
+    if a["layout"] == "NCHW" and fuses(graph, "conv+pad"):
+        while (padding := _padding(a["input"], a["padding"])) is not None:
+            pads.append(a["input"])
+            a |= {"input": a["input"].args[0], "padding": padding}
     start = Epilogue(conv, a["bias"], a["residual"])
     rank, channels = len(rewrite.shape_of(conv)), rewrite.shape_of(a["weight"])[0]
     bias_shape = [1] * rank
     bias_shape[1 if a["layout"] == "NCHW" else 3] = channels
     found = extend(start, lambda other: _is_bias(other, bias_shape), allowed(graph, "conv"))
-    if conv.target is dialect.conv2d and found == start and absorbed is None:
+    if conv.target is dialect.conv2d and found == start and not pads:
         return False
     _rewrite(graph, conv, a, found)
-    if absorbed is not None:
-        rewrite.erase_unused(pad)
+    rewrite.erase_unused(*pads)
     return True
 
 

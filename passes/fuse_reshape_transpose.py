@@ -74,9 +74,12 @@ def _round(graph: fx.GraphModule) -> int:
     for node, chain in chains.items():
         if node not in read:
             continue
-        if node in copies and chain.cost < 2 and _is_returned_packed(node, current.get(chain.head)):
+        is_view = node in copies and chain.cost < 2 and _is_returned_packed(node, current.get(chain.head))
+        if is_view:
             chain = whole[node]  # a reshape goes together with whatever precedes it
         head = current.get(chain.head, chain.head)
+        if is_view and chain.cost < 2:  # cut there: nothing on the way copies any more
+            head = rewrite.call(graph, aten.clone.default, (head,), before=node, value=rewrite.packed(head.meta["val"]))
         target, rest = chain.spelling()
         if target is not dialect.permute and memory.would_share(node, head):
             keep(log, node, "the graph returns what this chain copies from %s", head)

@@ -98,8 +98,9 @@ def _add_of_neg(site: Site) -> fx.Node | None:
     if site.arguments["alpha"] != 1:
         return None
     for a, b in (site.args[:2], site.args[1::-1]):
-        # In a narrower dtype, the negation of the least integer wraps before it is widened.
-        if calls(b, aten.neg.default) and isinstance(a, fx.Node) and site.same_dtype(b):
+        # In a narrower dtype, the negation of the least integer wraps before it is widened. Bools cannot be subtracted.
+        negated = calls(b, aten.neg.default) and isinstance(a, fx.Node) and site.same_dtype(b)
+        if negated and a.meta["val"].dtype != torch.bool:
             return site.call(aten.sub.Tensor, a, b.args[0])
     return None
 

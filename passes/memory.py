@@ -7,6 +7,8 @@ another result. A rewrite that puts an older value in a node's place must ask.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,6 +26,8 @@ READS_STRIDES = frozenset(
         aten.view_as_complex.default,
     }
 )
+# Composite operators give them operands in order, and they take no look at strides: attention reads other elements.
+_READS_IN_ORDER = frozenset({aten._scaled_dot_product_flash_attention_for_cpu.default, aten.native_group_norm.default})
 # Their schemas are silent on the views that they may return.
 _MAY_VIEW = frozenset({aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints})
 
@@ -38,6 +42,13 @@ def views(node: fx.Node) -> bool:
         return False
     aliases = any(r.alias_info is not None for r in node.target._schema.returns)
     return aliases or node.target in _MAY_VIEW
+
+
+def in_order(target: object, args: Sequence[Any]) -> Sequence[Any]:
+    """The arguments of a call as its operator needs them: a rewrite may have changed how they lie."""
+    if target not in _READS_IN_ORDER:
+        return args
+    return tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args)
 
 
 def root(node: fx.Node) -> fx.Node:

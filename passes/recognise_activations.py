@@ -59,14 +59,14 @@ def _match(node: fx.Node) -> Spelling | None:
     coefficient, factors = _factors(node)
     if not rewrite.is_float(node, *factors) or any(rewrite.shape_of(f) != rewrite.shape_of(node) for f in factors):
         return None
-    if len(factors) == 1 and _close(coefficient, 1 / 6):
+    if len(factors) == 1 and _close(coefficient, 1 / 6, node):
         x = _shifted_relu6(factors[0])
         return None if x is None else (aten.hardsigmoid.default, (x,), {})
     if len(factors) != 2:
         return None
     for x, gate in (factors, factors[::-1]):
         for test, wanted, target, kwargs in _GATES:
-            if _close(coefficient, wanted) and test(gate, x):
+            if _close(coefficient, wanted, x) and test(gate, x):
                 return target, (x,), dict(kwargs)
         if coefficient == 1 and (beta := _sigmoid_of_multiple(gate, x)) is not None:
             return dialect.swish, (x, beta), {}
@@ -130,7 +130,7 @@ def _is_one_plus_erf(gate: fx.Node, x: fx.Node) -> bool:
     if inner is None or rewrite.sole_user(inner) is None:
         return False
     coefficient, factors = _factors(inner)
-    return factors == [x] and _close(coefficient, math.sqrt(0.5))
+    return factors == [x] and _close(coefficient, math.sqrt(0.5), x)
 
 
 def _is_one_plus_tanh(gate: fx.Node, x: fx.Node) -> bool:
@@ -139,7 +139,7 @@ def _is_one_plus_tanh(gate: fx.Node, x: fx.Node) -> bool:
     if inner is None or rewrite.sole_user(inner) is None:
         return False
     coefficient, factors = _factors(inner)
-    if not _close(coefficient, math.sqrt(2 / math.pi)):
+    if not _close(coefficient, math.sqrt(2 / math.pi), x):
         return False
     if len(factors) == 2 and x in factors:  # x * (1 + 0.044715 * x * x)
         other = factors[1] if factors[0] is x else factors[0]
@@ -158,7 +158,7 @@ def _is_power(node: fx.Node, x: fx.Node, exponent: int) -> bool:
     if rewrite.sole_user(node) is None:
         return False
     coefficient, factors = _factors(node)
-    if not _close(coefficient, 0.044715):
+    if not _close(coefficient, 0.044715, x):
         return False
     if factors == [x] * exponent:
         return True
@@ -219,5 +219,7 @@ def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _close(value: float, wanted: float) -> bool:
-    return math.isclose(value, wanted, rel_tol=1e-6)
+def _close(value: float, wanted: float, x: fx.Node) -> bool:
+    """Whether a constant is the one of the formula as far as the dtype of `x` tells."""
+    exact = x.meta["val"].dtype == torch.float64
+    return math.isclose(value, wanted, rel_tol=1e-15 if exact else 1e-6)

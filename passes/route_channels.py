@@ -48,7 +48,7 @@ def route_channels(graph: fx.GraphModule, hw: Hardware) -> int:
 def _read_in_pieces(graph: fx.GraphModule, node: fx.Node, route: Route, current: dict[fx.Node, fx.Node]) -> bool:
     """Rewrite the products that read `node`, if all who compute with it can take its channels in another order."""
     readers = _computing(node)
-    if not readers or not rewrite.is_float(node) or node.meta["val"].dtype != torch.float32:
+    if not readers or not rewrite.is_float(node) or node.meta["val"].dtype != torch.float32 or not len(route.number):
         return False
     pieces = pieces_of(Route(tuple(current.get(s, s) for s in route.sources), route.which, route.number))
     in_order = bool((pieces.order == torch.arange(len(pieces.order))).all())

@@ -66,6 +66,14 @@ class Group:
 
 def sink_moves(graph: fx.GraphModule, hw: Hardware) -> int:
     """Let groups of nodes compute in front of the move they carry; returns how many groups."""
+    count = 0
+    # A move that sank may be one with the next. Every round but the last brings moves further down.
+    while changed := _round(graph):
+        count += changed
+    return rewrite.finish(graph, count)
+
+
+def _round(graph: fx.GraphModule) -> int:
     made: dict[fx.Node, Move] = {}  # moves themselves
     carried: dict[fx.Node, Move] = {}
     groups = _Groups()
@@ -83,7 +91,7 @@ def sink_moves(graph: fx.GraphModule, hw: Hardware) -> int:
         if _pays(group):
             _rewrite(graph, group, carried)
             count += 1
-    return rewrite.finish(graph, count)
+    return count
 
 
 class _Groups:

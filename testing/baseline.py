@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ..compiler.pipeline import copy_graph
-from ..compiler.reference import run_eager, run_float64
+from ..compiler.reference import Keeping, run_eager, run_float64
 from .numbers import Expected, expected
 
 # In float64, how far a pass may move what an operator gives, as a share of it: float64 rounds at 1e-16.
@@ -74,7 +74,7 @@ class Baseline:
         return ""
 
 
-class _Checker(fx.Interpreter):
+class _Checker(Keeping):
     """Runs a graph; `reason` says what first differed from the graph's own account of it."""
 
     reason = ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .builder import Builder, Refused, Value
 from .draw_elementwise import partner
 
@@ -117,6 +119,11 @@ def batch_norm(b: Builder, x: Value) -> Value:
     return b.emit(f"F.batch_norm({x.name}, {mean}, {var}{affine}, False, 0.1, 1e-3)")
 
 
+def _groups_of_some(x: Value, groups: int) -> bool:
+    """Whether each group holds several values: one alone is its own mean, and the rest is rounding."""
+    return x.shape[1] % groups == 0 and math.prod(x.shape[1:]) > groups
+
+
 def norm(b: Builder, x: Value) -> None:
     """A normalisation, as an operator or written out."""
     if not x.rank or not x.is_float:
@@ -131,7 +138,7 @@ def norm(b: Builder, x: Value) -> None:
     elif kind == "rms":
         b.emit(f"F.rms_norm({x.name}, ({n},), {b.weight((n,), dtype)}, 1e-3)")
     elif kind == "group":
-        groups = b.choose([g for g in (1, 2, 3, 4) if x.rank >= 2 and x.shape[1] and x.shape[1] % g == 0])
+        groups = b.choose([g for g in (1, 2, 3, 4) if x.rank >= 2 and x.shape[1] and _groups_of_some(x, g)])
         b.emit(f"F.group_norm({x.name}, {groups}, {b.weight((x.shape[1],), dtype)}, None, 0.1)")
     elif kind == "instance":
         b.emit(f"F.instance_norm({x.name}, eps=0.1)")

@@ -20,6 +20,7 @@ from tvm import relax, te
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
 from ..choices import noting
+from .expressions import filled
 from .extract import Fused, Lowered, Unscheduled, extract
 from .fusion import Fusion, apart, fuse, outs_of, source_of
 from .operators import KERNELS, LOWERINGS
@@ -326,7 +327,11 @@ class _Builder:
         if is_reshape(node):
             out = out_of(node)
             assert isinstance(out, Out)
-            return self.block.emit(relax.op.reshape(self._value(node.args[0]), relax.ShapeExpr(out.shape)))  # type: ignore[arg-type]
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if 0 in out.shape:  # Relax takes a 0 in the new shape for "as it was"
+                return self.block.emit_te(lambda _: filled(out, 0), self._value(source))
+            return self.block.emit(relax.op.reshape(self._value(source), relax.ShapeExpr(out.shape)))
         if "kernel_call" in node.meta:
             return self._kernel(node, node.meta["kernel_call"])
         return self._tensor_expression(node)

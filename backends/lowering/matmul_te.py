@@ -278,5 +278,5 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> te.Tensor:
-    factor = 1 / math.sqrt(shape_of(q)[-1]) if scale is None else scale
+    factor = 1 / math.sqrt(shape_of(q)[-1] or 1) if scale is None else scale
     return attention(out, q, k, v, attn_mask, is_causal, factor)

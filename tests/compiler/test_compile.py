@@ -176,6 +176,17 @@ def test_other_dtypes_are_computed_somewhere(dtype: torch.dtype) -> None:
         assert torch.equal(graphwright.compile(lambda x: x * x + x, (x,))(x), x * x + x)
 
 
+def test_heads_of_attention_without_elements() -> None:
+    """A dimension of one head is put in, and taken out again: reshapes of no elements."""
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    compiled = graphwright.compile(model, (torch.randn(2, 5, 0),))
+    assert compiled(torch.randn(2, 5, 0)).shape == (2, 5, 0)
+    assert not compiled.report().eager
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 0, 8)])
 def test_zero_sized_tensors(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)

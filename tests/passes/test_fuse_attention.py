@@ -97,6 +97,11 @@ def test_without_heads():
     fused(model, [Q[:, 0], K[:, 0], V[:, 0], torch.rand(2, 3, 5) > 0.4])
 
 
+def test_heads_of_no_channels():
+    """Every score is 0, whatever it is divided by: the mean of the values."""
+    fused(lambda q, k, v: sdpa(q, k, v), [Q[..., :0], K[..., :0], V])
+
+
 class Masked(torch.nn.Module):
     def __init__(self, mask):
         super().__init__()

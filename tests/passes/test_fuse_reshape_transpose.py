@@ -222,3 +222,20 @@ def test_a_reshape_of_what_lies_apart_is_returned_as_a_copy():
     (result,) = run_eager(graph, [x])
     assert result.data_ptr() != x.data_ptr()
     assert fuse_reshape_transpose(graph, HW) == 0
+
+
+def test_a_returned_copy_of_what_is_returned_stays_a_copy():
+    """The cut is right behind the first result; once that is packed, no reshape on the way copies any more."""
+
+    def model(x):
+        first = x.mT
+        return first.reshape(2, 45).permute(0, 1).reshape(3, 1, 5, 6), first
+
+    x = torch.randn(3, 1, 6, 5)
+    graph = trace_core(model, [x])
+    before = copy_graph(graph)
+    fuse_reshape_transpose(graph, HW)
+    assert_same_numbers(before, graph, [x])
+    copied, first = run_eager(graph, [x])
+    assert copied.data_ptr() != first.data_ptr()
+    assert fuse_reshape_transpose(graph, HW) == 0
