@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from .compiler.api import compile as compile
     from .compiler.compiled import Compiled as Compiled
     from .compiler.loading import load as load
+    from .compiler.prune import KeptZeros as KeptZeros
+    from .compiler.prune import keep_zeros as keep_zeros
+    from .compiler.prune import prune as prune
     from .compiler.quantize import Quantized as Quantized
     from .compiler.quantize import quantize as quantize
 
@@ -29,6 +32,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "compile": ("compiler.api", "compile"),
     "load": ("compiler.loading", "load"),
+    "KeptZeros": ("compiler.prune", "KeptZeros"),
+    "keep_zeros": ("compiler.prune", "keep_zeros"),
+    "prune": ("compiler.prune", "prune"),
     "Compiled": ("compiler.compiled", "Compiled"),
     "Quantized": ("compiler.quantize", "Quantized"),
     "quantize": ("compiler.quantize", "quantize"),
@@ -40,6 +46,7 @@ __all__ = [
     "Compiled",
     "GraphwrightError",
     "InputError",
+    "KeptZeros",
     "NumericMismatch",
     "PassError",
     "Quantized",
@@ -47,7 +54,9 @@ __all__ = [
     "UnknownTarget",
     "UnsupportedOp",
     "compile",
+    "keep_zeros",
     "load",
+    "prune",
     "quantize",
 ]
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from ..backends.kernels import attention_plan
 from ..backends.kernels.batch_matmul import batch_seconds, choose_batch_tiling
+from ..backends.kernels.block_sparse import sparse_seconds, sparse_tiling
 from ..backends.kernels.conv_depthwise_plan import choose_pair
 from ..backends.kernels.conv_plan import Conv, problem_of, rank_plans
 from ..backends.kernels.epilogue import is_heavy
@@ -31,9 +32,10 @@ from ..backends.region_kernel import ENTRY_SECONDS
 from ..backends.tiling import HEAVY_CYCLES, predicted_seconds, rank_tilings
 from ..hwdb import Hardware
 from ..hwdb.cost import Work, predict_seconds
-from ..passes import dialect, dialect_joined, dialect_pairs, dialect_planar
+from ..passes import dialect, dialect_joined, dialect_pairs, dialect_planar, dialect_sparse
 from ..passes.layout_costs import work_seconds
 from ..passes.rewrite import arguments, shape_of
+from ..passes.zero_blocks import Blocks
 from .workload import Operation
 
 ITEM_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8}
@@ -188,6 +190,15 @@ def _linear(node: fx.Node, hw: Hardware) -> float | None:
     return predicted_seconds(hw, tiling, given["activation"])
 
 
+def _sparse(node: fx.Node, hw: Hardware) -> float | None:
+    given = arguments(node)
+    columns, depth = shape_of(given["weight"])
+    width, height, count, longest = given["blocks"]
+    blocks = Blocks(width, height, count, longest, -(-columns // width) * (depth // height))
+    tiling = sparse_tiling(hw, math.prod(shape_of(node)) // columns, columns, depth, blocks)
+    return sparse_seconds(hw, tiling, blocks, given["activation"])
+
+
 def _matmul(node: fx.Node, hw: Hardware) -> float | None:
     given = arguments(node)
     a, b, out = shape_of(given["a"]), shape_of(given["b"]), shape_of(node)
@@ -234,6 +245,7 @@ _PLANNED: dict[Any, Callable[[fx.Node, Hardware], float | None]] = {
     dialect.avg_pool2d: _pool,
     dialect.linear: _linear,
     dialect_joined.joined_linear: _linear,
+    dialect_sparse.sparse_linear: _sparse,
     dialect.matmul: _matmul,
     dialect.attention: _attention,
     dialect.strided_attention: _strided,

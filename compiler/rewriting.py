@@ -71,8 +71,9 @@ def rewrite_again(
 def _divided(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
     from ..passes.fuse_conv_depthwise import fuse_conv_depthwise
     from ..passes.read_planar_images import read_planar_images
+    from ..passes.skip_zero_blocks import skip_zero_blocks
 
-    hiding = (fuse_conv_depthwise, read_planar_images)
+    hiding = (fuse_conv_depthwise, read_planar_images, skip_zero_blocks)
     return tuple(p for p in passes if p not in hiding), tuple(p for p in passes if p in hiding)
 
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import CaptureError
-from ..passes import dialect, dialect_joined, dialect_pairs, dialect_planar
+from ..passes import dialect, dialect_joined, dialect_pairs, dialect_planar, dialect_sparse
 from ..passes.rewrite import arguments, shape_of
 
 aten = torch.ops.aten
@@ -180,6 +180,12 @@ def _linear(node: fx.Node, given: Mapping[str, Any]) -> tuple[Product, ...]:
     return (Product(math.prod(shape_of(node)) // columns, columns, depth),)
 
 
+def _sparse(node: fx.Node, given: Mapping[str, Any]) -> tuple[Product, ...]:
+    columns, depth = shape_of(given["weight"])
+    kept = math.prod(given["blocks"][:3]) / columns  # of the terms of each sum, in the mean
+    return (Product(math.prod(shape_of(node)) // columns, columns, min(depth, round(kept))),)
+
+
 def _matmul(node: fx.Node, given: Mapping[str, Any]) -> tuple[Product, ...]:
     a, out = shape_of(given["a"]), shape_of(node)
     depth = a[-2] if given["transpose_a"] else a[-1]
@@ -210,6 +216,7 @@ _COUNTED: Mapping[Any, Callable[[fx.Node, Mapping[str, Any]], tuple[Product, ...
     dialect_pairs.conv_depthwise: _pair,
     dialect.linear: _linear,
     dialect_joined.joined_linear: _linear,
+    dialect_sparse.sparse_linear: _sparse,
     dialect.matmul: _matmul,
     dialect.attention: _attention,
     aten.scaled_dot_product_attention.default: lambda node, given: _attention(

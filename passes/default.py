@@ -36,6 +36,7 @@ from .route_channels import route_channels
 from .simplify import simplify
 from .sink_moves import sink_moves
 from .sink_row_moves import sink_row_moves
+from .skip_zero_blocks import skip_zero_blocks
 from .split_batch_norm import split_batch_norm
 
 Pass = Callable[[fx.GraphModule, Hardware], int]
@@ -74,6 +75,7 @@ PASSES: tuple[Pass, ...] = (
     fuse_head_moves,  # after fuse_reshape_transpose: one permute an operand; what is left over, merge_duplicates merges
     merge_duplicates,  # again: moves of one head may have become equal
     fold_constants,  # again: fusions transpose weights and flatten biases by operators on constants
+    skip_zero_blocks,  # behind the fusions, which know the products it hides, and the folding of weights it looks at
     remove_dead,  # last: constants that nobody reads must not reach the artifact
 )
 
@@ -83,6 +85,7 @@ _FOR_CPUS: Mapping[Pass, str] = {
     route_channels: "it serves products of images in NHWC",
     read_planar_images: "likewise",
     fuse_conv_depthwise: "its operator has a kernel for CPUs and no definition",
+    skip_zero_blocks: "its operator has a kernel for CPUs, and multiplies the zeros elsewhere",
     sink_row_moves: "operands gathered by rows are no product that a rule would recognise",
     fuse_head_moves: "likewise: attention with strides has one thread an element",
 }
@@ -118,6 +121,7 @@ FAMILIES: Mapping[str, Family] = {
     "norm": Family("layer and RMS norms that are written out, as one operator", (recognise_norms,)),
     "attention": Family("attention that is written out, as one operator", (recognise_attention,)),
     "qkv": Family("products of one input, as one product of all their weights", (merge_products,)),
+    "sparsity": Family("products that skip blocks of zeros in their weights", (skip_zero_blocks,)),
     "layout": Family("images in NHWC where that costs less", (assign_layout,)),
     "moves": Family(
         "chains of reshapes, transposes and rolls merged, dropped, or done by what reads them",

@@ -196,6 +196,19 @@ class _Projections(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+class _Pruned(nn.Module):
+    """Blocks of zeros, all but one in four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        with torch.no_grad():
+            self.linear.weight *= torch.eye(4).repeat_interleave(16, 0).repeat_interleave(16, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.softmax(q @ k.transpose(-1, -2) / 2.0, -1) @ v
 
@@ -250,6 +263,7 @@ EXAMPLES: dict[str, Example] = {
         ((1, 4, 6, 8),),
         ("fuse_attention", "fuse_matmul_bias", "fuse_reshape_transpose", "remove_dead", "gather_rows"),
     ),
+    "skip_zero_blocks": Example(_Pruned, ((128, 64),), ("fuse_matmul_bias",)),
     "fuse_head_moves": Example(_heads, ((1, 16, 8),) * 3, ("fuse_attention", "fuse_reshape_transpose")),
 }
 

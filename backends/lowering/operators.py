@@ -19,6 +19,7 @@ for name in (
     "kernels_norm",
     "kernels_pairs",
     "kernels_planar",
+    "kernels_sparse",
 ):
     if importlib.util.find_spec(f"{__package__}.{name}") is not None:
         importlib.import_module(f".{name}", __package__)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from digits import Digits, network
 from torch import nn
 
 import graphwright
@@ -16,42 +17,15 @@ from graphwright.hwdb import lookup
 VNNI = lookup("znver4")  # quantised for such a machine, and run in PyTorch: the exact integers of its kernels
 
 
-def trained(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
-    """A small convolutional network, trained in seconds."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1)),
-        *(nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
-    )
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(6):
-        for rows in torch.randperm(len(images)).split(64):
-            optimiser.zero_grad()
-            F.cross_entropy(model(images[rows]), labels[rows]).backward()
-            optimiser.step()
-    return model.eval()
-
-
 def test_digits_lose_at_most_half_a_point() -> None:
-    datasets = pytest.importorskip("sklearn.datasets")
-    digits = datasets.load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16.0
-    labels = torch.tensor(digits.target)
-    model = trained(images[:1200], labels[:1200])
-    test, wanted = images[1200:], labels[1200:]
-    calibration = [images[: len(test)], images[len(test) : 2 * len(test)]]
-    quantised = graphwright.quantize(model, calibration, target=VNNI)
+    digits = Digits.load()
+    model = digits.train(network())
+    quantised = graphwright.quantize(model, digits.calibration, target=VNNI)
     products = [c for c in quantised.report().precisions if "conv2d" in c.operator or "linear" in c.operator]
     assert sum(c.dtype == "int8" for c in products) >= 3, quantised.report().text()
-
-    def points(run: nn.Module) -> float:
-        with torch.no_grad():
-            return 100.0 * float((run(test).argmax(1) == wanted).float().mean())
-
-    exact = points(model)
+    exact = digits.points(model)
     assert exact > 90.0
-    assert points(quantised) >= exact - 0.5
+    assert digits.points(quantised) >= exact - 0.5
 
 
 SUBJECTS = ["The compiler", "A cat", "My neighbour", "The old bridge", "Quantum physics", "The recipe", "Her train"]

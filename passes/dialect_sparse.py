@@ -1,0 +1,49 @@
+"""The dialect's product with weights of which whole blocks are zero.
+
+    sparse_linear(x, W, b, r, ..., blocks) = act(x W^T + b + r)
+
+blocks: outputs and inputs of a block, how many blocks of W hold anything but zeros, and the most of those in one row of
+blocks. W is stored whole: the body is that of `linear`, and the kernel packs what is not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import dialect
+
+
+def _sparse_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+    blocks: Sequence[int],
+) -> Tensor:
+    result: Tensor = dialect.linear(input, weight, bias, residual, activation, activation_args)
+    return result
+
+
+def _sparse_linear_fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+    blocks: Sequence[int],
+) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+sparse_linear = dialect.define(
+    "sparse_linear",
+    "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, float[] activation_args, "
+    "int[] blocks) -> Tensor",
+    _sparse_linear,
+    _sparse_linear_fake,
+)
