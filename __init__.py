@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .compiler.prune import KeptZeros as KeptZeros
     from .compiler.prune import keep_zeros as keep_zeros
     from .compiler.prune import prune as prune
+    from .compiler.qat import convert as convert
+    from .compiler.qat import prepare_qat as prepare_qat
     from .compiler.quantize import Quantized as Quantized
     from .compiler.quantize import quantize as quantize
 
@@ -33,7 +35,9 @@ _LAZY = {
     "compile": ("compiler.api", "compile"),
     "load": ("compiler.loading", "load"),
     "KeptZeros": ("compiler.prune", "KeptZeros"),
+    "convert": ("compiler.qat", "convert"),
     "keep_zeros": ("compiler.prune", "keep_zeros"),
+    "prepare_qat": ("compiler.qat", "prepare_qat"),
     "prune": ("compiler.prune", "prune"),
     "Compiled": ("compiler.compiled", "Compiled"),
     "Quantized": ("compiler.quantize", "Quantized"),
@@ -54,8 +58,10 @@ __all__ = [
     "UnknownTarget",
     "UnsupportedOp",
     "compile",
+    "convert",
     "keep_zeros",
     "load",
+    "prepare_qat",
     "prune",
     "quantize",
 ]

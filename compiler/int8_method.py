@@ -10,6 +10,7 @@ from ..errors import InputError, suggest
 from .ranges import METHODS
 
 SCHEMES = ("affine", "symmetric")
+LEARNED = "learned"  # ranges that training found: `convert` alone asks for it
 WEIGHTS = ("per_channel", "per_tensor")
 
 

@@ -29,15 +29,16 @@ from ..passes import dialect
 from ..passes.assign_precision import Choice
 from ..passes.hoist_quantise import hoist_quantise, moved
 from ..passes.int8_forms import Int8Form, int8_form, is_product, table_reason
-from ..passes.int8_scales import Table, scale_between
+from ..passes.int8_scales import Scale, Table, scale_between
+from ..passes.learned_codes import learned_scales
 from ..passes.merge_duplicates import merge_duplicates
 from ..passes.precision_forms import class_reason, is_arithmetic, streamed_bytes
 from ..passes.quantise import quantise
 from ..passes.remove_dead import remove_dead
-from ..passes.requantise import requantise
+from ..passes.requantise import requantise, requantise_alone
 from ..passes.rewrite import arguments, shape_of
 from . import compare, pipeline
-from .int8_method import Method
+from .int8_method import LEARNED, Method
 from .observe import Observed, observe
 from .ranges import METHODS
 from .reference import Keeping, run_eager
@@ -50,8 +51,11 @@ SECONDS_PER_BYTE = 1e-10  # that a table saves: as if it were read once, at 10 G
 TRIES = 6  # assignments measured
 ENOUGH = 0.85  # of the allowed error, after which no larger budget is tried
 LOOKED_AT = 4  # inputs whose damage is averaged
+_UNTRAINED = "training did not round its input and weights to 8 bits"
 # Behind `quantise`: rounding moves to the front, products give bytes, what came twice is merged.
 JOINING = (hoist_quantise, requantise, merge_duplicates, remove_dead)
+# Where rounding what nobody rounded in training would change what was trained.
+TRAINED = (hoist_quantise, requantise_alone, merge_duplicates, remove_dead)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Int8Plan:
     choices: tuple[Choice, ...]
     forms: Mapping[str, Int8Form] = field(default_factory=dict)
     tables: Mapping[str, float] = field(default_factory=dict)  # embeddings: what their bytes count for, in seconds
+    trained: bool = False  # for exactly these roundings, and no others
 
     @property
     def weights_only(self) -> frozenset[str]:
@@ -107,8 +112,11 @@ def plan_int8(
     Raises InputError for a pattern of `method.keep` that fits no product.
     """
     products = [n for n in graph.graph.nodes if is_product(n)]
-    tables = {n: why for n in graph.graph.nodes if (why := table_reason(graph, n)) is not None}
+    trained = learned_scales(graph, products) if method.activation == LEARNED else None
+    tables = {n: why for n in graph.graph.nodes if trained is None and (why := table_reason(graph, n)) is not None}
     kept = _kept([*products, *tables], method.keep)
+    if trained is not None:
+        kept |= dict.fromkeys([n for n in products if n not in trained], _UNTRAINED)
     streamed = streamed_bytes(graph, products)
     first = {n: int8_form(graph, n, hw, streamed=streamed) for n in products}
     possible = [n for n in products if first[n].possible]
@@ -120,8 +128,8 @@ def plan_int8(
         if len(paying) == before:
             break
     wanted = list(dict.fromkeys(v for n in paying for v in _rounded(n, paying)))
-    observed = observe(graph, inputs, wanted) if wanted else Observed({}, {}, {})
-    table = _table(observed, method)
+    observed = observe(graph, inputs, wanted) if wanted and trained is None else Observed({}, {}, {})
+    table = _table(observed, method) if trained is None else _trained_table(trained)
     choices = []
     for node in graph.graph.nodes:
         operator = str(node.target).removesuffix(".default")
@@ -146,8 +154,8 @@ def plan_int8(
                 reason = observed.unknown.get(source, "it was decided so when the model was compiled")
         choices.append(Choice(node.name, operator, "float32", reason))
     saved = {n.name: 3.0 * prod(shape_of(n.args[0])) * SECONDS_PER_BYTE for n in tables}
-    plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()}, saved)
-    return plan if only is not None else _with_damage(graph, plan, inputs[:LOOKED_AT])
+    plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()}, saved, trained is not None)
+    return plan if only is not None or not inputs else _with_damage(graph, plan, inputs[:LOOKED_AT])
 
 
 def _kept(products: Sequence[fx.Node], patterns: Sequence[str]) -> dict[fx.Node, str]:
@@ -190,6 +198,10 @@ def _rounded(node: fx.Node, products: Collection[fx.Node]) -> list[fx.Node]:
     if node.target is dialect.conv2d and residual is not None and _source(residual) in products:
         values.append(residual)
     return values
+
+
+def _trained_table(trained: Mapping[fx.Node, Scale]) -> Table:
+    return Table({arguments(node)["input"].name: scale for node, scale in trained.items()})
 
 
 def _table(observed: Observed, method: Method) -> Table:
@@ -265,7 +277,7 @@ def apply(graph: fx.GraphModule, hw: Hardware, plan: Int8Plan) -> tuple[fx.Graph
     started = time.perf_counter()
     count = plan.quantise(copied)
     run = pipeline.PassRun("quantise", count, time.perf_counter() - started)
-    joined, runs = pipeline.run(copied, hw, JOINING)
+    joined, runs = pipeline.run(copied, hw, TRAINED if plan.trained else JOINING)
     return joined, (run, *runs)
 
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import int8_plan, pipeline
+from .int8_method import LEARNED
 from .pass_checks import Pass
 from .precision import MARGIN, Precision, Sample, check_tolerance, reduce
 
@@ -98,6 +99,8 @@ def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[
         f"ranges by {method.activation} on {len(precision.observed)} sets of inputs, {method.scheme} activations, "
         f"{method.weight.replace('_', ' ')} weights"
     )
+    if method.activation == LEARNED:
+        how = "ranges and steps as training learned them"
     if not plan.chosen:
         return plan, (f"nothing gains by int8 on {hw.id}: everything stays float32",)
     if not precision.strictness:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .weight_grid import grid_steps
+
 WEIGHT_LIMIT = 127
 
 
@@ -57,12 +59,14 @@ def scale_between(low: float, high: float, symmetric: bool = False) -> Scale:
 
 
 def weight_scales(weight: torch.Tensor, per_channel: bool = True) -> torch.Tensor:
-    """A float32 scale for each row of weight[N, ...]; rows of zeros get 1."""
+    """A float32 scale for each row of weight[N, ...]; rows of zeros get 1, rows on a grid keep it (weight_grid.py)."""
     rows = weight.detach().float().flatten(1).abs()
     largest = rows.amax(1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
     if not per_channel:
         largest = largest.max().expand_as(largest)
     scales = largest / WEIGHT_LIMIT
+    if per_channel and (steps := grid_steps(weight)) is not None:
+        scales = torch.where(steps > 0.0, steps, scales)
     # Below the normal numbers a division by the scale would lose the weight, or overflow.
     return torch.where(scales < 2.0**-126, torch.ones_like(scales), scales).contiguous()
 

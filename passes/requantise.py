@@ -3,6 +3,7 @@
     quantize(q2d(..., float32), s, z)       -> q2d(..., s, z, uint8)         q2d: qlinear or qconv2d
     others that read q2d(...)               -> dequantize(q2d(..., uint8))   what they read is rounded then
     quantize(dequantize(q, s, z), s, z)     -> q
+    quantize(clamp(x, low, high), s, z)     -> quantize(x, s, z)             low and high the codes' ends, or beyond
     q2d(..., residual=dequantize(q, s, z))  -> q2d(..., residual=q with s and z)
 
 Refused: products whose readers round them by different scales, and results that the graph returns in float32.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 
+import torch
 from torch import fx
 
 from ..hwdb import Hardware
@@ -24,15 +26,42 @@ log = logging.getLogger(__name__)
 
 def requantise(graph: fx.GraphModule, hw: Hardware) -> int:
     """Let products of 8 bits give 8 bits where such products read them."""
+    return _requantise(graph, others_too=True)
+
+
+def requantise_alone(graph: fx.GraphModule, hw: Hardware) -> int:
+    """As `requantise`, but for products that anybody else reads: those were trained on what is not rounded."""
+    return _requantise(graph, others_too=False)
+
+
+def _requantise(graph: fx.GraphModule, others_too: bool) -> int:
     count = 0
     for node in list(graph.graph.nodes):
         if node._erased:
             continue
         if node.op == "call_function" and node.target in dialect_int8.PRODUCTS:
-            count += _residual(node) + _result(graph, node)
+            count += _residual(node) + _result(graph, node, others_too)
         elif calls(node, dialect_int8.quantize):
-            count += _pair(node)
+            count += _clamp(node) + _pair(node)
     return rewrite.finish(graph, count)
+
+
+def _clamp(node: fx.Node) -> int:
+    """quantize(clamp(x)): rounding clips by itself where the bounds have the first and the last code."""
+    source, scale, zero, dtype = node.args
+    if not calls(source, torch.ops.aten.clamp.default):
+        return 0
+    given = arguments(source)
+    x, ends = given["self"], (given["min"], given["max"])
+    if not all(end is None or isinstance(end, (int, float)) for end in ends) or x.meta["val"].dtype != torch.float32:
+        return 0
+    low, high = dialect_int8.RANGES[dtype]  # type: ignore[index]
+    least, most = (None if end is None else end / scale + zero for end in ends)
+    if (least is not None and round(least) > low) or (most is not None and round(most) < high):
+        return 0
+    node.update_arg(0, x)
+    rewrite.erase_unused(source)
+    return 1
 
 
 def _pair(node: fx.Node) -> int:
@@ -60,7 +89,7 @@ def _residual(node: fx.Node) -> int:
     return 1
 
 
-def _result(graph: fx.GraphModule, node: fx.Node) -> int:
+def _result(graph: fx.GraphModule, node: fx.Node, others_too: bool) -> int:
     if arguments(node)["dtype"] is not None:
         return 0
     rounding = [user for user in node.users if calls(user, dialect_int8.quantize)]
@@ -76,6 +105,9 @@ def _result(graph: fx.GraphModule, node: fx.Node) -> int:
     scale, zero, dtype = how
     value = rounding[0].meta["val"]
     wide = [user for user in node.users if user not in rounding]
+    if wide and not others_too:
+        keep(log, node, "others read it in float32, as in training")
+        return 0
     if wide:
         # A residual among them takes the bytes again in its own turn.
         real = rewrite.call(

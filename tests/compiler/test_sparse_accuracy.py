@@ -1,4 +1,4 @@
-"""What zeros cost in accuracy, on scikit-learn's digits."""
+"""What zeros and training for 8 bits cost in accuracy, on scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -30,3 +30,14 @@ def test_digits_pruned_and_trained_again() -> None:
     stored = [t for n, t in quantised.named_buffers() if t.dtype == torch.int8 and t.shape == (64, 64, 3, 3)]
     assert [float((t == 0).float().mean()) >= 0.75 for t in stored] == [True]
     assert digits.points(quantised) >= exact - 2.0
+
+
+def test_digits_trained_for_8_bits() -> None:
+    """At most 0.2 points lost."""
+    digits = Digits.load()
+    model = digits.train(network())
+    prepared = graphwright.prepare_qat(model, digits.calibration)
+    digits.train(prepared, 2, 3e-4)
+    converted = graphwright.convert(prepared, digits.test, target=VNNI)
+    assert sum(c.dtype == "int8" for c in converted.report().precisions) >= 3, converted.report().text()
+    assert digits.points(converted) >= digits.points(model) - 0.2

@@ -1,0 +1,172 @@
+"""Training for 8 bits: gradients, steps, what convert gives against the model that was trained, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import graphwright
+from graphwright.compiler.learned_steps import HIGHEST, MIDDLE, ValueStep, WeightSteps
+from graphwright.errors import InputError
+from graphwright.hwdb import detect, lookup
+
+VNNI = lookup("znver4")
+
+
+def test_values_are_rounded_to_codes_and_weights_to_steps() -> None:
+    step = ValueStep()
+    x = torch.randn(4, 100)
+    y = step(x)
+    codes = y.detach() / step.step.detach() + int(step.zero)
+    assert int(step.zero) == MIDDLE
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+    assert codes.min() >= -1e-4
+    assert codes.max() <= HIGHEST + 1e-4
+    w = torch.randn(6, 5, 3, 3)
+    weights = WeightSteps(w)
+    codes = weights(w).detach() / weights.step.detach()
+    torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
+    assert weights.step.shape == (6, 1, 1, 1)
+
+
+def test_gradients_are_those_of_the_paper() -> None:
+    """Equations 3 and 5, and the factor of section 2.2."""
+    step = ValueStep()
+    step.seen.fill_(True)
+    step.zero.fill_(MIDDLE)
+    step.step.data.fill_(0.1)
+    x = torch.tensor([[0.234, -0.87, 50.0, -50.0]], requires_grad=True)
+    step(x).backward(torch.ones(1, 4))
+    assert x.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+    inside = (2 - 2.34) + (-9 + 8.7)
+    factor = (4 * (HIGHEST - MIDDLE)) ** -0.5
+    assert float(step.step.grad) == pytest.approx(factor * (inside + HIGHEST - MIDDLE - MIDDLE), rel=1e-5)
+
+
+def test_a_negative_value_that_comes_later_finds_codes() -> None:
+    step = ValueStep()
+    step(torch.rand(8, 8))
+    assert int(step.zero) == 0
+    step(torch.tensor([[-0.5, 0.5]]))
+    assert int(step.zero) == MIDDLE
+    assert step(torch.tensor([[-0.5]])).item() < 0
+    step.eval()
+    before = step.step.detach().clone()
+    step(torch.tensor([[-50.0]]))
+    assert torch.equal(step.step, before)
+
+
+class Net(nn.Module):
+    """Batch norms to fold, a residual, a branch that two products read, bounds of the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.inner = nn.Sequential(
+            nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), nn.ReLU6(), nn.Conv2d(32, 32, 3, padding=1)
+        )
+        self.left, self.right = nn.Linear(32, 48), nn.Linear(32, 48)
+        self.last = nn.Linear(48, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = F.relu(x + self.inner(x))
+        x = F.max_pool2d(x, 2).flatten(2).transpose(1, 2)
+        return self.last(self.left(x) * torch.sigmoid(self.right(x)))
+
+
+def trained(steps: int = 6) -> nn.Module:
+    torch.manual_seed(0)
+    model = graphwright.prepare_qat(Net().train())
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(4, 8, 16, 16)
+        (model(x) - x.mean()).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_the_integers_are_those_that_were_trained() -> None:
+    """Within one step of what the last layer reads, at its outputs, and equal but for values on the edge of a code."""
+    model, x = trained(), torch.randn(4, 8, 16, 16)
+    converted = graphwright.convert(model, x, target=VNNI)
+    products = [c for c in converted.report().precisions if "conv2d" in c.operator or "linear" in c.operator]
+    assert [c.dtype for c in products] == ["int8"] * len(products), converted.report().text()
+    assert len(products) >= 5
+    with torch.no_grad():
+        want, got = model(x), converted(x)
+    last = model.last
+    step = float((last.value_step.step * last.weight_steps(last.weight).abs().sum(1).max()).detach())
+    assert float((got - want).abs().max()) <= step
+    assert float((got - want).norm() / want.norm()) < 1e-2
+
+
+@pytest.mark.skipif(detect().vector_dot_product("int8") is None, reason="no dot product of bytes on this machine")
+def test_machine_code_gives_what_was_trained() -> None:
+    model, x = trained(), torch.randn(4, 8, 16, 16)
+    converted = graphwright.convert(model, x)
+    compiled = graphwright.compile(converted, x)
+    with torch.no_grad():
+        want, exact = model(x), converted(x)
+    torch.testing.assert_close(compiled(x), exact, rtol=1e-4, atol=1e-5)  # the sigmoid is a polynomial
+    last = model.last
+    step = float((last.value_step.step * last.weight_steps(last.weight).abs().sum(1).max()).detach())
+    assert float((compiled(x) - want).abs().max()) <= step
+
+
+def test_pruned_weights_stay_zero_through_training_and_conversion() -> None:
+    torch.manual_seed(0)
+    pruned = graphwright.prune(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), "16x16", 0.75)
+    model = graphwright.prepare_qat(pruned.train())
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    with graphwright.keep_zeros(model, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(32, 64)).square().mean().backward()
+            optimizer.step()
+    converted = graphwright.convert(model, torch.randn(256, 64), target=VNNI)
+    stored = [t for t in converted.buffers() if t.dtype == torch.int8]
+    assert stored, converted.report().text()
+    assert all(float((t == 0).float().mean()) >= 0.74 for t in stored)
+
+
+def test_what_is_kept_stays_float32() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU6(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    x = torch.randn(256, 64)
+    prepared = graphwright.prepare_qat(model, [x], keep=["2"])
+    assert type(prepared[2]) is nn.Linear
+    converted = graphwright.convert(prepared, x, target=VNNI)
+    found = [(c.dtype, c.reason) for c in converted.report().precisions if "linear" in c.operator]
+    assert [dtype for dtype, _ in found] == ["int8", "float32", "int8"]
+    assert "training did not round" in found[1][1]
+    assert "steps as training learned them" in converted.report().text()
+
+
+def test_the_model_itself_stays_and_the_copy_trains_in_its_mode() -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).train()
+    before = copy.deepcopy(model.state_dict())
+    prepared = graphwright.prepare_qat(model, [torch.randn(2, 8)])
+    assert prepared.training
+    assert prepared[0].value_step.training
+    assert type(model[0]) is nn.Linear
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert set(prepared.state_dict()) >= {"0.value_step.step", "0.value_step.zero", "0.weight_steps.step"}
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="no layers to convert"):
+        graphwright.convert(nn.Linear(4, 4), torch.randn(2, 4))
+    with pytest.raises(InputError, match="has seen no input"):
+        graphwright.convert(graphwright.prepare_qat(nn.Sequential(nn.Linear(4, 4))), torch.randn(2, 4))
+    with pytest.raises(InputError, match=r"no nn.Linear or nn.Conv2d"):
+        graphwright.prepare_qat(nn.Conv2d(8, 8, 3, groups=8))
+    with pytest.raises(InputError, match="no layer is called 'frist'; did you mean 'first"):
+        graphwright.prepare_qat(Net(), keep=["frist"])
+    with pytest.raises(InputError, match="keep is a list"):
+        graphwright.prepare_qat(Net(), keep="last")
