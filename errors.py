@@ -32,6 +32,8 @@ class PassError(GraphwrightError):
 class NumericMismatch(GraphwrightError):
     """The compiled numbers differ from PyTorch's; names the guilty pass and node."""
 
+    node: str | None = None  # of the rewritten graph, whose machine code is to blame
+
 
 class InputError(GraphwrightError, ValueError):
     """A compiled model was called with inputs it was not compiled for."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
@@ -68,11 +69,13 @@ def build(
     choices: Choices | None = None,
     precision: Precision = FP32,
     memory_limit: int | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Built:
     """Compile `graph` for `hw` and write the code, weights and constants to `directory`.
 
     `choices` decide between ranked candidates of the cost model; by default the first wins.
-    `memory_limit` is in bytes of the largest region's activations.
+    `memory_limit` is in bytes of the largest region's activations. `left_out`: nodes of the rewritten graph, by name,
+    that PyTorch is to run, and why.
     Raises UnsupportedOp, with every operator and the user's source lines, where PyTorch cannot take over on the target.
     """
     from ..backends.aot import library, weights
@@ -85,7 +88,7 @@ def build(
         return _build_gpu(Built(_NO_PLAN, rewritten, made.runs, made.precisions, made.notes), hw, directory, clock)
     try:
         with choosing(choices or Choices()):
-            parts, lowered = _lower(rewritten, hw, memory_limit)
+            parts, lowered = _lower(rewritten, hw, memory_limit, left_out or {})
         clock.stage("lowering")
         info = library.build([r.program for r in lowered], hw, directory) if lowered else None
         clock.stage("code")
@@ -177,7 +180,12 @@ def _kernels(lowered: Sequence[Lowered]) -> tuple[KernelInfo, ...]:
     return tuple(kernels)
 
 
-def _lower(graph: fx.GraphModule, hw: Hardware, memory_limit: int | None = None) -> tuple[Partition, list[Any]]:
+def _lower(
+    graph: fx.GraphModule,
+    hw: Hardware,
+    memory_limit: int | None = None,
+    left_out: Mapping[str, str] = MappingProxyType({}),
+) -> tuple[Partition, list[Any]]:
     """Partition and lower; an operator whose lowering fails is left to PyTorch, and the rest is tried again.
 
     Raises RuntimeError where that does not help, or helps too slowly: then nothing is compiled.
@@ -185,7 +193,7 @@ def _lower(graph: fx.GraphModule, hw: Hardware, memory_limit: int | None = None)
     from ..backends.lowering.arrange import arrange
     from ..backends.lowering.graph import LoweringError, Region, lower, why_not
 
-    failed: dict[fx.Node, str] = {}
+    failed = {node: left_out[node.name] for node in graph.graph.nodes if node.name in left_out}
     while True:
         parts = partition(graph, lambda node: failed.get(node) or why_not(node, hw))
         if parts.reasons and obstacle(hw) is not None:
@@ -195,7 +203,7 @@ def _lower(graph: fx.GraphModule, hw: Hardware, memory_limit: int | None = None)
             for i, part in enumerate(p for p in parts.parts if p.compiled):
                 lowered.append(lower(Region(f"region_{i}", part.nodes, part.inputs, part.outputs), graph, hw))
         except LoweringError as error:
-            if error.node in failed or len(failed) == MOST_FAILURES:
+            if error.node in failed or len(failed) - len(left_out) == MOST_FAILURES:
                 raise RuntimeError(
                     f"lowering fails again and again, last at {error.node}: {error.__cause__}"
                 ) from error

@@ -28,6 +28,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
+from .storage_order import settle_storage_order
 
 log = logging.getLogger(__name__)
 
@@ -313,6 +314,7 @@ def _flatten(exported: ExportedProgram, parameters: tuple[str, ...]) -> tuple[fx
         else:
             raise CaptureError(f"output {leaf} is a {type(spec.arg).__name__}, which cannot be compiled")
     graph.output(tuple(results))
+    settle_storage_order(graph)
     call = exported.module_call_graph[0].signature
     assert call is not None
     return fx.GraphModule(root, graph), Signature(
@@ -344,12 +346,12 @@ def _attribute(
 
 
 def _effect(graph: fx.Graph, old: fx.Node, nodes: dict[fx.Node, fx.Node]) -> fx.Node:
-    """with_effects(token, operator, *args) -> operator(*args): a graph runs in its order and needs no tokens."""
+    """with_effects(token, operator, *args) -> operator(*args): partition keeps the order that tokens are for."""
     _, effect, *rest = old.args
     args, kwargs = fx.node.map_arg((tuple(rest), old.kwargs), lambda n: nodes[n])
     node = graph.call_function(effect, args, kwargs)  # type: ignore[arg-type]
     _, *values = old.meta["val"]
-    node.meta = {**old.meta, "val": values[0] if len(values) == 1 else tuple(values)}
+    node.meta = {**old.meta, "val": values[0] if len(values) == 1 else tuple(values), "effect": True}
     return node
 
 

@@ -164,10 +164,17 @@ def compare(results: Sequence[torch.Tensor], expected: Reference, tolerance: flo
         error = relative_l2(result, exact)
         # Where PyTorch itself overflows, or divides zero by zero, the compiled model has to do just that.
         if not math.isfinite(own):
-            error, allowed = relative_l2(result, eager), _allowed(0.0, result.dtype, tolerance)
+            allowed = _allowed(0.0, result.dtype, tolerance)
+            error = relative_l2(result, _overflowing(eager, exact, result, allowed))
         if not error <= allowed and not _negligible(result, eager):
             return Difference(i, error, allowed)
     return None
+
+
+def _overflowing(eager: torch.Tensor, exact: torch.Tensor, result: torch.Tensor, allowed: float) -> torch.Tensor:
+    """What PyTorch gives, but where it overflows on the way to a number that the result has right (sinh, cosh)."""
+    right = ~eager.isfinite() & result.isfinite() & ((result - exact).abs() <= allowed * exact.abs())
+    return torch.where(right, result, eager)
 
 
 def errors(names: Sequence[str], results: Sequence[torch.Tensor], expected: Reference) -> tuple[ErrorRow, ...]:

@@ -1,7 +1,8 @@
 """Split a graph into regions that are compiled and stretches that stay in PyTorch.
 
 Every node gets a level: the number of times a path to it changes between the two kinds. Nodes of one kind and level
-form one part; a part only needs parts of lower level, so parts are convex and run in level order.
+form one part; a part only needs parts of lower level, so parts are convex and run in level order. What draws random
+numbers or has effects runs in the order of the model: each counts as needing the one before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import fx
+
+from ..passes import rewrite
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ def partition(graph: fx.GraphModule, why_not: Callable[[fx.Node], str | None]) -
     reasons: dict[fx.Node, str] = {}
     compiled: dict[fx.Node, bool] = {}
     level: dict[fx.Node, int] = {}
+    behind = 0  # the level of the last node that has its place in an order
     calls = [n for n in graph.graph.nodes if n.op == "call_function"]
     for node in calls:
         if node.target is operator.getitem:
@@ -58,6 +62,8 @@ def partition(graph: fx.GraphModule, why_not: Callable[[fx.Node], str | None]) -
             if source in level:
                 same = level[source] % 2 == kind
                 needed = max(needed, level[source] + (0 if same else 1))
+        if not rewrite.is_pure(node):
+            needed = behind = max(needed, behind)
         level[node] = needed
     groups: dict[int, list[fx.Node]] = {}
     for node in calls:

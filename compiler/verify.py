@@ -120,10 +120,12 @@ def blame(
         )
     node = _first_wrong(rewritten, hw, inputs, tolerance, threads)
     found = node.format_node() if node is not None else "no single operator: they differ only together"
-    return NumericMismatch(
+    error = NumericMismatch(
         f"the machine code differs from PyTorch although every pass kept the numbers; first at {found}{_where(node)}\n"
         "This is a bug of graphwright: report it with the operator and its shapes."
     )
+    error.node = None if node is None else node.name
+    return error
 
 
 def _remedy(name: str, passes: Sequence[Pass]) -> str:

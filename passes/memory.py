@@ -27,7 +27,14 @@ READS_STRIDES = frozenset(
     }
 )
 # Composite operators give them operands in order, and they take no look at strides: attention reads other elements.
-_READS_IN_ORDER = frozenset({aten._scaled_dot_product_flash_attention_for_cpu.default, aten.native_group_norm.default})
+# `as_strided` reads memory; capture gives it an operand that lies in order.
+_READS_IN_ORDER = frozenset(
+    {
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten.native_group_norm.default,
+        aten.as_strided.default,
+    }
+)
 # Their schemas are silent on the views that they may return.
 _MAY_VIEW = frozenset({aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints})
 

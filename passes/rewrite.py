@@ -89,7 +89,7 @@ def is_pure(node: fx.Node) -> bool:
     """Whether the node only computes: same operands, same result, and nothing else changes."""
     if node.target is operator.getitem:
         return True
-    if node.op != "call_function" or not isinstance(node.target, Operator) or is_random(node):
+    if node.op != "call_function" or not isinstance(node.target, Operator) or is_random(node) or "effect" in node.meta:
         return False
     return not node.target._schema.is_mutable and len(node.target._schema.returns) > 0
 

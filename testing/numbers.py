@@ -58,7 +58,7 @@ class _Noise:
 
     def _near(self, value: torch.Tensor) -> torch.Tensor:
         share = torch.finfo(value.dtype).eps if self._share is None else self._share
-        signs = torch.randint(-1, 2, value.shape, generator=self._generator)
+        signs = torch.randint(0, 2, value.shape, generator=self._generator) * 2 - 1
         return (value.double() * (1.0 + share * signs.double())).to(value.dtype)
 
 

@@ -187,9 +187,10 @@ def multiply(a: Any, b: Any) -> Any:
     if dtype == "int32":
         return wrapping.multiply(a, b)
     if isinstance(b, tirx.FloatImm) and b.value == 0:
-        # x - x is NaN exactly where x * 0 is; sqrt(-0.0)-like tricks would not survive simplification.
-        bad = tirx.any(is_nan(a), is_inf(a))
-        return tirx.Select(bad, tirx.const(math.nan, dtype_of(a)), tirx.const(0.0, dtype_of(a)))
+        # TVM would make a zero of it, which loses NaN and the sign.
+        if math.copysign(1, b.value) < 0:
+            a, b = a * tirx.const(-1.0, dtype), tirx.const(0.0, dtype)
+        return a * _kept_zero(b)
     return a * b
 
 

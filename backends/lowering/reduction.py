@@ -257,15 +257,30 @@ def aminmax(
 
 
 def variance(out: Out, x: te.Tensor, axes: Sequence[int], correction: Scalar | None) -> tuple[te.Tensor, te.Tensor]:
-    """Variance in the shape and dtype of `out`, and the mean with its axes kept; two passes, so nothing cancels."""
+    """Variance in the shape and dtype of `out`, and the mean with its axes kept.
+
+    Nothing cancels: what is squared is the distance from the mean, and from the mean of that, which is not 0 where the
+    mean itself was rounded (values around 1e6 that vary by 1).
+    """
     dtype = ex.compute_dtype(out.dtype)
     size = count(x, axes)
-    average = pointwise(
-        Out(tuple(1 if d in axes else e for d, e in enumerate(shape_of(x))), dtype),
-        lambda total: ex.divide(total, ex.constant(size, dtype)),
-        sum_of(x, axes, dtype),
-    )
-    centred = te.compute(shape_of(x), lambda *i: ex.cast(x(*i), dtype) - ex.read(average, i), name="centred")
+
+    def mean_of(values: te.Tensor) -> te.Tensor:
+        return pointwise(
+            Out(tuple(1 if d in axes else e for d, e in enumerate(shape_of(x))), dtype),
+            lambda total: ex.divide(total, ex.constant(size, dtype)),
+            sum_of(values, axes, dtype),
+        )
+
+    def less(values: te.Tensor, means: te.Tensor) -> te.Tensor:
+        def subtracted(*i: Any) -> Any:
+            return ex.subtract(ex.cast(values(*i), dtype), ex.read(means, i))
+
+        return te.compute(shape_of(x), subtracted, name="centred")
+
+    average = mean_of(x)
+    centred = less(x, average)
+    centred = less(centred, mean_of(centred))
     degrees = ex.constant(max(0.0, size - (1 if correction is None else correction)), dtype)
     squares = reduced_to(
         out,

@@ -18,7 +18,8 @@ aten = torch.ops.aten
 
 
 def _accumulator(dtype: str) -> str:
-    return "int32" if dtype == "bool" else ex.compute_dtype(dtype)
+    """As wide as PyTorch adds up: what one step rounds, all later ones would keep."""
+    return {"bool": "int32", "float32": "float64"}.get(dtype) or ex.compute_dtype(dtype)
 
 
 def _running(combine: Callable[[Any, Any], Any], out: Out, x: te.Tensor, dim: int, *_: Any, **__: Any) -> te.Tensor:

@@ -187,6 +187,40 @@ def test_heads_of_attention_without_elements() -> None:
     assert not compiled.report().eager
 
 
+def test_random_numbers_are_drawn_in_the_order_of_the_model() -> None:
+    """The second draw needs nothing, and could run first."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            dropped = nn.functional.dropout(self.linear(x), 0.5)
+            return nn.functional.dropout(self.linear(dropped), 0.5) + torch.randn(8)
+
+    model, x = Noisy(), torch.randn(2, 8)
+    compiled = graphwright.compile(model, (x,))
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(compiled(x), expected.detach())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: (x.mT * 2).as_strided((3, 5), (2, 1), 1),
+        lambda x: (x.mT * 2)[1:].as_strided((3,), (1,)),
+        lambda x: (x[None, :, :, None].to(memory_format=torch.channels_last) + 1).as_strided((7,), (3,)),
+        lambda x: (x + 1)[:, 2:].as_strided((4, 2), (6, 1)),
+    ],
+)
+def test_as_strided_reads_memory_as_pytorch_lays_it_out(model: Any) -> None:
+    x = torch.randn(4, 6)
+    assert torch.equal(graphwright.compile(model, (x,))(x), model(x))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 8, 8), (2, 3, 0, 8)])
 def test_zero_sized_tensors(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)

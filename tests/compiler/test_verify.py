@@ -47,7 +47,9 @@ def test_a_wrong_pass_is_named_with_its_node() -> None:
         verify.verify_model(Gate().eval(), torch.randn(3, 6), passes=passes)
 
 
-def test_a_wrong_definition_is_named_with_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_of_wrong_machine_code_is_named_and_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     right = operators.LOWERINGS[aten.sin.default]
 
     def wrong(out: Any, x: Any) -> Any:
@@ -56,8 +58,19 @@ def test_a_wrong_definition_is_named_with_its_node(monkeypatch: pytest.MonkeyPat
         return te.compute(x.shape, lambda *i: right.compute(out, x)(*i) + te.const(0.25, out.dtype), name="wrong")
 
     monkeypatch.setitem(operators.LOWERINGS, aten.sin.default, registry.Lowering(wrong, right.can))
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return (x.cos() + 1).sin().exp()
+
+    x = torch.randn(5)
     with pytest.raises(NumericMismatch, match=r"the machine code differs .* first at .*aten\.sin"):
-        graphwright.compile(lambda x: (x.cos() + 1).sin().exp(), (torch.randn(5),), cache=False)
+        verify.verify_model(model, x)
+    compiled = graphwright.compile(model, (x,), cache=False)
+    torch.testing.assert_close(compiled(x), model(x))
+    (row,) = compiled.report().eager
+    assert row.operator == "aten.sin.default"
+    assert "in machine code" in row.reason
+    assert "report it with the operator and its shapes" in caplog.text
 
 
 def test_verify_false_does_not_look() -> None:

@@ -1,0 +1,50 @@
+"""Numbers that are easy to lose: long sums, small spreads around large values, signs of zero, the edge of overflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import graphwright
+from graphwright.compiler.reference import relative_l2
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def both(model: Function, x: torch.Tensor) -> tuple[float, float]:
+    """The compiled model's error against float64, and eager's."""
+    exact = model(x.double())
+    return relative_l2(graphwright.compile(model, (x,))(x), exact), relative_l2(model(x), exact)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda x: x.cumsum(0), lambda x: (1 + 1e-4 * x).cumprod(0), lambda x: x.logcumsumexp(0)],
+    ids=["cumsum", "cumprod", "logcumsumexp"],
+)
+def test_long_scans_add_up_in_float64(model: Function) -> None:
+    ours, eager = both(model, torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
+    assert ours < 1.5 * eager  # float32 sums of 20,000 numbers are some 30 times worse
+
+
+@pytest.mark.parametrize("offset", [1e5, 1e6])
+def test_a_small_spread_around_a_large_value(offset: float) -> None:
+    x = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0)) + offset
+    ours, _ = both(lambda x: x.var(1), x)
+    assert ours < 2e-6  # with the mean rounded to float32 1e-5 and 1e-4
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_product_with_zero_keeps_sign_and_nan(zero: float) -> None:
+    x = torch.tensor([-1.0, 1.0, 0.0, -0.0, float("nan"), float("inf"), -float("inf")] * 3)
+    result = graphwright.compile(lambda x: x * zero, (x,))(x)
+    expected = x * zero
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(torch.signbit(result[~expected.isnan()]), torch.signbit(expected[~expected.isnan()]))
+
+
+def test_where_pytorch_overflows_early_the_right_number_passes() -> None:
+    x = torch.linspace(88, 89.5, 4096)
+    assert relative_l2(graphwright.compile(torch.sinh, (x,))(x)[:1400], torch.sinh(x[:1400].double())) < 1e-5
