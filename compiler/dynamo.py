@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from ..errors import GraphwrightError, InputError
+from .watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -55,28 +56,12 @@ def graphwright(
 
 
 @dataclass(frozen=True)
-class _Version:
-    """Tells whether a parameter still holds the bytes that were compiled in."""
-
-    tensor: torch.Tensor
-    address: int
-    version: int
-
-    @staticmethod
-    def of(tensor: torch.Tensor) -> _Version:
-        return _Version(tensor, tensor.data_ptr(), _counter(tensor))
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        return tensor.data_ptr() == self.address and _counter(tensor) == self.version
-
-
-@dataclass(frozen=True)
 class _Entry:
     """One compilation: the function over the free inputs, and the parameters it has inside."""
 
     run: Callable[..., Any] | None  # None: runs in PyTorch
     free: tuple[int, ...]
-    bound: tuple[tuple[int, _Version], ...]
+    bound: Watch
 
 
 class _Bound(torch.nn.Module):
@@ -128,7 +113,7 @@ class _Specialised:
             (x.shape, x.stride(), x.dtype) if isinstance(x := inputs[i], torch.Tensor) else x for i in self.varying
         )
         entry = self.entries.get(key)
-        if entry is None or not all(version.holds(inputs[i]) for i, version in entry.bound):
+        if entry is None or not entry.bound.holds(inputs):
             entry = self._enter(key, inputs)
         if entry.run is None:
             return self.graph(*inputs)
@@ -137,11 +122,11 @@ class _Specialised:
     def _enter(self, key: Any, inputs: Sequence[Any]) -> _Entry:
         with self.lock:
             entry = self.entries.get(key)
-            if entry is not None and all(version.holds(inputs[i]) for i, version in entry.bound):
+            if entry is not None and entry.bound.holds(inputs):
                 return entry
             if entry is None and len(self.entries) >= SHAPES:
                 self._tell(f"called with more than {SHAPES} sets of shapes; further ones run in PyTorch")
-                return _Entry(None, (), ())
+                return _Entry(None, (), Watch({}))
             self.entries[key] = entry = self._compile(inputs)
             return entry
 
@@ -150,7 +135,7 @@ class _Specialised:
 
         fixed = {i: x for i, x in enumerate(inputs) if not isinstance(x, torch.Tensor) or _is_static(x)}
         free = tuple(i for i in range(len(inputs)) if i not in fixed)
-        bound = tuple((i, _Version.of(x)) for i, x in fixed.items() if isinstance(x, torch.Tensor))
+        bound = Watch({i: x for i, x in fixed.items() if isinstance(x, torch.Tensor)})
         if any(isinstance(x, torch.Tensor) and not x.is_cpu for x in inputs):
             self._tell("an input is not on the CPU, so this graph runs in PyTorch")
             return _Entry(None, free, bound)
@@ -219,8 +204,3 @@ def _with_strides(run: Callable[..., Any], strides: list[tuple[int, ...] | None]
 def _is_static(tensor: torch.Tensor) -> bool:
     """Whether dynamo knows the input to be a parameter or buffer of the module."""
     return isinstance(tensor, torch.nn.Parameter) or getattr(tensor, "_dynamo_static_input_type", None) is not None
-
-
-def _counter(tensor: torch.Tensor) -> int:
-    """How often the tensor was written; inference tensors do not count, and cannot be told apart."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -137,6 +137,17 @@ def test_changed_weights_are_seen(change: str, monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 2
 
 
+def test_statistics_of_batch_norm_are_seen() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32)).eval(), torch.randn(6, 8)
+    model = torch.compile(net, backend="graphwright")
+    with torch.no_grad():
+        close(model(x), net(x))
+        net.train()
+        net(torch.randn(64, 8) * 5 + 3)
+        net.eval()
+        close(model(x), net(x))
+
+
 def test_with_gradients_it_runs_in_pytorch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     net, x = Net().train(), torch.randn(2, 8)
     model = torch.compile(net, backend="graphwright")
