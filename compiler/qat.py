@@ -121,8 +121,8 @@ def convert(model: nn.Module, example_inputs: Any, *, target: Target = "native")
     example_inputs: as of `graphwright.compile`; the result is for these shapes.
     Results differ from those of the trained model in evaluation by float32's rounding, which moves a value to the next
     code now and then, where every prepared layer gains by 8 bits on `target`; the report names those that do not, whose
-    inputs are clipped and not rounded. Bounds of the model's own (ReLU6) in front of a layer that are narrower than what
-    was learned become the ends of its codes.
+    inputs are clipped and not rounded. Bounds of the model's own (ReLU6) in front of a layer that are narrower than
+    what was learned become the ends of its codes.
 
     Raises InputError for a model without prepared layers, or whose layers have seen no input; CaptureError for one that
     cannot be traced.

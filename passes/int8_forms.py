@@ -1,7 +1,8 @@
 """Which products are computed in 8 bits on a machine, which keep float32, and why.
 
 form         operands                        seconds
-float32                                      max(arithmetic, weights), by Winograd's algorithm where that serves
+float32                                      max(arithmetic, weights), by Winograd's algorithm where that serves, and
+                                             without the blocks of zeros that skip_zero_blocks skips
 int8         both in 8 bits, exact sums      arithmetic at 4 times the rate, a quarter of the weights' bytes; rounding
                                              the input, where no other product of 8 bits makes or reads it
 int8 weights float32 inputs and sums         the same arithmetic, a quarter of the bytes: linear layers whose few rows
@@ -30,6 +31,7 @@ from ..hwdb.cost import Work, predict_seconds
 from . import dialect, dialect_int8
 from .precision_forms import PRODUCTS, WINOGRAD_CHANNELS, Times
 from .rewrite import arguments, constant, shape_of, value_of
+from .skip_zero_blocks import skipping_seconds
 
 GAIN = 0.9  # of the float32 time: less is not worth the rounding
 WINOGRAD_GAIN = 2.4  # times as fast as the direct float32 sum, where its tiles fit the image well
@@ -68,7 +70,8 @@ def int8_form(
     given = arguments(node)
     weight, x = given["weight"], given["input"]
     times = Times(node, hw, 4 * prod(shape_of(weight)) if streamed is None else streamed)
-    wide = times.seconds(rate=_winograd(node))
+    skipping = skipping_seconds(graph, node, hw, times.streamed)
+    wide = times.seconds(rate=_winograd(node)) if skipping is None else skipping
     alone = Int8Form(True, _WEIGHTS, wide, times.seconds(item_bytes=1), "int8 weights")
     family = hw.vector_dot_product("int8")
     if family is None:
@@ -86,7 +89,8 @@ def int8_form(
     if form.pays:
         return form
     share = narrow / wide if wide else 1.0
-    return Int8Form(True, f"gains nothing: rounding its input and 8 bits take {share:.2f} of float32", wide, narrow)
+    what = "float32" if skipping is None else "float32, which skips blocks of zeros"
+    return Int8Form(True, f"gains nothing: rounding its input and 8 bits take {share:.2f} of {what}", wide, narrow)
 
 
 _WEIGHTS = "weights only: its few rows wait for them, a quarter of the bytes; inputs are not rounded"

@@ -45,17 +45,29 @@ def skip_zero_blocks(graph: fx.GraphModule, hw: Hardware) -> int:
         if weight is None or weight.dim() < 2 or zeros_of(weight) < LEAST_ZEROS:
             continue
         zeros = 100 * float(weight.eq(0).float().mean())
-        if (reason := _refused(node, a, hw)) is not None:
-            keep(log, node, "%.0f %% of its weights are zero, but %s", zeros, reason)
-            continue
         streamed = streamed_bytes(graph, products) if streamed is None else streamed
-        blocks = _paying(node, weight.flatten(1), hw, streamed)
-        if isinstance(blocks, str):
-            keep(log, node, "%.0f %% of its weights are zero, but %s", zeros, blocks)
+        found = _refused(node, a, hw) or _paying(node, weight.flatten(1), hw, streamed)
+        if isinstance(found, str):
+            keep(log, node, "%.0f %% of its weights are zero, but %s", zeros, found)
             continue
-        _rewrite(graph, node, a, blocks)
+        _rewrite(graph, node, a, found[0])
         count += 1
     return rewrite.finish(graph, count)
+
+
+def skipping_seconds(graph: fx.GraphModule, node: fx.Node, hw: Hardware, streamed: int) -> float | None:
+    """Predicted seconds of a product that skips blocks of zeros; None for one that the pass would leave alone.
+
+    `streamed`: bytes of all weights of the graph.
+    """
+    if not rewrite.calls(node, *_PRODUCTS) or not hw.lanes("float32"):
+        return None
+    a = rewrite.arguments(node)
+    weight = rewrite.constant(graph, a["weight"])
+    if weight is None or weight.dim() < 2 or zeros_of(weight) < LEAST_ZEROS or _refused(node, a, hw) is not None:
+        return None
+    found = _paying(node, weight.flatten(1), hw, streamed)
+    return None if isinstance(found, str) else found[1]
 
 
 def _refused(node: fx.Node, a: dict[str, object], hw: Hardware) -> str | None:
@@ -87,8 +99,8 @@ def _not_pointwise(a: dict[str, object], shape: tuple[int, ...]) -> str | None:
     return "its image is in NCHW" if a["layout"] != "NHWC" else None
 
 
-def _paying(node: fx.Node, weight: torch.Tensor, hw: Hardware, streamed: int) -> Blocks | str:
-    """The blocks to skip zeros by, or why none pays."""
+def _paying(node: fx.Node, weight: torch.Tensor, hw: Hardware, streamed: int) -> tuple[Blocks, float] | str:
+    """The blocks to skip zeros by and the seconds predicted, or why none pays."""
     if (pattern := neighbours(weight)) is not None:
         found = best_blocks(weight, hw, 1)
         if found is None or found[0].density > GAIN:
@@ -102,7 +114,7 @@ def _paying(node: fx.Node, weight: torch.Tensor, hw: Hardware, streamed: int) ->
     share = sparse / dense if dense else 1.0
     if share > GAIN:
         return f"not in blocks that pay: of {blocks.text()}, predicted to take {share:.2f} of the dense product"
-    return blocks
+    return blocks, sparse
 
 
 def _rewrite(graph: fx.GraphModule, node: fx.Node, a: dict[str, object], blocks: Blocks) -> None:

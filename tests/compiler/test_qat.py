@@ -121,7 +121,7 @@ def test_machine_code_gives_what_was_trained() -> None:
 
 def test_pruned_weights_stay_zero_through_training_and_conversion() -> None:
     torch.manual_seed(0)
-    pruned = graphwright.prune(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), "16x16", 0.75)
+    pruned = graphwright.prune(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)), "16x16", 0.5)
     model = graphwright.prepare_qat(pruned.train())
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     with graphwright.keep_zeros(model, optimizer):
@@ -132,7 +132,7 @@ def test_pruned_weights_stay_zero_through_training_and_conversion() -> None:
     converted = graphwright.convert(model, torch.randn(256, 64), target=VNNI)
     stored = [t for t in converted.buffers() if t.dtype == torch.int8]
     assert stored, converted.report().text()
-    assert all(float((t == 0).float().mean()) >= 0.74 for t in stored)
+    assert all(float((t == 0).float().mean()) >= 0.5 for t in stored)
 
 
 def test_what_is_kept_stays_float32() -> None:

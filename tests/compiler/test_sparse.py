@@ -8,7 +8,7 @@ from torch import nn
 
 import graphwright
 from graphwright.compiler.explain import explain
-from graphwright.hwdb import detect
+from graphwright.hwdb import detect, lookup
 
 
 def model() -> nn.Module:
@@ -53,7 +53,7 @@ def test_explain_says_why_and_why_not() -> None:
 @pytest.mark.skipif(detect().vector_dot_product("int8") is None, reason="no dot product of bytes on this machine")
 def test_8_bits_of_a_pruned_model() -> None:
     """Zeros stay zeros; the product that stays float32 skips its blocks."""
-    pruned = graphwright.prune(model(), "16x16", 0.75)
+    pruned = graphwright.prune(model(), "16x16", 0.5)
     data = [torch.randn(64, 128) for _ in range(4)]
     options = {"precision": "int8", "calibration": data, "int8": {"keep": ["*2_weight"]}}
     compiled = graphwright.compile(pruned, X, **options)
@@ -63,3 +63,11 @@ def test_8_bits_of_a_pruned_model() -> None:
     with torch.no_grad():
         want = pruned(X)
     assert float((compiled(X) - want).norm() / want.norm()) < 0.05
+
+
+def test_where_skipping_is_as_fast_as_8_bits_nothing_is_rounded() -> None:
+    pruned = graphwright.prune(model(), "16x16", 0.75)
+    quantised = graphwright.quantize(pruned, [X], target=lookup("znver4"))
+    reasons = [c.reason for c in quantised.report().precisions if "linear" in c.operator]
+    assert len(reasons) == 2
+    assert all("of float32, which skips blocks of zeros" in reason for reason in reasons), reasons
