@@ -40,6 +40,7 @@ class Row:
     published: float
     source: str
     note: str
+    held_back: bool
     prediction: Prediction
 
     @property
@@ -61,8 +62,22 @@ def rows(data: dict[str, Any]) -> list[Row]:
         for model, published in row["ms"].items():
             batch = row.get("batch", 1)
             prediction = predictor(model, batch).predict(lookup(row["device"]), precision_dtype(row["precision"]))
-            found.append(Row(model, batch, published, row["source"], row.get("note", ""), prediction))
+            found.append(
+                Row(
+                    model, batch, published, row["source"], row.get("note", ""), row.get("held_back", False), prediction
+                )
+            )
     return found
+
+
+def summary(what: str, found: list[Row]) -> str:
+    """How many of the figures are as predicted."""
+    above = sum(row.ratio >= 1 for row in found)
+    near = sum(1 <= row.ratio <= 2 for row in found)
+    inside = sum(row.prediction.least_ms <= row.published <= row.prediction.most_ms for row in found)  # type: ignore[operator]
+    return (
+        f"{what} {len(found)} figures: {above} no faster than predicted, {near} within twice, {inside} within the band"
+    )
 
 
 def table(found: list[Row], sources: dict[str, Any]) -> str:
@@ -76,15 +91,13 @@ def table(found: list[Row], sources: dict[str, Any]) -> str:
         lines.append(
             f"| {p.name} | {row.model} | {row.batch} | {p.precision} | {p.milliseconds:.3g} | "
             f"{p.least_ms:.3g} to {p.most_ms:.3g} | {row.published:g} | {row.ratio:.2f} | {row.source}"
-            + (f": {row.note} |" if row.note else " |")
+            + (f": {row.note}" if row.note else "")
+            + (", held back |" if row.held_back else " |")
         )
-    below = [row for row in found if row.ratio < 1]
-    near = [row for row in found if 1 <= row.ratio <= 2]
-    inside = [row for row in found if row.prediction.least_ms <= row.published <= row.prediction.most_ms]  # type: ignore[operator]
+    held = [row for row in found if row.held_back]
     lines += [
         "",
-        f"Of {len(found)} figures {len(found) - len(below)} are no faster than predicted, {len(near)} within twice the "
-        f"prediction, {len(inside)} within the band.",
+        f"{summary('Of', [row for row in found if not row.held_back])}. {summary('Held back', held)}.",
         "",
     ]
     lines += [f"- {id}: {source['title']}, <{source['url']}>" for id, source in sources.items()]

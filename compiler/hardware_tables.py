@@ -148,7 +148,8 @@ def _processor(hw: Hardware) -> dict[str, str]:
         "instruction set": f"{hw.isa}, {hw.vector_registers} vector registers of {hw.vector_bits} bits",
         "features": " ".join(sorted(hw.features)),
         "dot products": ", ".join(dots) or "none",
-        "multiply-adds": f"{hw.fma_per_cycle:g} vectors a cycle and core, {hw.fma_latency_cycles} cycles each",
+        "multiply-adds": f"{hw.fma_per_cycle:g} vectors a cycle and core, {hw.fma_latency_cycles} cycles each"
+        + (", in order" if hw.in_order else ""),
         "cores": str(hw.cores),
         "clock": _clock(hw.clock_mhz),
     }

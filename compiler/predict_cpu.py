@@ -31,7 +31,7 @@ from ..backends.lowering.kernels_pairs import pair_of
 from ..backends.region_kernel import ENTRY_SECONDS
 from ..backends.tiling import HEAVY_CYCLES, predicted_seconds, rank_tilings
 from ..hwdb import Hardware
-from ..hwdb.cost import Work, predict_seconds
+from ..hwdb.cost import Work, overlapped, predict_seconds
 from ..passes import dialect, dialect_joined, dialect_pairs, dialect_planar, dialect_sparse
 from ..passes.layout_costs import work_seconds
 from ..passes.rewrite import arguments, shape_of
@@ -69,19 +69,35 @@ def operation_seconds(operation: Operation, hw: Hardware) -> float | None:
     if seconds is None:
         seconds = _roofline(operation, hw)
     elif streamed := streamed_seconds(operation, hw):
-        seconds = max(seconds, streamed) + _UNHIDDEN * min(seconds, streamed)
+        seconds = overlapped(hw, seconds, streamed, _UNHIDDEN)
     return None if seconds is None else seconds + (ENTRY_SECONDS if operation.launches else 0.0)
 
 
 def streamed_seconds(operation: Operation, hw: Hardware) -> float:
-    """Seconds in which images larger than the last cache come from memory and go there; the plans take them to be near.
+    """Seconds in which images come from memory and go there that do not fit into the last cache beside the weights.
+
+    The plans take them to be near.
 
     A line is read before it is written.
     """
-    last = max((cache.size_bytes * -(-hw.cores // cache.shared_by_cores) for cache in hw.caches[-1:]), default=0)
-    if not hw.dram_gbs or 4.0 * (operation.read + operation.written) <= last:
+    if not hw.dram_gbs or _stays(operation.read + operation.written + operation.weights, hw):
         return 0.0
     return 4.0 * (operation.read + 2.0 * operation.written) / (hw.dram_gbs * 1e9)
+
+
+def _stays(elements: float, hw: Hardware) -> bool:
+    """Whether images and weights of so many elements stay in the last cache together."""
+    last = max((cache.size_bytes * -(-hw.cores // cache.shared_by_cores) for cache in hw.caches[-1:]), default=0)
+    return 4.0 * elements <= last
+
+
+def _near_bytes(read: float, written: float, weights: float, hw: Hardware) -> tuple[float, float]:
+    """The bytes of images that the roofline of an operator has to count.
+
+    Where nothing is hidden, time adds up: those from memory are counted by `streamed_seconds`, once.
+    """
+    counted = not hw.in_order or _stays(read + written + weights, hw)
+    return (4.0 * read, 4.0 * written) if counted else (0.0, 0.0)
 
 
 def waking_seconds(hw: Hardware) -> float:
@@ -139,14 +155,16 @@ def _conv_seconds(conv: Conv, hw: Hardware, constant: bool) -> float | None:
     fast = rank_winograd(conv, hw) if constant else ()
     if fast and fast[0].cycles < WINOGRAD_GAIN * plan.cycles:
         plan = fast[0]
-    elements = math.prod(conv.input_shape) + math.prod(conv.output_shape) * int(conv.residual)
+    out = math.prod(conv.output_shape)
     weights = conv.flops / 2 / math.prod(conv.output_shape[:3])
+    read, written = _near_bytes(math.prod(conv.input_shape) + out * int(conv.residual), out, weights, hw)
+    weights *= 0.0 if fast and plan is fast[0] else 4.0  # those of Winograd's algorithm are counted by its plan
     return predict_seconds(
         hw,
         Work(
             {"float32": conv.flops},
-            bytes_read=4.0 * (elements + weights),
-            bytes_written=4.0 * math.prod(conv.output_shape),
+            bytes_read=read + weights,
+            bytes_written=written,
             launches=int(plan.tasks > 1),
             tasks=plan.tasks,
             efficiency=max(0.01, plan.efficiency),
@@ -158,9 +176,9 @@ def _sweep(windows: Windows, hw: Hardware, efficiency: float, residual: bool = F
     plan = choose_sweep(windows, hw)
     out = math.prod(windows.output_shape)
     tasks = windows.batch * plan.tasks
-    read = 4.0 * (math.prod(windows.input_shape) + out * int(residual))
+    read, written = _near_bytes(math.prod(windows.input_shape) + out * int(residual), out, 0.0, hw)
     flops = {"float32": 2.0 * windows.reads}
-    return predict_seconds(hw, Work(flops, read, 4.0 * out, int(tasks > 1), tasks, efficiency))
+    return predict_seconds(hw, Work(flops, read, written, int(tasks > 1), tasks, efficiency))
 
 
 def _pair(node: fx.Node, hw: Hardware) -> float | None:

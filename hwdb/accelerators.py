@@ -19,7 +19,8 @@ _MATRIX_FAMILY = {"nvptx": "mma", "spirv": "dpas", "metal": "simdgroup"}
 _LANE_FAMILY = {"nvptx": "dp4a", "amdgcn": "dot4", "spirv": "dp4a"}
 
 
-@dataclass(frozen=True, kw_only=True)
+# Nothing is of this class alone: Gpu and Npu have the methods that dataclass would generate here, which takes a while.
+@dataclass(frozen=True, kw_only=True, init=False, repr=False, eq=False)
 class Accelerator(Hardware):
     """What GPUs and NPUs have in common. `cores` counts units; 1 where only figures of the whole are published."""
 

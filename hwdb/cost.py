@@ -1,6 +1,7 @@
 """Predicted seconds of a piece of work on a machine: the one figure passes, tiling and reports share.
 
     seconds    = max(arithmetic, memory) + launches          (roofline: Williams, Waterman, Patterson, 2009)
+                 their sum on cores that work in order
     arithmetic = sum over dtypes of FLOPs / (peak * efficiency), times the imbalance of a static split
     memory     = bytes / bandwidth of the smallest level that holds them all
 
@@ -46,7 +47,15 @@ def predict_seconds(hw: Hardware, work: Work) -> float | None:
         if bandwidth is None:
             return None
         memory = moved / (bandwidth * 1e9 * busy)
-    return max(arithmetic, memory) + work.launches * launch_seconds(hw)
+    return overlapped(hw, arithmetic, memory) + work.launches * launch_seconds(hw)
+
+
+def overlapped(hw: Hardware, one: float, other: float, exposed: float = 0.0) -> float:
+    """What two things take that go on at once: the longer, and of the shorter the share that is `exposed`.
+
+    A core that works in order hides nothing: what waits for memory keeps the next instruction from starting.
+    """
+    return max(one, other) + (1.0 if hw.in_order else exposed) * min(one, other)
 
 
 def memory_bandwidth_gbs(hw: Hardware, footprint_bytes: float) -> float | None:

@@ -40,6 +40,7 @@ class _Place(NamedTuple):
     end: int  # where the next one does
     aliases: tuple[str, ...] = ()
     given: Mapping[str, Any] | None = None  # what a program registered, in place of text
+    trusted: bool = False  # of the package, whose tests check it: that takes longer than reading it
 
 
 class Record(_Place):
@@ -72,12 +73,20 @@ class Record(_Place):
 
     @functools.cached_property
     def values(self) -> Mapping[str, Any]:
-        """What the record says, each value checked by itself. Raises RecordError."""
+        """What the record says; unless it is trusted, each value checked by itself. Raises RecordError."""
         values = written_out(self._parsed() if self.given is None else self.given)
+        if not self.trusted:
+            self._check(values)
+        return values
+
+    def check(self) -> None:
+        """Check each value by itself, also of a record that is trusted. Raises RecordError."""
+        self._check(self.values)
+
+    def _check(self, values: Mapping[str, Any]) -> None:
         check = schema.source_mistakes if self.kind == "source" else schema.mistakes
         for key, message in check(values):
             self.mistake(key, message)
-        return values
 
     @property
     def name(self) -> str:
@@ -120,7 +129,7 @@ class Record(_Place):
         return values
 
 
-def records_of(file: Path) -> Iterator[Record]:
+def records_of(file: Path, trusted: bool = False) -> Iterator[Record]:
     """Yield the records of `file`, none of them parsed yet. Raises RecordError for what is no record or no text."""
     try:
         name, text = str(file), "\n" + file.read_text(encoding="utf-8-sig")
@@ -138,7 +147,7 @@ def records_of(file: Path) -> Iterator[Record]:
         raise RecordError(f"{file}:1: values before the first record; a record begins with [kind.id]")
     for index, (start, kind, id, names) in enumerate(heads):
         end = heads[index + 1][0] if index + 1 < len(heads) else len(text)
-        record = Record(id, kind, name, text, start, end, tuple(names))
+        record = Record(id, kind, name, text, start, end, tuple(names), None, trusted)
         if kind not in schema.KINDS:
             raise RecordError(f"{record.where}: unknown kind of record{suggest(kind, schema.KINDS)}")
         yield record

@@ -26,16 +26,16 @@ from .records import Hardware, Source
 
 
 class Database:
-    """Every record of some TOML files: found at once, parsed and built on demand."""
+    """Every record of some TOML files: found at once, parsed and built on demand; `trusted` ones as they stand."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    def __init__(self, files: Iterable[Path], trusted: bool = False) -> None:
         self.records: dict[str, Record] = {}
         self._source_records: dict[str, Record] = {}
         self._sources: dict[str, Source] = {}
         self._merged: dict[str, Mapping[str, Any]] = {}
         self._names: dict[str, str] = {}
         for file in files:
-            for record in records_of(file):
+            for record in records_of(file, trusted):
                 self.enter(record)
 
     def enter(self, record: Record) -> None:
@@ -62,6 +62,7 @@ class Database:
         """Read and check every record (or `records`) with its sources and ancestors. Raises RecordError."""
         everything = (*self.records.values(), *self._source_records.values())
         for record in everything if records is None else records:
+            record.check()
             if record.kind == "source":
                 self.source(record.id)
             else:
@@ -239,7 +240,7 @@ def _register(id: str, values: Mapping[str, Any], kind: str) -> Hardware:
 
 @functools.cache
 def _database(directories: str) -> Database:
-    records = Database(sorted(Path(__file__).parent.glob("*.toml")))
+    records = Database(sorted(Path(__file__).parent.glob("*.toml")), trusted=True)
     own: list[Record] = []
     for directory in filter(None, directories.split(os.pathsep)):
         if not Path(directory).is_dir():

@@ -128,6 +128,8 @@ class Hardware:
     dram_gbs: float | None = None
     launch_us: float = 1.5  # starting and joining a parallel region
     wake_us: float = 50.0  # until a sleeping thread runs; measured on a virtual machine
+    in_order: bool = False  # instructions start in the order of the program: none hides another's wait for memory
+    load_stall_cycles: int = 0  # in which a vector that is loaded keeps multiply-adds from starting
     native: bool = False
     confidence: Literal["high", "medium", "low"] = "medium"
     sources: tuple[Source, ...] = field(default=())
@@ -206,6 +208,11 @@ class Hardware:
         if name == "bfloat16":
             return self.dot_product(name) is not None
         return name in _CPU_DTYPES
+
+    @property
+    def multiplies_by_element(self) -> bool:
+        """Whether one lane of a register may be a factor of a whole vector: fmla v0.4s, v1.4s, v2.s[i] on Arm."""
+        return self.isa == "aarch64"
 
     def matrix_instructions(self, dtype: str) -> tuple[MatrixShape, ...]:
         """Instructions that multiply small matrices of `dtype`, the preferred one first; empty where there are none."""

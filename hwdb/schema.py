@@ -69,6 +69,10 @@ def whole(value: Any) -> str | None:
     return None if value > 0 else "is not positive: leave an unknown value out"
 
 
+def truth(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "is not true or false"
+
+
 def rates(value: Any) -> str | None:
     """A positive number by dtype."""
     if not isinstance(value, dict):
@@ -94,20 +98,25 @@ def dtypes(value: Any) -> str | None:
 
 
 def shapes(value: Any) -> str | None:
-    """Matrix instructions in order of preference: "m16n8k16:float16:float32"."""
+    """Matrix instructions in order of preference: "m16n8k16:float16", "m16n8k8:float16:float16"."""
     if wrong := texts(value):
         return wrong
     for shape in value:
         try:
             matrix_shape(shape)
         except ValueError:
-            return f"has {shape!r}, which is not like 'm16n8k16:float16:float32'"
+            return f"has {shape!r}, which is not like 'm16n8k16:float16' or 'm16n8k8:float16:float16'"
     return None
 
 
 def matrix_shape(shape: str) -> tuple[int, int, int, str, str]:
-    """Return (m, n, k, type multiplied, type accumulated); ValueError where `shape` says it otherwise."""
-    size, multiplied, accumulated = shape.split(":")
+    """Return (m, n, k, type multiplied, type accumulated); ValueError where `shape` says it otherwise.
+
+    What is not said is accumulated in float32, float64 in itself, integers in int32.
+    """
+    size, multiplied, *said = shape.split(":")
+    wide = "int32" if multiplied.startswith("int") else "float64" if multiplied == "float64" else "float32"
+    (accumulated,) = said or (wide,)
     m, rest = size.removeprefix("m").split("n")
     n, k = rest.split("k")
     if multiplied not in BITS or accumulated not in BITS:
@@ -204,6 +213,8 @@ CPU = {
     "parts": texts,
     "fma_per_cycle": vector_rate,
     "fma_latency_cycles": whole,
+    "in_order": truth,
+    "load_stall_cycles": whole,  # in which a vector that is loaded keeps multiply-adds from starting
     "cores": whole,
     "caches": caches,
     "core_dram_gbs": number,

@@ -23,8 +23,9 @@ _CLUSTER = re.compile(r"(\d+) ([\w-]+)(?: (\d+(?:\.\d+)?))?")
 
 def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record's values with their short forms written out."""
-    result = {key: _bytes(value) if "bytes" in key.split("_") else value for key, value in values.items()}
-    if (parts := _MEMORY.fullmatch(str(values.get("memory")))) and not {"dram_bytes", "dram_gbs"} & values.keys():
+    result = {key: _bytes(value) if "bytes" in key else value for key, value in values.items()}
+    memory = values.get("memory")
+    if memory and (parts := _MEMORY.fullmatch(str(memory))) and not {"dram_bytes", "dram_gbs"} & values.keys():
         del result["memory"]
         result |= {"dram_bytes": _bytes(parts[1]), "dram_gbs": float(parts[2])}
     if isinstance(levels := values.get("caches"), list):

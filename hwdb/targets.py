@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import platform
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -128,6 +127,8 @@ def _mistake(key: str, value: Any) -> str | None:
 
 
 def _from_llvm(target: Mapping[str, Any]) -> Hardware:
+    import platform
+
     triple = target.get("mtriple", "")
     family = triple.split("-")[0] if triple else platform.machine().lower()
     isa = {"arm64": "aarch64", "amd64": "x86_64"}.get(
@@ -170,6 +171,9 @@ def _record_of_cpu(records: Database, isa: str, cpu: str) -> str:
 
 def _from_gpu(target: Mapping[str, Any]) -> Hardware:
     cpu = target.get("arch", target.get("mcpu", ""))
+    if not cpu:
+        key, example = {"cuda": ("arch", "sm_90"), "rocm": ("mcpu", "gfx942")}[target["kind"]]
+        raise UnknownTarget(f"a TVM target of kind {target['kind']} says which GPU: {key!r}, such as {example!r}")
     hw = resolve(cpu)
     isa = {"cuda": "nvptx", "rocm": "amdgcn"}[target["kind"]]
     if not isinstance(hw, Gpu) or hw.isa != isa:

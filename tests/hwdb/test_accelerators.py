@@ -42,7 +42,7 @@ shared_reserved_bytes = 1024
 shared_banks = 32
 vector_flops = { float32 = 128, float64 = 64, int8 = 512 }
 matrix_flops = { float16 = 2048, tf32 = 1024 }
-matrix_shapes = ["m16n8k16:float16:float32", "m16n8k8:float16:float16", "m16n8k8:tf32:float32"]
+matrix_shapes = ["m16n8k16:float16", "m16n8k8:float16:float16", "m16n8k8:tf32:float32"]
 sparse_factor = { float16 = 2 }
 source = ["guide"]
 confidence = "high"
@@ -235,7 +235,7 @@ MISTAKES = {
     "key of another class": ("units = 108", "units = 108\ncores = 4", "cores belongs to cpu and board records"),
     "sparse slower than dense": ("{ float16 = 2 }", "{ float16 = 0.5 }", "is below 1 for float16"),
     "unknown dtype": ("float64 = 64", "flota64 = 64", "unknown dtype 'flota64'; did you mean 'float64'"),
-    "odd shape": ("m16n8k8:tf32:float32", "m16n8:tf32:float32", "is not like 'm16n8k16:float16:float32'"),
+    "odd shape": ("m16n8k8:tf32:float32", "m16n8:tf32:float32", "is not like 'm16n8k16:float16'"),
     "unknown class": ('class = "npu"', 'class = "tpu"', "class = 'tpu' is not one of cpu, board, gpu, npu"),
     "unknown isa": ('isa = "nvptx"', 'isa = "nvpxt"', "isa 'nvpxt' is not one of"),
     "needed for code": ("warp_threads = 64\n", "", "warp_threads missing here and in what it extends"),

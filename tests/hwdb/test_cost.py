@@ -24,6 +24,19 @@ def test_memory_bound():
     assert predict_seconds(HW, Work(bytes_read=50e9, bytes_written=10e9)) == pytest.approx(1.0 + LAUNCH)
 
 
+def test_nothing_is_hidden_in_order():
+    work = Work({"float32": 384e9}, bytes_read=60e9, efficiency=0.5)
+    assert predict_seconds(HW, work) == pytest.approx(2.0 + LAUNCH)
+    assert predict_seconds(dataclasses.replace(HW, in_order=True), work) == pytest.approx(3.0 + LAUNCH)
+
+
+def test_cores_in_order():
+    slow = {"cortex-a53": 2, "cortex-a55": 2, "raspberry-pi-zero-2w": 2}
+    assert {name: hwdb.lookup(name).load_stall_cycles for name in slow} == slow
+    assert all(hwdb.lookup(name).in_order for name in slow)
+    assert not any(hwdb.lookup(name).in_order for name in ("cortex-a72", "rk3588", "neoverse-e1", "zen4"))
+
+
 def test_a_footprint_in_cache_is_faster_than_dram():
     # 1 MB over four cores stays in their L2 (512 KB each): 32 bytes per core and cycle.
     assert predict_seconds(HW, Work(bytes_read=1e6)) == pytest.approx(1e6 / (4 * 32 * 3e9) + LAUNCH)

@@ -81,6 +81,16 @@ def test_every_record_fits_the_schema_and_names_what_exists():
     database().check()
 
 
+def test_records_of_the_package_are_checked_when_one_asks_for_it(tmp_path):
+    """They are read unchecked: this test, and not every program, is what keeps mistakes out of them."""
+    file = tmp_path / "own.toml"
+    file.write_text(BASE + "year = -1\n")
+    records = Database([file], trusted=True)
+    assert records.merged("base")["year"] == -1
+    with pytest.raises(RecordError, match=r"own\.toml:15: architecture\.base: year = -1 is not positive"):
+        records.check()
+
+
 @pytest.mark.parametrize("id", IDS)
 def test_every_record_answers_every_question(id):
     hw = hwdb.lookup(id)
@@ -242,6 +252,8 @@ MISTAKES = {
     ),
     "list of numbers": (BASE + "aliases = [1]\n", "aliases = .1. is not a list of strings"),
     "list of nothing": (BASE + 'aliases = [""]\n', "aliases = .''. is not a list of strings"),
+    "no truth value": (BASE + "in_order = 1\n", "in_order = 1 is not true or false"),
+    "no count": (BASE + "load_stall_cycles = -1\n", "load_stall_cycles = -1 is not positive"),
     "infinite": (BASE + "clock_mhz = inf\n", "clock_mhz = inf is not finite"),
     "another isa's triple": (BASE.replace('"x86_64-', '"arm64-'), "'arm64-unknown-linux-gnu' is not one of x86_64"),
     "the machine one works on": (BASE + 'aliases = ["Native"]\n', "'native' means the machine one works on"),

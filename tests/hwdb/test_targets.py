@@ -224,6 +224,7 @@ def test_what_is_told_to_tvm_leads_back(name):
         ({"kind": "llvm", "num-cores": "4"}, UnknownTarget, "is '4': it is a positive whole number"),
         ({"kind": "llvm", "mtriple": "aarch64_be-linux-gnu"}, UnknownTarget, "aarch64_be is not one of x86_64"),
         ({"kind": "rocm", "mcpu": "sm_80"}, UnknownTarget, "'sm_80' is not a GPU that rocm is for"),
+        ({"kind": "cuda"}, UnknownTarget, "of kind cuda says which GPU: 'arch', such as 'sm_90'"),
         ({"kind": "cuda", "arch": "sm_80", "thread_warp_size": -1}, UnknownTarget, "is -1: it is a positive whole"),
         ({"kind": "llvm", "mtriple": "s390x-linux-gnu"}, UnknownTarget, "s390x is not one of x86_64, aarch64"),
         ({"kind": "rocm", "mcpu": "haswell"}, UnknownTarget, "'haswell' is not a GPU"),
