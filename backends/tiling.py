@@ -3,8 +3,9 @@
 The model counts cycles of the innermost step (one k of one tile), after Goto and van de Geijn (2008) and the
 analytical model of BLIS (Low et al., 2016): multiply-adds issue at `fma_per_cycle`; each accumulator is touched
 once a step, so a step is never shorter than the multiply-add latency; V vector loads and MR broadcasts share the
-load ports. To that come padded columns, the shorter row tiles, the share of the busiest core, and rows whose
-addresses fall on the same L1 sets. A handful of tiles fits the registers, so all are costed and the best kept.
+load ports; where lanes may be factors, each row loads a vector for as many steps as it has lanes. To that come
+padded columns, the shorter row tiles, the share of the busiest core, and rows whose addresses fall on the same L1
+sets. A handful of tiles fits the registers, so all are costed and the best kept.
 
 A product with constant weights is shared out by panels or by rows. By rows, a core reads what it wrote a layer before
 and writes whole lines, in chunks whose rows stay in L2 while all panels pass; by panels, each weight is read by one
@@ -18,7 +19,7 @@ from itertools import pairwise
 from math import gcd
 
 from ..hwdb import Hardware
-from ..hwdb.cost import launch_seconds
+from ..hwdb.cost import launch_seconds, overlapped
 from .choices import SHORTLIST
 from .kernels.epilogue import is_heavy
 
@@ -49,14 +50,16 @@ class Tiling:
     cycles: float  # predicted for the busiest core
     efficiency: float  # predicted share of the peak of the cores in use
     reason: str
+    by_element: bool = False  # the left operand is read by vectors of k, whose lanes are factors
 
 
 def vectors_limit(hw: Hardware, rows: int) -> int:
     """Most accumulator columns (in vectors) a tile of `rows` rows may have: rows * V + V + 1 <= registers.
 
-    A single row multiplies straight from memory or reuses one register for each vector: V + 2 registers.
+    A single row multiplies straight from memory or reuses one register for each vector: V + 2 registers. By element,
+    each row has a register of its own for its values of k.
     """
-    spare = hw.vector_registers - 1
+    spare = hw.vector_registers - 1 - (rows if hw.multiplies_by_element and rows > 1 else 0)
     return max(1, (spare - 1) if rows == 1 else spare // (rows + 1))
 
 
@@ -64,7 +67,8 @@ def step_cycles(hw: Hardware, rows: int, vectors: int, streamed: bool = False) -
     """Cycles of one k of a rows x vectors tile; `streamed` when the panel is too large for L1 and comes from L2."""
     rate = hw.fma_per_cycle
     arithmetic = rows * vectors / rate
-    loads = (rows + vectors) / max(1.0, rate)  # load ports keep pace with the multiply-add pipes
+    read = rows / hw.lanes("float32") if hw.multiplies_by_element else rows
+    loads = (read + vectors) / max(1.0, rate)  # load ports keep pace with the multiply-add pipes
     # L2 hands over half of what the load ports take (`Hardware.bandwidth_gbs`).
     stream = 2.0 * vectors / rate if streamed else 0.0
     busiest = max(arithmetic, float(hw.fma_latency_cycles), loads, stream)
@@ -73,7 +77,7 @@ def step_cycles(hw: Hardware, rows: int, vectors: int, streamed: bool = False) -
     crowded = min(1.0, rate / 2) ** 2
     # Large tiles of AVX-512 were up to 3 % slower than those of some 16 accumulators.
     large = 0.0025 * max(0, rows * vectors - LARGE_TILE) * arithmetic
-    return busiest + (0.25 * loads + 0.08 * stream) * crowded + large
+    return busiest + (0.25 * loads + 0.08 * stream) * crowded + large + hw.load_stall_cycles * (read + vectors)
 
 
 def choose_tiling(
@@ -124,7 +128,9 @@ def rank_tilings(
     """
     lanes = hw.lanes("float32")
     stride = 4 * depth if row_stride_bytes is None else row_stride_bytes
-    heights = [fixed_rows] if fixed_rows else range(1, max(1, min(rows, 16)) + 1)
+    # By element, two registers a row and then some: taller tiles are spilled.
+    tallest = min(rows, 12 if hw.multiplies_by_element else 16)
+    heights = [fixed_rows] if fixed_rows else range(1, max(1, tallest) + 1)
     tiles = [
         (tile_rows, vectors)
         for tile_rows in heights
@@ -173,7 +179,7 @@ def _with_traffic(hw: Hardware, t: Tiling, residual: bool) -> Tiling:
     weights = 4.0 * t.depth * t.panels * t.columns
     if hw.dram_gbs is not None and _is_cold(hw, weights):
         stream = weights / (hw.dram_gbs * 1e3) * hw.cycles_per_us
-        cycles = max(cycles, stream) + 0.4 * min(cycles, stream)
+        cycles = overlapped(hw, cycles, stream, 0.4)
     return replace(t, cycles=cycles, efficiency=min(1.0, t.efficiency * t.cycles / max(cycles, 1.0)))
 
 
@@ -271,6 +277,7 @@ def _share_out(
         cycles=cycles,
         efficiency=min(1.0, ideal / max(cycles, 1.0)),
         reason=reason,
+        by_element=hw.multiplies_by_element,
     )
 
 

@@ -228,7 +228,7 @@ class _Block:
             rows,
             s,
             depth,
-            lambda a, d: self.q[(row - start + a) * depth + d],
+            lambda a, d, n: self.q[span((row - start + a) * depth + d, n)],
             lambda d, column: self.k[panel, d, span(column, lanes)],
         )
 
@@ -341,7 +341,7 @@ class _Block:
             rows,
             t,
             keys,
-            lambda a, k: self.scores[(row - start + a) * self.stride + k],
+            lambda a, k, n: self.scores[span((row - start + a) * self.stride + k, n)],
             lambda k, column: self.v[panel, k, span(column, lanes)],
         )
 

@@ -10,6 +10,7 @@ Where few rows would use the packed panel (two row tiles or fewer) full panels o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -48,7 +49,8 @@ def batch_seconds(hw: Hardware, tiling: Tiling, batch: int, transpose_b: bool) -
 
 def choose_batch_tiling(hw: Hardware, batch: int, M: int, N: int, K: int, transpose_a: bool = False) -> Tiling:
     """The tiling of `batch` products; a transposed a is contiguous along rows, so its rows never alias."""
-    return choose_tiling(hw, M, N, K, repeats=max(1, batch), row_stride_bytes=4 if transpose_a else None)
+    tiling = choose_tiling(hw, M, N, K, repeats=max(1, batch), row_stride_bytes=4 if transpose_a else None)
+    return replace(tiling, by_element=False) if transpose_a else tiling
 
 
 def batch_matmul(
@@ -101,8 +103,8 @@ def batch_matmul(
                 index = tirx.floordiv(unit, t.panels * t.row_chunks)
                 ia, ib = batch_index(index, batch, a_shape[:-2]), batch_index(index, batch, b_shape[:-2])
 
-                def left(row: Any, k: Any) -> Any:
-                    return a[ia, k, row] if transpose_a else a[ia, row, k]
+                def left(row: Any, k: Any, n: int) -> Any:
+                    return a[ia, k, row] if transpose_a else a[ia, row, span(k, n)]
 
                 def multiply(from_panel: bool) -> None:
                     multiply_chunk(

@@ -260,8 +260,9 @@ class _Nest:
             vectors,
             lanes,
             steps,
-            lambda p, k: self.x[x + p * apart + k * plane],
+            lambda p, k, n: self.x[span(x + p * apart + k * plane, n)],
             lambda k, v: self.weight[span(w + (k * vectors + v) * lanes, lanes)],
+            by_element=self.plan.by_element and plane == 1,
         )
 
     def _store(self, acc: Any, panel: _Panel, pixels: int, out_pixel: Any) -> None:

@@ -169,8 +169,9 @@ class _Nest:
                 plan.vectors,
                 plan.lanes,
                 depth,
-                lambda row, k: self.x[x + row * depth + k],
+                lambda row, k, n: self.x[span(x + row * depth + k, n)],
                 lambda k, v: self.weight[span(w + (k * plan.vectors + v) * plan.lanes, plan.lanes)],
+                by_element=plan.by_element,
             )
             places = [to + (p + j) * plan.columns for j in range(most)]
             if between_rows:
@@ -223,12 +224,13 @@ class _Nest:
                     plan.vectors,
                     plan.lanes,
                     steps,
-                    lambda p, k: self.x[
-                        start + (p * first.stride[1] + kw * first.dilation[1]) * apart + (c + k) * channel_step
+                    lambda p, k, n: self.x[
+                        span(start + (p * first.stride[1] + kw * first.dilation[1]) * apart + (c + k) * channel_step, n)
                     ],
                     lambda k, v: self.weight[
                         span(w + ((kw * channels + c + k) * plan.vectors + v) * plan.lanes, plan.lanes)
                     ],
+                    by_element=plan.by_element and channel_step == 1,
                 )
 
             if s.taps * channels <= UNROLLED_STEPS:

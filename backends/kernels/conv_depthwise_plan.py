@@ -60,6 +60,7 @@ class PairPlan:
     panel_blocks: int
     cycles: float  # predicted, of the busiest core
     efficiency: float  # predicted share of peak
+    by_element: bool = False  # the first image is read by vectors of channels, whose lanes are factors
 
     @property
     def tasks(self) -> int:
@@ -130,6 +131,7 @@ def _cut(pair: Pair, hw: Hardware, vectors: int, pixels: int) -> PairPlan:
         panel_blocks,
         cycles,
         min(1.0, ideal / cycles),
+        hw.multiplies_by_element,
     )
 
 

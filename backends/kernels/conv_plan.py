@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from ...hwdb import Hardware
+from ...hwdb.cost import overlapped
 from ..choices import SHORTLIST
 from ..tiling import ALIAS_BYTES, TILE_CYCLES, core_l2_bytes, step_cycles
 from .epilogue import is_heavy
@@ -136,6 +137,7 @@ class Plan:
     row_by_row: bool  # all groups of a row before the next row: a group alone reads and writes parts of cache lines
     efficiency: float  # share of a core's peak that the register tiles are predicted to reach
     cycles: float  # predicted, of the busiest core
+    by_element: bool = False  # x is read by vectors of channels, whose lanes are factors
 
     @property
     def reason(self) -> str:
@@ -216,7 +218,7 @@ def _plan_of(
     busiest = turns * -(-conv.rows.out // row_blocks) * -(-units // unit_blocks) / units
     weights = 4 * conv.filters * conv.group_channels * conv.kernel[0] * conv.kernel[1]
     block_input = _input_bytes(conv, -(-conv.rows.out // row_blocks))
-    busiest_cycles = max(cycles * conv.groups * busiest, memory_cycles(hw, weights)) + launch
+    busiest_cycles = overlapped(hw, cycles * conv.groups * busiest, memory_cycles(hw, weights)) + launch
     return Plan(
         conv.batch,
         lanes,
@@ -231,22 +233,24 @@ def _plan_of(
         conv.groups > 1 and block_input > core_l2_bytes(hw) / 2 >= weights / unit_blocks,
         efficiency,
         busiest_cycles,
+        hw.multiplies_by_element,
     )
 
 
 def widest(hw: Hardware) -> int:
     """Most vectors of a register tile of at least two rows."""
-    return max(1, (hw.vector_registers - 1) // 3)
+    return max(1, (hw.vector_registers - (3 if hw.multiplies_by_element else 1)) // 3)
 
 
 def most_rows(hw: Hardware, vectors: int) -> int:
-    """Most rows of a register tile: rows * V + V + 1 <= registers.
+    """Most rows of a register tile: rows * V + V + 1 <= registers, and by element one register a row besides.
 
     A tile one vector wide has one broadcast for each multiply-add, and LLVM keeps several of them in flight: with 14
     rows and 16 registers half of the accumulators were spilled, with 10 none.
     """
     spare = hw.vector_registers - vectors - 1
-    return max(1, spare - 4 if vectors == 1 else spare // vectors)
+    spare -= 4 if vectors == 1 else 0
+    return max(1, spare // (vectors + 1 if hw.multiplies_by_element else vectors))
 
 
 def memory_cycles(hw: Hardware, constant_bytes: float) -> float:

@@ -49,6 +49,7 @@ class DotConvPlan:
     panel_blocks: int
     efficiency: float
     cores: int
+    by_element: bool = False  # the image is read by vectors of words, whose lanes are factors
 
     @property
     def tasks(self) -> int:
@@ -74,7 +75,14 @@ def choose_dot_conv(conv: Conv, dot: Dot, hw: Hardware) -> DotConvPlan:
         if (uneven > 1.1 or weights > core_l2_bytes(hw)) and panels >= hw.cores:
             row_blocks, panel_blocks = 1, hw.cores
     return DotConvPlan(
-        tiling.rows, tiling.columns // dot.lanes, panels, row_blocks, panel_blocks, tiling.efficiency, hw.cores
+        tiling.rows,
+        tiling.columns // dot.lanes,
+        panels,
+        row_blocks,
+        panel_blocks,
+        tiling.efficiency,
+        hw.cores,
+        tiling.by_element,
     )
 
 
@@ -209,8 +217,9 @@ class _Nest:
                 tile,
                 dot,
                 steps,
-                lambda p, k: [words[first_word + p * apart + k]],
+                lambda p, k, n: words[span(first_word + p * apart + k, n)],
                 lambda k, v: self.weight[panel, first_step + k, span(v * wide, wide)],
+                plan.by_element,
             )
 
         # Rows of padding add nothing where its words are zero.

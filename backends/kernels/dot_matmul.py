@@ -142,19 +142,15 @@ class _Nest:
             wide = dot.lanes * dot.weights_per_lane
             return self.weight[panel, k, span(v * wide, wide)]
 
+        def left(r: int, k: Any, n: int) -> Any:
+            return words[row + r, span(k, n)]
+
         if dot.by_word:
-            multiply(acc, tile, dot, -(-p.K // dot.group), lambda r, k: [words[row + r, k]], right)
+            multiply(acc, tile, dot, -(-p.K // dot.group), left, right, t.by_element)
         else:
             whole, odd = divmod(p.K, dot.group)
             if whole:
-                multiply(
-                    acc,
-                    tile,
-                    dot,
-                    whole,
-                    lambda r, k: [words[row + r, k * dot.group + j] for j in range(dot.group)],
-                    right,
-                )
+                multiply(acc, tile, dot, whole, left, right, t.by_element)
             if odd:
                 step(acc, tile, dot, lambda r: [words[row + r, p.K - 1]], lambda v: right(whole, v))
         self._store(acc, spill, tile, row, panel)

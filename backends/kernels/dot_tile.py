@@ -4,7 +4,7 @@ staging    the left operand is read in words of `group` elements. Where it does 
            dtype, a depth that is no multiple of the group, signed bytes for an instruction that takes unsigned ones) it
            is first copied to scratch, converted and filled up: M * K elements beside M * N * K products
 tile       MR rows x V vectors of accumulators, V vectors of weights, one broadcast word:
-           MR * V + V + 1 + spare <= vector registers (spare: dot_product.Dot)
+           MR * V + V + 1 + spare <= vector registers (spare: dot_product.Dot); MR more by element (register_tile.py)
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from .dot_product import Dot, narrow
-from .loops import Shape, span
+from .loops import Shape, between, span
+from .register_tile import Left
 
 FLIP = 128  # signed bytes become unsigned by adding it, unsigned ones signed by taking it off: the same change of bits
 
@@ -134,13 +135,34 @@ def multiply(
     acc: Any,
     tile: Tile,
     dot: Dot,
-    steps: Any,
-    left: Callable[[int, Any], Sequence[Any]],
+    steps: int,
+    left: Left,
     right: Callable[[Any, int], Any],
+    by_element: bool = False,
 ) -> None:
-    """Add left(row, step) (scalars) times right(step, vector), for step in range(steps), to `acc`."""
-    with T.serial(0, steps) as k:
-        step(acc, tile, dot, lambda row: left(row, k), lambda v: right(k, v))
+    """Add the products of `steps` steps to `acc`.
+
+    left(row, i, n) are n neighbouring words, or floats where a step takes a group of them; right(step, vector) vectors.
+    `by_element`: as in register_tile.
+    """
+    each = 1 if dot.by_word else dot.group
+    together = dot.lanes // each if by_element else 1
+    done = steps // together * together if by_element else 0
+    if done:
+        with T.serial(0, done // together) as block:
+            start = T.bind(block * together)
+            several = [T.bind(left(row, start * each, together * each)) for row in range(tile.rows)]
+
+            def lanes(i: int) -> Callable[[int], Sequence[Any]]:
+                places = [tirx.const(i * each + j, "int32") for j in range(each)]
+                return lambda row: [tirx.Shuffle([several[row]], [place]) for place in places]
+
+            for i in range(together):
+                step(acc, tile, dot, lanes(i), lambda v, i=i: right(start + i, v))  # type: ignore[misc]
+    if done < steps:
+        with between(done, steps) as k:
+            units = [k] if dot.by_word else [k * each + j for j in range(each)]
+            step(acc, tile, dot, lambda row: [left(row, unit, 1) for unit in units], lambda v: right(k, v))
 
 
 def step(acc: Any, tile: Tile, dot: Dot, left: Callable[[int], Sequence[Any]], right: Callable[[int], Any]) -> None:

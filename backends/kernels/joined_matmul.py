@@ -131,7 +131,7 @@ def _add_part(
         rows,
         t,
         width,
-        lambda a, k: source[(row + a) * stride + (start + k)],
+        lambda a, k, n: source[span((row + a) * stride + (start + k), n)],
         lambda k, column: weight[panel, first + k, span(column, t.lanes)],
     )
 

@@ -9,7 +9,7 @@
         row 1  |  acc 2  |  acc 3  |          broadcast x[row, k] and multiply-add, row by row
          ...   |   ...   |   ...   |
                +---------+---------+
-    registers: MR * V + V + 1 <= vector registers
+    registers: MR * V + V + 1 <= vector registers; MR more where x is read by vectors of k (register_tile.py)
 
     tasks      units = row chunks x panels, an equal share for each core: of the panels where there is one chunk, of the
                rows where there are many. Within a unit the panel stays in L2 and the row tiles (two sizes that
@@ -34,6 +34,7 @@ from ...hwdb import Hardware
 from ..tiling import Tiling, choose_tiling
 from .epilogue import apply_activation, is_heavy
 from .loops import Shape, between, constant, kernel_function, share, span, spread, view
+from .register_tile import Left, multiply_add
 
 HIDDEN = 256  # floats: TVM leaves smaller scratch to LLVM, which would hold it in registers the tile needs
 
@@ -99,16 +100,20 @@ def multiply_tile(
     rows: int,
     tiling: Tiling,
     depth: Any,
-    left: Callable[[int, Any], Any],
+    left: Left,
     right: Callable[[Any, int], Any],
 ) -> None:
-    """Add left(row, k) (scalars) times right(k, column) (vectors), for k in range(depth), to `acc`."""
+    """Add left(row, k, 1) (scalars) times right(k, column) (vectors), for k in range(depth), to `acc`."""
     lanes = tiling.lanes
+    if tiling.by_element:
+        vectors = tiling.columns // lanes
+        multiply_add(acc, range(rows), vectors, lanes, depth, left, lambda k, v: right(k, v * lanes), by_element=True)
+        return
     with T.serial(0, depth) as k:
         each_vector(
             rows,
             tiling,
-            lambda at, a, j: T.buffer_store(acc, acc[at] + spread(left(a, k), lanes) * right(k, j), [at]),
+            lambda at, a, j: T.buffer_store(acc, acc[at] + spread(left(a, k, 1), lanes) * right(k, j), [at]),
         )
 
 
@@ -118,10 +123,10 @@ def sum_tile(
     tiling: Tiling,
     begin: Any,
     end: Any,
-    left: Callable[[int, Any], Any],
+    left: Left,
     right: Callable[[Any, int], Any],
 ) -> None:
-    """Let the accumulators be the sum of left(row, k) times right(k, column) for k in range(begin, end)."""
+    """Let the accumulators be the sum of left(row, k, 1) times right(k, column) for k in range(begin, end)."""
     acc, sums = scratch.accumulators, scratch.sums
 
     def add(start: Any, stop: Any) -> None:
@@ -131,7 +136,7 @@ def sum_tile(
             rows,
             tiling,
             stop - start,
-            lambda a, k: left(a, start + k),
+            lambda a, k, n: left(a, start + k, n),
             lambda k, column: right(start + k, column),
         )
 
@@ -257,13 +262,13 @@ def multiply_chunk(
     tiling: Tiling,
     chunk: Any,
     panel: Any,
-    left: Callable[[Any, Any], Any],
+    left: Left,
     right: Callable[[Any, int], Any],
     out: Any,
     epilogue: Epilogue,
     row_offset: Any = 0,
 ) -> None:
-    """All row tiles of one unit: left(row, k) are scalars, right(k, column in the panel) vectors.
+    """All row tiles of one unit: left(row, k, n) are n neighbours, right(k, column in the panel) vectors.
 
     Row 0 of the product is row `row_offset` of `out` and of the residual.
     """
@@ -271,7 +276,7 @@ def multiply_chunk(
 
     def tile(rows: int, row: Any, block: Any) -> None:
         begin, end = share(t.depth, t.depth_blocks, block)
-        sum_tile(scratch, rows, t, begin, end, lambda a, k: left(row + a, k), right)
+        sum_tile(scratch, rows, t, begin, end, lambda a, k, n: left(row + a, k, n), right)
         if t.depth_blocks == 1:
             store_tile(scratch, rows, t, out, row_offset + row, panel, epilogue)
             return
@@ -341,7 +346,7 @@ def matmul(
                     t,
                     chunk,
                     panel,
-                    lambda row, k: x[row, k],
+                    lambda row, k, n: x[row, span(k, n)],
                     lambda k, column: weight[panel, k, span(column, t.lanes)],
                     out,
                     epilogue,

@@ -306,9 +306,10 @@ class _Nest:
                 vectors,
                 lanes,
                 steps,
-                lambda p, k: v[left + p * conv.channels + k],
+                lambda p, k, n: v[span(left + p * conv.channels + k, n)],
                 lambda k, j: self.weight[span(right + k * nr + j * lanes, lanes)],
                 block * steps,
+                self.plan.by_element,
             )
 
     def _results(self, line: Any, products: Any, rows: tuple[Any, Any], panel: Any) -> None:

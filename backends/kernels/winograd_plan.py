@@ -9,6 +9,7 @@ from math import prod
 import torch
 
 from ...hwdb import Hardware
+from ...hwdb.cost import overlapped
 from ..tiling import ALIAS_BYTES, TILE_CYCLES, core_l2_bytes, step_cycles
 from .conv_plan import Conv, memory_cycles, most_rows, widest
 from .window import Axis, balanced
@@ -41,6 +42,7 @@ class WinogradPlan:
     tile_rows: int  # of all images
     tile_columns: int
     panels: int
+    by_element: bool = False  # V is read by vectors of channels, whose lanes are factors
 
     @property
     def n(self) -> int:
@@ -174,7 +176,7 @@ def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPl
                     moved += turns * panels * v_bytes
             # Cores that read all of U fetch it once for every two of them: they run side by side, but not in step.
             fetched = streaming if split else streaming * max(1.0, min(chunks, hw.cores) / 2)
-            cycles = max(arithmetic + moved / L3_BYTES_PER_CYCLE, fetched) + launch * (1 + split)
+            cycles = overlapped(hw, arithmetic + moved / L3_BYTES_PER_CYCLE, fetched) + launch * (1 + split)
             ideal = conv.flops / 2 / lanes / hw.fma_per_cycle / hw.cores
             found.append(
                 WinogradPlan(
@@ -190,6 +192,7 @@ def _plans_of(conv: Conv, hw: Hardware, m: int, vectors: int) -> list[WinogradPl
                     tile_rows,
                     columns.out,
                     panels,
+                    hw.multiplies_by_element,
                 )
             )
     return found
