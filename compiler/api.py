@@ -23,7 +23,7 @@ from .compiled import Compiled
 from .int8_method import DEFAULT, Method, int8_method
 from .memory_limit import with_memory_limit
 from .pass_checks import Pass
-from .precision import check_precision
+from .precision import GPU_PRECISIONS, check_precision
 from .selection import select
 from .specialised import Specialised
 
@@ -164,8 +164,9 @@ def _options(
 ) -> Options:
     hw = compile_target(target)
     check_precision(precision)
-    if hw.kind == "gpu" and (precision != "fp32" or tune is not None):
-        raise InputError(f"code for GPUs is float32 and not tuned: leave precision= and tune= out for {hw.id}")
+    if hw.kind == "gpu" and (precision not in GPU_PRECISIONS or tune is not None):
+        there = ", ".join(GPU_PRECISIONS)
+        raise InputError(f"code for GPUs is {there} and not tuned: leave tune= and other precision= out for {hw.id}")
     if tolerance is not None and (not _is_number(tolerance) or not 0 < tolerance <= 1):
         raise InputError(f"tolerance is a relative error and must be positive and at most 1, got {tolerance!r}")
     if threads is not None and (not isinstance(threads, int) or not _is_number(threads) or not 1 <= threads <= THREADS):

@@ -28,6 +28,7 @@ from .report import EagerRow
 from .rewriting import rewrite
 
 if TYPE_CHECKING:
+    from ..backends.gpu.lower import Lowered as OnGpu
     from ..backends.lowering.extract import Fused, Lowered
     from ..passes.assign_precision import Choice
 
@@ -117,13 +118,14 @@ def build(
 
 def _build_gpu(built: Built, hw: Hardware, directory: Path, clock: _Clock) -> Built:
     """The same for a GPU, where all operators become one region."""
-    from ..backends.gpu.build import build as build_region
+    from ..backends.gpu import build as gpu
 
-    parts, fused = _region_for_gpu(built.graph, hw)
+    gpu.check_compiler(hw)
+    parts, region = _lower_for_gpu(built.graph, hw)
     clock.stage("lowering")
     built.plan, _ = make_plan(built.graph, parts.parts)
-    if fused is not None:
-        info = build_region(fused, hw, directory)
+    if region is not None:
+        info = gpu.build(*region, hw, directory)
         clock.stage("code")
         built.kernels = tuple(info.kernels)
         built.sizes |= {
@@ -135,31 +137,46 @@ def _build_gpu(built: Built, hw: Hardware, directory: Path, clock: _Clock) -> Bu
     return built
 
 
-def _region_for_gpu(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, Fused | None]:
-    """The graph as one region; None where it computes nothing. Raises UnsupportedOp with all that has no lowering."""
+def _lower_for_gpu(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, tuple[Fused, OnGpu] | None]:
+    """The graph as one region, and that lowered; None where it computes nothing.
+
+    A kernel of ours that cannot be lowered gives way to TVM's rules. Raises UnsupportedOp with all that has no
+    lowering.
+    """
+    from ..backends.gpu import build as gpu
+    from ..backends.gpu.lower import KernelFailed, lower
     from ..backends.lowering.graph import LoweringError, Region, relax_region, why_not
 
-    parts = partition(graph, lambda node: why_not(node, hw))
-    if parts.reasons:
-        raise UnsupportedOp(_refusal(parts, hw))
-    if not parts.parts:
-        return parts, None
-    (part,) = parts.parts
-    try:
-        return parts, relax_region(Region("region_0", part.nodes, part.inputs, part.outputs), graph, hw)
-    except LoweringError as error:
-        raise GraphwrightError(f"{error}\nreport this as a bug") from error
+    failed: set[fx.Node] = set()
+    while True:
+        parts = partition(graph, lambda node: why_not(node, hw))
+        if parts.reasons:
+            raise UnsupportedOp(_refusal(parts, hw))
+        if not parts.parts:
+            return parts, None
+        (part,) = parts.parts
+        for node in failed:
+            node.meta.pop("kernel_call", None)
+        try:
+            fused = relax_region(Region("region_0", part.nodes, part.inputs, part.outputs), graph, hw)
+            return parts, (fused, lower(fused, hw, gpu.host_target()))
+        except LoweringError as error:
+            raise GraphwrightError(f"{error}\nreport this as a bug") from error
+        except KernelFailed as error:
+            calls = {node: node.meta.get("kernel_call") for node in part.nodes}
+            failing = {node for node, call in calls.items() if call is not None and call.func is error.call.func}
+            if not failing:
+                raise
+            log.warning("%s: TVM's rules take its place; report this as a bug", error)
+            failed |= failing
 
 
 def kernels_of(graph: fx.GraphModule, hw: Hardware, choices: Choices | None = None) -> tuple[KernelInfo, ...]:
     """The kernels of a rewritten graph, with their predictions; no code is generated. None where lowering fails."""
     graph = pipeline.copy_graph(graph)
     if hw.kind == "gpu":
-        from ..backends.gpu import build as gpu
-        from ..backends.gpu.lower import lower
-
-        fused = _region_for_gpu(graph, hw)[1]
-        return () if fused is None else tuple(lower(fused, hw, gpu.host_target()).kernels)
+        region = _lower_for_gpu(graph, hw)[1]
+        return () if region is None else tuple(region[1].kernels)
     try:
         with choosing(choices or Choices()):
             return _kernels(_lower(graph, hw)[1])

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "auto", "adaptive")
+GPU_PRECISIONS = ("fp32", "bf16", "fp16")
 MARGIN = 0.9  # of the tolerance that PyTorch may use up: machine code adds in another order
 TRIES = 5  # budgets tried
 LOOKED_AT = 4  # samples whose sensitivities are averaged; all are measured

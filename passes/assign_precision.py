@@ -32,6 +32,7 @@ from . import dialect, mixed
 from .precision_cut import Cost, Problem, Value, within
 from .precision_forms import (
     ASKED,
+    IN_PLACE,
     LABELS,
     PRODUCTS,
     UNMEASURED,
@@ -181,12 +182,14 @@ _TARGETS = {
     (torch.bfloat16, False): mixed.linear_bf16,
     (torch.bfloat16, True): mixed.conv2d_bf16,
     (torch.float16, False): mixed.linear_f16,
+    (torch.float16, True): mixed.conv2d_f16,
 }
 _BFLOAT16 = (mixed.linear_bf16, mixed.conv2d_bf16)
 _OF_SAME: dict[object, tuple[object, ...]] = {
     mixed.linear_bf16: _BFLOAT16,
     mixed.conv2d_bf16: _BFLOAT16,
     mixed.linear_f16: (mixed.linear_f16,),
+    mixed.conv2d_f16: (),
 }
 
 
@@ -211,7 +214,7 @@ def assign_precision(graph: fx.GraphModule, choices: Collection[Choice]) -> int:
         node.target = _TARGETS[dtype, node.target is dialect.conv2d]
         log.debug("%s: %s, %s", node.name, chosen[node.name].dtype, chosen[node.name].reason)
     for node in nodes:
-        if chosen[node.name].round_input and _read_narrow(node):
+        if chosen[node.name].round_input and chosen[node.name].form not in IN_PLACE and _read_narrow(node):
             node.args = (*node.args[:-1], True)
             node.meta["val"] = node.meta["val"].to(_DTYPES[chosen[node.name].dtype])
     if nodes:

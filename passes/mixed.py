@@ -94,7 +94,20 @@ def _embedding_w8_fake(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor
     return scale.new_empty((*indices.shape, weight.shape[1]))
 
 
-def _conv2d_bf16(
+def _conv2d(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The body and the fake kernel of a convolution that rounds to `dtype`."""
+
+    def body(*args: Any) -> Tensor:
+        return _rounding_conv2d(dtype, *args)
+
+    def fake(*args: Any) -> Tensor:
+        return _rounding_conv2d_fake(dtype, *args)
+
+    return body, fake
+
+
+def _rounding_conv2d(
+    dtype: torch.dtype,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -110,13 +123,14 @@ def _conv2d_bf16(
     narrow: bool,
 ) -> Tensor:
     x, w, b, r = _widened((input, weight, bias, residual))
-    x = x.to(torch.bfloat16).to(x.dtype) if round_input else x
+    x = x.to(dtype).to(x.dtype) if round_input else x
     sizes = (list(stride), list(padding), list(dilation), groups)
     result: Tensor = dialect.conv2d(x, w, b, r, *sizes, activation, list(activation_args), layout)
-    return result.to(torch.bfloat16) if narrow else result
+    return result.to(dtype) if narrow else result
 
 
-def _conv2d_bf16_fake(
+def _rounding_conv2d_fake(
+    dtype: torch.dtype,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -133,7 +147,7 @@ def _conv2d_bf16_fake(
 ) -> Tensor:
     sizes = (list(stride), list(padding), list(dilation), groups)
     shape = dialect.conv2d(input, weight.to(input.dtype), None, None, *sizes, "none", [], layout).shape
-    return input.new_empty(shape, dtype=torch.bfloat16 if narrow else torch.float32)
+    return input.new_empty(shape, dtype=dtype if narrow else torch.float32)
 
 
 _EPILOGUE = "str activation, float[] activation_args"
@@ -152,10 +166,9 @@ linear_w8 = dialect.define(
 embedding_w8 = dialect.define(
     "embedding_w8", "(Tensor weight, Tensor scale, Tensor indices) -> Tensor", _embedding_w8, _embedding_w8_fake
 )
-conv2d_bf16 = dialect.define(
-    "conv2d_bf16",
+_CONV2D = (
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
-    f"int[] dilation, int groups, {_EPILOGUE}, str layout, {_PRECISION}) -> Tensor",
-    _conv2d_bf16,
-    _conv2d_bf16_fake,
+    f"int[] dilation, int groups, {_EPILOGUE}, str layout, {_PRECISION}) -> Tensor"
 )
+conv2d_bf16 = dialect.define("conv2d_bf16", _CONV2D, *_conv2d(torch.bfloat16))
+conv2d_f16 = dialect.define("conv2d_f16", _CONV2D, *_conv2d(torch.float16))

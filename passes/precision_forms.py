@@ -93,15 +93,20 @@ LABELS = {
     "bfloat16": Label("bfloat16", "bfloat16", True),
     "float16 weights": Label("float16", "float32"),
     "bfloat16 weights": Label("bfloat16", "float32"),
+    "float16 products": Label("float16", "float32", True),
+    "bfloat16 products": Label("bfloat16", "float32", True),
 }
+IN_PLACE = ("float16 products", "bfloat16 products")  # round on the way into a GPU's matrix units
+FEWEST = 16  # rows and columns of a product that a tile of matrix units pays for
 ASKED = {
-    "bf16": ("bfloat16", "bfloat16 weights"),
-    "fp16": ("float16 weights",),
+    "bf16": ("bfloat16", "bfloat16 weights", "bfloat16 products"),
+    "fp16": ("float16 weights", "float16 products"),
     "auto": ("bfloat16", "float16 weights", "bfloat16 weights"),
 }
 # Relative error of a product where nothing was measured: a rounded operand errs by u / sqrt(3) in the mean, with u the
 # unit roundoff (2^-8 and 2^-11 of the spacing's half, Higham, section 2.2), and two of them independently.
 UNMEASURED = {"bfloat16": 3.2e-3, "bfloat16 weights": 2.3e-3, "float16 weights": 2.8e-4}
+UNMEASURED |= {"float16 products": 4.0e-4, "bfloat16 products": UNMEASURED["bfloat16"]}
 # Of the speed at which the direct float32 sum multiplies, what Winograd's products and transforms reach: measured 0.76
 # to 0.85 on 64x56x56 to 512x7x7. It needs channels enough to fill its tiles.
 WINOGRAD_EFFICIENCY, WINOGRAD_CHANNELS = 0.8, 32
@@ -167,9 +172,13 @@ def forms(
     """
     times = Times(node, hw, streamed)
     found = {"float32": Form(times.seconds(), "float32")}
-    refusal = _refusal(graph, node)
+    refusal = _refusal(graph, node, hw)
     if refusal is not None:
         return found, refusal
+    if hw.kind == "gpu":
+        reason = _on_matrix_units(node, hw, asked, times, found)
+        return found, reason
+    asked = [label for label in asked if label not in IN_PLACE]
     family = hw.vector_dot_product("bfloat16") if "bfloat16" in asked else None
     reason = ""
     if family is not None:
@@ -195,7 +204,31 @@ def cast_seconds(hw: Hardware, node: fx.Node) -> float:
     return moved / (bandwidth * 1e9 if bandwidth else 4 * _WITHOUT_CLOCK)
 
 
-def _refusal(graph: fx.GraphModule, node: fx.Node) -> str | None:
+def _on_matrix_units(node: fx.Node, hw: Hardware, asked: Collection[str], times: Times, found: dict[str, Form]) -> str:
+    """Add the forms that a GPU's matrix units have to `found`; why there are none."""
+    shape = shape_of(node)
+    rows, columns = (
+        (shape[1], prod(shape) // shape[1])
+        if node.target is dialect.conv2d
+        else (
+            prod(shape[:-1]),
+            shape[-1],
+        )
+    )
+    if min(rows, columns) < FEWEST:
+        return f"a product of {rows} rows and {columns} columns is too narrow for matrix units"
+    if hw.isa != "nvptx":
+        return f"no kernel uses the matrix units of {hw.id} yet"
+    for label in asked:
+        dtype = LABELS[label].dtype
+        narrow, wide = hw.peak_flops(dtype), hw.peak_flops("float32")
+        if label in IN_PLACE and hw.matrix_instructions(dtype) and narrow and wide and narrow > wide:
+            text = "tensor cores, operands rounded on the way, sums in float32"
+            found[label] = Form(times.seconds(rate=narrow / wide), text)
+    return f"{hw.id} has no faster matrix instructions for it"
+
+
+def _refusal(graph: fx.GraphModule, node: fx.Node, hw: Hardware) -> str | None:
     if weight_of(graph, node) is None:
         return _COMPUTED_REASON
     for operand in (node, *node.all_input_nodes):
@@ -208,10 +241,11 @@ def _refusal(graph: fx.GraphModule, node: fx.Node) -> str | None:
     if node.target is dialect.conv2d:
         if given["groups"] != 1:
             return f"{given['groups']} groups: a group's channels are fewer than a dot product takes"
-        if given["layout"] != "NHWC":
+        if given["layout"] != ("NCHW" if hw.kind == "gpu" else "NHWC"):
             return f"the layout is {given['layout']}"
     bias, residual = given.get("bias"), given.get("residual")
-    if bias is not None and shape_of(bias) != shape_of(node)[-1:]:
+    planar = given.get("layout") == "NCHW"
+    if bias is not None and shape_of(bias) != (shape_of(node)[1:2] if planar else shape_of(node)[-1:]):
         return f"the bias has shape {shape_of(bias)}, not one value a column"
     if residual is not None and shape_of(residual) != shape_of(node):
         return f"the residual has shape {shape_of(residual)}, the result {shape_of(node)}"

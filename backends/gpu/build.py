@@ -9,8 +9,8 @@ weights.safetensors
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 from ...errors import GraphwrightError
 from ...hwdb import Hardware, detect
 from ..aot import toolchain
+from ..lowering.registry import KernelInfo
 from . import cuda, rocm
-from .launches import DEVICE_NAME, HOST_NAME, WEIGHTS_NAME, Description
-from .lower import Lowered, lower
+from .evidence import Evidence, evidence
+from .launches import DEVICE_NAME, HOST_NAME, WEIGHTS_NAME, Description, Launch
+from .lower import Lowered
 
 if TYPE_CHECKING:
     from ..lowering.extract import Fused
-    from ..lowering.registry import KernelInfo
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +53,17 @@ def host_target() -> dict[str, Any]:
     return {"kind": "llvm", "mtriple": hw.triple, "mcpu": _HOSTS[hw.isa]}
 
 
-def build(fused: Fused, hw: Hardware, directory: Path) -> BuildInfo:
-    """Compile a region for the GPU `hw` into `directory`.
+def check_compiler(hw: Hardware) -> None:
+    """Raise ToolMissing without a compiler for the GPU `hw`, GraphwrightError where it makes no code for it."""
+    if hw.isa == "nvptx":
+        cuda.check_architecture(cuda.find_compiler(), hw.llvm_cpu)
+
+
+def build(fused: Fused, lowered: Lowered, hw: Hardware, directory: Path) -> BuildInfo:
+    """Compile a region, lowered for the GPU `hw`, into `directory`.
 
     Raises ToolMissing without a compiler for the GPU, GraphwrightError where the model is larger than its memory.
     """
-    if hw.isa == "nvptx":
-        cuda.check_architecture(cuda.find_compiler(), hw.llvm_cpu)  # before the work, not after it
-    lowered = lower(fused, hw, host_target())
     weights_bytes = sum(tensor.nbytes for tensor in fused.weights.values())
     needed = weights_bytes + lowered.storage_bytes
     if hw.dram_bytes is not None and needed > hw.dram_bytes:
@@ -71,10 +75,19 @@ def build(fused: Fused, hw: Hardware, directory: Path) -> BuildInfo:
     image = f"kernels.{form}"
     (directory / image).write_bytes(code)
     _write_host(lowered, directory / HOST_NAME)
-    described = Description(hw.llvm_cpu, lowered.target.kind.name, image, lowered.launches, tuple(fused.weights))
+    launches = tuple(launch for found in lowered.launches.values() for launch in found)
+    described = Description(hw.llvm_cpu, lowered.target.kind.name, image, launches, tuple(fused.weights))
     described.write(directory / DEVICE_NAME)
     save_file({name: tensor.detach().clone() for name, tensor in fused.weights.items()}, directory / WEIGHTS_NAME)
-    return BuildInfo(lowered.kernels, len(code), weights_bytes, lowered.storage_bytes)
+    found = evidence(code, launches, hw)
+    kernels = [_with_evidence(kernel, lowered.launches[kernel.name], found) for kernel in lowered.kernels]
+    return BuildInfo(kernels, len(code), weights_bytes, lowered.storage_bytes)
+
+
+def _with_evidence(kernel: KernelInfo, launches: Sequence[Launch], found: Mapping[str, Evidence]) -> KernelInfo:
+    """What the report says of a kernel, with what its machine code says."""
+    texts = [found[launch.name].text() for launch in launches if launch.name in found]
+    return replace(kernel, choice=f"{kernel.choice}; {' + '.join(texts)}") if texts else kernel
 
 
 def _machine_code(lowered: Lowered, hw: Hardware) -> tuple[bytes, str]:

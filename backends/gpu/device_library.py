@@ -8,6 +8,8 @@ Inputs and results are CPU tensors: they are copied to the device and back.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +65,10 @@ class DeviceLibrary:
         loader, form = _LOADERS[described.kind]
         content = module_bytes((directory / described.image).read_bytes(), described.kernels, form)
         kernels = tvm.get_global_func(f"ffi.Module.load_from_bytes.{loader}")(content)
-        host = tvm.runtime.load_module(str(directory / HOST_NAME))
+        with tempfile.TemporaryDirectory() as scratch:
+            # A copy under a name of its own: the loader takes a file of a known name for the one it has.
+            own = shutil.copy(directory / HOST_NAME, scratch)
+            host = tvm.runtime.load_module(own)
         (launching,) = host.imports  # the compiled functions; the host module itself is bytecode
         launching.import_module(kernels)
         self._device = tvm.device(described.kind, 0)

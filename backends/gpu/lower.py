@@ -23,7 +23,7 @@ from tvm.target import Target
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
 from ..lowering.extract import Fused
-from ..lowering.registry import KernelInfo
+from ..lowering.registry import KernelCall, KernelInfo
 from .launches import Launch
 from .schedule import schedules
 
@@ -52,6 +52,9 @@ _BYTECODE = (
     transform.AttachGlobalSymbol,
 )
 
+_OPAQUE = 8  # OpPatternKind.kOpaque: FuseOps leaves it alone
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError)  # what TVM's passes raise
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -61,7 +64,7 @@ class Lowered:
     host: Any
     device: Any
     target: Target
-    launches: tuple[Launch, ...]
+    launches: dict[str, tuple[Launch, ...]]  # by function
     kernels: list[KernelInfo]
     storage_bytes: int  # of the activations, as planned
 
@@ -73,7 +76,7 @@ def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
     """
     target = Target(hw.tvm_target(), host=host)
     with target:
-        joined = _apply(fused.module, _JOIN)
+        joined = _apply(_several_results_apart(fused.module), _JOIN)
         planned = _apply(joined, _FINISH)
         storage = _storage_bytes(planned)
         builder = relax.ExecBuilder()
@@ -81,24 +84,65 @@ def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
     functions = {gv: function for gv, function in rest.functions_items() if isinstance(function, tirx.PrimFunc)}
     host_functions: dict[Any, Any] = {}
     kernels: dict[Any, Any] = {}
-    infos: dict[str, tuple[str, tuple[Launch, ...]]] = {}
+    infos: dict[str, tuple[str, str, tuple[Launch, ...]]] = {}
     for variable, function in functions.items():
-        rule, on_host, on_device = _lower_function(variable, function, target, hw.cores)
+        call, _ = fused.calls.get(variable.name_hint, (None, ""))
+        if call is not None:
+            rule, on_host, on_device = _lower_kernel(variable, function, call, target)
+        else:
+            rule, on_host, on_device = _lower_function(variable, function, target, hw.cores)
         host_functions.update(on_host.functions_items())
         kernels.update(on_device.functions_items())
-        infos[variable.name_hint] = (rule, tuple(_launch(kernel) for _, kernel in on_device.functions_items()))
-    launches = tuple(launch for _, found in infos.values() for launch in found)
+        found = tuple(_launch(kernel) for _, kernel in on_device.functions_items())
+        choice = _described(found) if call is None else f"{call.choice}, {_described(found)}"
+        infos[variable.name_hint] = (rule, choice, found)
+    launches = {name: found for name, (_, _, found) in infos.items()}
     rows = [
-        KernelInfo(name, name, rule, _described(found), None, step=number)
-        for number, (name, (rule, found)) in enumerate((call, infos[call]) for call in _calls(planned, infos))
+        KernelInfo(name, fused.calls[name][1] if name in fused.calls else name, *infos[name][:2], None, step=number)
+        for number, name in enumerate(_calls(planned, infos))
     ]
     return Lowered(builder, ir.IRModule(host_functions), ir.IRModule(kernels), target, launches, rows, storage)
+
+
+def _several_results_apart(module: Any) -> Any:
+    """The module with functions of several results as they are: joined, one that nobody reads is memory of a kernel."""
+    several: set[Any] = set()
+
+    def look(call: Any) -> None:
+        called = isinstance(call, relax.Call) and call.op.same_as(ir.Op.get("relax.call_tir"))
+        if called and isinstance(call.ty, ir.TupleType):
+            several.add(call.args[0])
+
+    relax.analysis.post_order_visit(module["main"], look)
+    marked = ir.IRModule(dict(module.functions_items()))
+    for variable in several:
+        marked.update_func(variable, module[variable].with_attr("op_pattern", _OPAQUE))
+    return marked
 
 
 def _apply(module: Any, passes: tuple[Any, ...]) -> Any:
     for make in passes:
         module = make()(module)
     return module
+
+
+class KernelFailed(GraphwrightError):
+    """A kernel of ours that cannot be lowered, or not within the limits of the device."""
+
+    def __init__(self, call: KernelCall, reason: str) -> None:
+        super().__init__(f"{call.algorithm} ({call.choice}) cannot be lowered: {reason}")
+        self.call = call
+
+
+def _lower_kernel(variable: Any, function: Any, call: KernelCall, target: Target) -> tuple[str, Any, Any]:
+    """The same for a kernel of ours, which has its threads already."""
+    try:
+        on_host, on_device = _split(variable, function, target)
+        for _, kernel in on_device.functions_items():
+            _check_limits(_launch(kernel), target)
+    except _FAILURES as error:
+        raise KernelFailed(call, str(error)) from error
+    return call.algorithm, on_host, on_device
 
 
 def _lower_function(variable: Any, function: Any, target: Target, units: int) -> tuple[str, Any, Any]:
@@ -109,7 +153,7 @@ def _lower_function(variable: Any, function: Any, target: Target, units: int) ->
             on_host, on_device = _split(variable, scheduled, target)
             for _, kernel in on_device.functions_items():
                 _check_limits(_launch(kernel), target)
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # what TVM's passes raise
+        except _FAILURES as error:
             log.warning("%s: %s does not work, the next rule takes its place", variable.name_hint, rule)
             log.info("because %s", error)
             failure = error
@@ -139,9 +183,13 @@ def _launch(kernel: Any) -> Launch:
             extents[str(node.node.thread_tag)] = int(node.value)
 
     def allocation(node: Any) -> None:
+        if str(node.buffer.scope()) == "global":
+            raise ValueError(
+                f"{kernel.attrs['global_symbol']} allocates {node.buffer.shape} in memory, which no kernel can"
+            )
         if str(node.buffer.scope()).startswith("shared"):
-            bits = tvm_ffi.dtype(str(node.buffer.dtype)).bits
-            shared.append(prod(int(extent) for extent in node.buffer.shape) * bits // 8)
+            dtype = tvm_ffi.dtype(str(node.buffer.dtype))
+            shared.append(prod(int(extent) for extent in node.buffer.shape) * dtype.bits * dtype.lanes // 8)
 
     tvm_ffi.structural_walk(kernel.body, [(tirx.AttrStmt, thread), (tirx.AllocBuffer, allocation)])
     threads = prod(extent for tag, extent in extents.items() if tag.startswith("threadIdx"))

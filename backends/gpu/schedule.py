@@ -1,4 +1,4 @@
-"""A function of tensor expressions -> the ways to run it on a GPU, the best first.
+"""A function of tensor expressions, for which there is no kernel of ours -> the ways to run it on a GPU, best first.
 
     one reduction, shorter than two warps    a thread an element        depthwise convolution, pooling
     product, convolution as implicit GEMM    tiles in shared memory

@@ -20,11 +20,12 @@ from tvm import relax, te
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
 from ..choices import noting
+from ..gpu.operators import GPU_KERNELS
 from .expressions import filled
 from .extract import Fused, Lowered, Unscheduled, extract
 from .fusion import Fusion, apart, fuse, outs_of, source_of
 from .operators import KERNELS, LOWERINGS
-from .registry import KernelCall, Out, Packed
+from .registry import Kernel, KernelCall, Out, Packed
 from .repack import gather, order_of
 
 log = logging.getLogger(__name__)
@@ -123,9 +124,10 @@ def why_not(node: fx.Node, hw: Hardware) -> str | None:
         return None
     target = node.target
     refused = "no lowering"
-    if target in KERNELS and has_kernels(hw):
+    kernel = _kernels(hw).get(target)
+    if kernel is not None:
         with noting() as decisions:
-            call = KERNELS[target](node, hw)
+            call = kernel(node, hw)
         if isinstance(call, KernelCall):
             weighed = tuple(decision for decision in decisions if decision.reason in call.choice)
             node.meta["kernel_call"] = replace(call, decisions=weighed)
@@ -139,6 +141,12 @@ def why_not(node: fx.Node, hw: Hardware) -> str | None:
 def has_kernels(hw: Hardware) -> bool:
     """Whether the kernels of `KERNELS`, and the fusions that go with their cost model, are for `hw`: not for GPUs."""
     return hw.kind in ("cpu", "board")
+
+
+def _kernels(hw: Hardware) -> Mapping[Any, Kernel]:
+    if has_kernels(hw):
+        return KERNELS
+    return GPU_KERNELS if hw.kind == "gpu" else {}
 
 
 def is_reshape(node: fx.Node) -> bool:

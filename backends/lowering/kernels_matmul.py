@@ -308,7 +308,7 @@ def _attention(
         return Refusal(f"the heads of {shapes} do not group")
     mask_operand: tuple[tuple[int, ...], str] | None = None
     if mask is not None:
-        found = _mask_shape(mask, p, shapes[0])
+        found = mask_shape(mask, p, shapes[0])
         if isinstance(found, Refusal):
             return found
         mask_operand = (found, str(mask.meta["val"].dtype).removeprefix("torch."))
@@ -326,7 +326,7 @@ def strided_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     p = Problem(batch, heads, key_heads, queries, keys, depth, value_depth)
     mask_operand: tuple[tuple[int, ...], str] | None = None
     if mask is not None:
-        found = _mask_shape(mask, p, (batch, heads, queries, depth))
+        found = mask_shape(mask, p, (batch, heads, queries, depth))
         if isinstance(found, Refusal):
             return found
         mask_operand = (found, str(mask.meta["val"].dtype).removeprefix("torch."))
@@ -381,7 +381,7 @@ def _attention_call(
     return KernelCall(func, (*operands, *read_too), "attention", plan.reason, work, seconds)
 
 
-def _mask_shape(mask: fx.Node, p: Problem, q: tuple[int, ...]) -> tuple[int, ...] | Refusal:
+def mask_shape(mask: fx.Node, p: Problem, q: tuple[int, ...]) -> tuple[int, ...] | Refusal:
     """The mask's shape as [batch, heads, S_q, S_k], each extent full or 1."""
     if mask.meta["val"].dtype not in (torch.float32, torch.bool):
         return Refusal(f"the mask is {mask.meta['val'].dtype}, neither float32 nor bool")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import struct
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 import graphwright
-from graphwright.backends.gpu import cuda, rocm
+from graphwright.backends.gpu import cuda, evidence, lower, rocm
 from graphwright.backends.gpu.launches import Description
 from graphwright.compiler import artifact, doctor
 from graphwright.errors import ArtifactError, GraphwrightError, InputError, ToolMissing, UnknownTarget, UnsupportedOp
@@ -68,8 +69,8 @@ def test_a_rocm_artifact_holds_a_code_object_of_every_kernel_within_its_own_limi
     assert machine_of(path.read_bytes()) == AMD_MACHINE
     found = elf.read(path)
     assert not found.undefined
-    notes = {kernel[".name"]: kernel for kernel in metadata(path.read_bytes())["amdhsa.kernels"]}
-    assert "gfx942" in metadata(path.read_bytes())["amdhsa.target"]
+    notes = {kernel[".name"]: kernel for kernel in evidence.metadata(path.read_bytes())["amdhsa.kernels"]}
+    assert "gfx942" in evidence.metadata(path.read_bytes())["amdhsa.target"]
     for launch in described.kernels:
         assert {launch.name, f"{launch.name}.kd"} <= found.defined
         # TVM's code generator writes 256 into every kernel: with more threads a launch would be out of contract.
@@ -77,40 +78,47 @@ def test_a_rocm_artifact_holds_a_code_object_of_every_kernel_within_its_own_limi
         assert notes[launch.name][".vgpr_spill_count"] == 0
 
 
-def metadata(content: bytes) -> dict:
-    """The note of an AMD code object (LLVM's AMDGPU usage guide, code object V3 metadata), a MessagePack map."""
-    start = content.index(b"AMDGPU\0\0")
-    (size,) = struct.unpack_from("<I", content, start - 8)
-    return unpacked(content[start + 8 : start + 8 + size], 0)[0]
+def test_the_report_says_what_the_machine_code_says_of_each_kernel(saved):
+    for target in ("a100", "mi300x"):
+        for kernel in graphwright.load(saved[target]).report().kernels:
+            assert re.search(r"; \d+ registers, .*none spilled, occupancy \d+% \(by ", kernel.choice), kernel.choice
+    scalar = graphwright.load(saved["mi300x"]).report().kernels[0].choice
+    assert re.search(r"\d+ scalar", scalar)
 
 
-def unpacked(data: bytes, at: int):
-    """A MessagePack value (the forms that LLVM writes) and where it ends."""
-    tag = data[at]
-    if tag < 0x80:
-        return tag, at + 1
-    if tag >= 0xE0:
-        return tag - 256, at + 1
-    if tag in (0xC0, 0xC2, 0xC3):
-        return {0xC0: None, 0xC2: False, 0xC3: True}[tag], at + 1
-    if tag in (0xCC, 0xCD, 0xCE):
-        width = 1 << (tag - 0xCC)
-        return int.from_bytes(data[at + 1 : at + 1 + width], "big"), at + 1 + width
-    if 0xA0 <= tag < 0xC0 or tag in (0xD9, 0xDA):
-        width = 0 if tag < 0xC0 else tag - 0xD8
-        length = tag & 31 if width == 0 else int.from_bytes(data[at + 1 : at + 1 + width], "big")
-        end = at + 1 + width + length
-        return data[end - length : end].decode(), end
-    if 0x80 <= tag < 0xA0 or tag in (0xDC, 0xDE):
-        width = 2 if tag in (0xDC, 0xDE) else 0
-        is_map = tag < 0x90 or tag == 0xDE
-        count = tag & 15 if width == 0 else int.from_bytes(data[at + 1 : at + 3], "big")
-        values, at = [], at + 1 + width
-        for _ in range(count * (1 + is_map)):
-            value, at = unpacked(data, at)
-            values.append(value)
-        return (dict(zip(values[::2], values[1::2], strict=True)) if is_map else values), at
-    raise AssertionError(hex(tag))
+def test_registers_of_a_cubin_are_those_that_its_section_headers_hold(saved):
+    """Two places in the file, written by ptxas: .nv.info, and the upper byte of sh_info of .text.NAME."""
+    described = Description.read(saved["a100"] / "device.json")
+    content = (saved["a100"] / described.image).read_bytes()
+    cubin = content[content.index(b"\x7fELF") :]
+    found = evidence.evidence(content, described.kernels, graphwright.hwdb.lookup("a100"))
+    assert set(found) == {launch.name for launch in described.kernels}
+    (start,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    rows = [struct.unpack_from("<IIQQQQII", cubin, start + i * size) for i in range(count)]
+    for name, *_, info in rows:
+        at = rows[names][4] + name
+        text = cubin[at : cubin.index(b"\0", at)].decode()
+        if text.startswith(".text."):
+            assert found[text.removeprefix(".text.")].registers == info >> 24
+
+
+def test_a_kernel_that_cannot_be_lowered_gives_way_to_rules(monkeypatch, caplog):
+    monkeypatch.setattr(lower, "_lower_kernel", lambda v, f, call, t: _raised(lower.KernelFailed(call, "no such luck")))
+    wide = nn.Linear(32, 32)
+    compiled = graphwright.compile(wide, (torch.ones(32, 32),), target="a100", cache=False)
+    assert [kernel.algorithm for kernel in compiled.report().kernels] != ["tiled product"]
+    assert "no such luck: TVM's rules take its place" in caplog.text
+
+
+def _raised(error: Exception) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("name", ["orin", "jetson-orin"])
+def test_the_name_of_a_jetson_is_its_gpu(name):
+    hw = graphwright.hwdb.lookup(name)
+    assert (hw.kind, hw.llvm_cpu) == ("gpu", "sm_87")
 
 
 @pytest.mark.parametrize(("target", "arch"), [("a100", "sm_80"), ("mi300x", "gfx942")])
@@ -188,7 +196,7 @@ def test_a_model_larger_than_the_device():
         graphwright.compile(model(), (IMAGE,), target=small, cache=False)
 
 
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"tune": "1s"}, {"memory_limit": "1MB"}])
+@pytest.mark.parametrize("options", [{"precision": "int8"}, {"tune": "1s"}, {"memory_limit": "1MB"}])
 def test_options_that_are_for_cpus(options):
     with pytest.raises(InputError, match=r"leave .* out for"):
         graphwright.compile(model(), (IMAGE,), target="a100", cache=False, **options)

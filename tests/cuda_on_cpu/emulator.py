@@ -40,10 +40,7 @@ def start() -> None:
 
 def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
     """The kernels of generated CUDA C++ as an image of the emulated driver."""
-    source = _ALIGNED.sub(r"\1 __shared__", source)
-    source = _DYNAMIC.sub(r"\1* \2 = (\1*)emulated::dynamic_shared;", source)
-    if "EMULATED_WITHOUT_BARRIERS" in os.environ:
-        source = source.replace("__syncthreads();", "")
+    source = as_cpp(source)
     names = _KERNEL.findall(source)
     assert names, "no kernel in the source"
     entries = [f'extern "C" void emulated_{n}(void **arguments) {{ emulated::call({n}, arguments); }}' for n in names]
@@ -55,6 +52,15 @@ def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
         _compile("c++", str(code), library, options)
         image = library.read_bytes()
     return b"EMULATED" + struct.pack("<Q", len(image)) + image, "fatbin"
+
+
+def as_cpp(source: str) -> str:
+    """CUDA C++ as TVM generates it, in the form that include/device.h makes C++ of."""
+    source = _ALIGNED.sub(r"\1 __shared__", source)
+    source = _DYNAMIC.sub(r"\1* \2 = (\1*)emulated::dynamic_shared;", source)
+    if "EMULATED_WITHOUT_BARRIERS" in os.environ:
+        source = source.replace("__syncthreads();", "")
+    return source
 
 
 def _compile(language: str, source: str, output: Path, options: list[str]) -> None:

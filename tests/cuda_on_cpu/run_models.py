@@ -1,6 +1,6 @@
 """Compile models for an A100 and run them on the emulator; prints a line of JSON for each: errors, or what went wrong.
 
-    python tests/cuda_on_cpu/run_models.py NAME...
+    python tests/cuda_on_cpu/run_models.py NAME[:PRECISION]...
 
 EMULATED_WITHOUT_BARRIERS takes every __syncthreads() out of the kernels, and leaves the verification of `compile` out.
 """
@@ -45,9 +45,15 @@ def error(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def measured(name: str) -> dict[str, Any]:
-    """Compile (which verifies on the device), save, load, run twice; errors of ours and of eager against float64."""
+    """Compile (which verifies on the device), save, load, run twice; errors of ours and of eager against float64.
+
+    "block:fp16" is the block in that precision.
+    """
+    name, _, precision = name.partition(":")
     model, inputs = models.build(name)
-    compiled = graphwright.compile(model, inputs, target="a100", cache=False, verify=not BROKEN)
+    compiled = graphwright.compile(
+        model, inputs, target="a100", precision=precision or "fp32", cache=False, verify=not BROKEN
+    )
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         loaded = graphwright.load(compiled.save(Path(scratch, "model.gw")))
         first, second, eager = (tensors(call(*inputs)) for call in (loaded, loaded, model))

@@ -16,7 +16,10 @@ import pytest
 
 RUN = Path(__file__).parent / "run_models.py"
 MODELS = ("block", "several", "resnet18", "mobilenetv2")
-RULES = {"a thread an element", "tiled product", "matrix times vector", "row reductions", "one thread"}
+RULES = {
+    *("a thread an element", "matrix times vector", "row reductions", "one thread"),
+    *("tiled product", "tiled conv", "tiled pointwise conv", "online attention"),
+}
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator switches stacks on x86-64 only")
 
@@ -46,6 +49,19 @@ def test_models_keep_their_numbers_in_both_orders_of_lanes(order):
             # float32 sums in another order: a few times eager's own rounding; 1e-6 where eager happens to be exact.
             assert ours <= max(8 * eager, 1e-6), (name, ours, eager)
     assert {rule for result in results.values() for rule in result["rules"]} >= RULES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["upwards", "downwards"])
+def test_products_on_tensor_cores_err_by_the_rounding_of_their_operands(order):
+    results = run("block:fp16", "block:bf16", **({"EMULATED_REVERSE": "1"} if order == "downwards" else {}))
+    # A rounded operand errs by u / sqrt(3) in the mean, u = 2^-11 and 2^-8; four layers of such products.
+    for (name, result), bound in zip(results.items(), (1e-3, 8e-3), strict=True):
+        assert "failure" not in result, f"{name}: {result['failure']}"
+        assert result["repeats"], name
+        (ours, _), *_ = result["errors"]
+        assert bound / 100 < ours < bound, (name, ours)
+        assert f"{'bfloat16' if name.endswith('bf16') else 'float16'} tiled product" in result["rules"]
 
 
 @pytest.mark.slow

@@ -120,3 +120,5 @@ inline int __float_as_int(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+
+#include "matrix.h"

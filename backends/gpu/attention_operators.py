@@ -1,0 +1,88 @@
+"""Attention as one kernel on GPUs, in float32, where its tiles fit shared memory.
+
+Refused: other dtypes, dropout, batches or heads that broadcast, depths beyond what shared memory holds, tensors whose
+elements 32 bits do not count. The TE definition serves those.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import fx
+
+from ...hwdb import Hardware
+from ...hwdb.cost import Work
+from ...passes import dialect
+from ...passes.rewrite import shape_of
+from ..kernels.attention_plan import problem
+from ..lowering.kernels_matmul import bind, mask_shape, refuse_dtypes, refuse_large
+from ..lowering.registry import Kernel, KernelCall, Refusal
+from .attention import attention, plan_attention
+
+aten = torch.ops.aten
+
+
+def _dialect_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """softmax(q . k^T * scale + mask) . v; fewer key heads than query heads are shared in groups."""
+    q, k, v, mask, causal, scale, fill = bind(node)
+    return _attention(node, hw, (q, k, v), mask, causal, scale, fill)
+
+
+def _aten_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    q, k, v, mask, dropout, causal, scale, grouped = bind(node)
+    if dropout:
+        return Refusal(f"dropout of {dropout}")
+    heads = [shape_of(operand)[-3:-2] for operand in (q, k, v)]
+    if not grouped and (heads[0] != heads[1] or heads[1] != heads[2]):
+        return Refusal(f"head counts {heads} broadcast")
+    depth = shape_of(q)[-1]
+    return _attention(node, hw, (q, k, v), mask, causal, depth**-0.5 if scale is None and depth else scale, None)
+
+
+def _attention(
+    node: fx.Node,
+    hw: Hardware,
+    operands: tuple[fx.Node, fx.Node, fx.Node],
+    mask: fx.Node | None,
+    causal: bool,
+    scale: float,
+    fill: float | None,
+) -> KernelCall | Refusal:
+    read = (*operands, *([mask] if mask is not None else []))
+    refusal = refuse_dtypes(node, *operands) or refuse_large(node, *read)
+    if refusal is not None:
+        return refusal
+    shapes = (shape_of(operands[0]), shape_of(operands[1]), shape_of(operands[2]))
+    if not all(prod(shape) for shape in (*shapes, shape_of(node))):
+        return Refusal(f"empty operands: {shapes}")
+    if len({shape[:-3] for shape in shapes}) != 1 or len({len(shape) for shape in shapes}) != 1:
+        return Refusal(f"the batches of {shapes} differ")
+    p = problem(*shapes)
+    if shapes[1][:-1] != shapes[2][:-1] or p.heads % p.key_heads:
+        return Refusal(f"the heads of {shapes} do not group")
+    masked = None
+    if mask is not None:
+        extents = mask_shape(mask, p, shapes[0])
+        if isinstance(extents, Refusal):
+            return extents
+        masked = (extents, str(mask.meta["val"].dtype).removeprefix("torch."), shape_of(mask))
+    plan = plan_attention(hw, p)
+    if plan is None:
+        return Refusal(f"tiles of depth {p.depth} and {p.value_depth} do not fit shared memory")
+    func = attention(p, plan, scale, (*shapes, shape_of(node)), causal, masked, fill)
+    pairs = p.batch * p.heads
+    work = Work(
+        flops={"float32": 2.0 * pairs * p.queries * p.keys * (p.depth + p.value_depth) * (0.5 if causal else 1)},
+        bytes_read=4.0 * sum(prod(shape_of(operand)) for operand in read),
+        bytes_written=4.0 * prod(shape_of(node)),
+        launches=1,
+        tasks=plan.blocks,
+    )
+    return KernelCall(func, read, "online attention", plan.reason, work)
+
+
+ATTENTIONS: dict[torch._ops.OpOverload, Kernel] = {
+    dialect.attention: _dialect_attention,
+    aten.scaled_dot_product_attention.default: _aten_attention,
+}

@@ -1,0 +1,178 @@
+"""Products tiled in shared memory and registers.
+
+    out[r, c] = act(sum over k of left(k, r) right(k, c) + bias + residual)
+
+                    columns of the block
+                  +----------------------+     each thread: 8 x 8 (or 4 x 8, 4 x 4) sums in registers, as quadrants
+        rows of   |   q  .  .  q  .  .   |     of 4 x 4 that lie apart, so that the threads of a warp read shared
+        the block |   .  .  .  .  .  .   |     memory in neighbouring 128-bit words
+                  |   q  .  .  q  .  .   |
+                  +----------------------+
+
+    fetch tile 0, put it, barrier
+    for every two:    twice: fetch the next one into registers; multiply with this one; put the next one; barrier
+
+Registers: thread_rows x thread_columns sums, their operands, and what is fetched: 64 + 16 + 8 at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ..kernels.epilogue import apply_activation
+from ..kernels.loops import Shape, constant, kernel_function, span
+from .stage import Operand, Stage
+from .tile import LANES, Tile
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What becomes of a sum. `place(row, column)` is where it lies in the flat result, and in the residual."""
+
+    place: Callable[[Any, Any], Any]
+    lanes: int  # neighbouring columns that are neighbours in memory: 4 or 1
+    bias: Callable[[Any, Any, int], Any] | None = None  # (row, column, lanes) -> its value
+    residual: Any = None  # flat buffer
+    activation: str = "none"
+    args: tuple[float, ...] = ()
+
+
+def product(
+    name: str,
+    tile: Tile,
+    batch: int,
+    rows: int,
+    columns: int,
+    operands: Sequence[Shape],
+    out: Shape,
+    parts: Callable[[Sequence[Any], Any, Any], tuple[Operand, Operand, Finish]],
+) -> Any:
+    """Return the kernel over buffers of shapes `operands` and `out`.
+
+    `parts(buffers, out, number)` says how product `number` of the batch is read and finished.
+    """
+
+    def body(*buffers: Any) -> None:
+        down, across = ceil(rows / tile.rows), ceil(columns / tile.columns)
+        with (
+            T.launch_thread("blockIdx.x", batch * down * across) as block,
+            T.launch_thread("threadIdx.x", tile.threads) as thread,
+        ):
+            number = tirx.floordiv(block, down * across) if batch > 1 else 0
+            first_row = tirx.floormod(block, down) * tile.rows
+            first_column = tirx.floormod(tirx.floordiv(block, down), across) * tile.columns
+            left, right, finish = parts(buffers[:-1], buffers[-1], number)
+            _block(tile, left, right, finish, buffers[-1], (rows, columns), (first_row, first_column), thread)
+
+    return kernel_function(name, operands, [out], body)
+
+
+def _block(
+    tile: Tile,
+    left: Operand,
+    right: Operand,
+    finish: Finish,
+    out: Any,
+    extents: tuple[int, int],
+    first: tuple[Any, Any],
+    thread: Any,
+) -> None:
+    tr, tc = tirx.floordiv(thread, tile.across), tirx.floormod(thread, tile.across)
+    a = Stage(left, tile.depth, tile.rows, tile.threads, thread)
+    b = Stage(right, tile.depth, tile.columns, tile.threads, thread)
+    count = tile.thread_rows * tile.thread_columns
+    sums = T.alloc_buffer((count,), "float32", scope="local")
+    x = T.alloc_buffer((tile.thread_rows,), "float32", scope="local")
+    y = T.alloc_buffer((tile.thread_columns,), "float32", scope="local")
+    for i in range(0, count, LANES):
+        T.buffer_store(sums, constant(0.0, LANES), [span(i, LANES)])
+
+    def fetch(step: Any) -> None:
+        a.fetch(step * tile.depth, first[0])
+        b.fetch(step * tile.depth, first[1])
+
+    def put(slot: int) -> None:
+        a.put(slot)
+        b.put(slot)
+        T.evaluate(T.tvm_storage_sync("shared"))
+
+    def multiply(slot: int) -> None:
+        with T.serial(0, tile.depth) as k:
+            for stage, held, mine in ((a, x, tr), (b, y, tc)):
+                size = int(held.shape[0])
+                apart = stage.width // (size // LANES)
+                for q in range(size // LANES):
+                    T.buffer_store(held, stage.tile(slot, k, mine * LANES + q * apart), [span(q * LANES, LANES)])
+            for i in range(tile.thread_rows):
+                for j in range(tile.thread_columns):
+                    at = i * tile.thread_columns + j
+                    T.buffer_store(sums, sums[at] + x[i] * y[j], [at])
+
+    fetch(0)
+    put(0)
+    with T.serial(0, ceil(left.depth / (2 * tile.depth))) as pair:
+        for slot in (0, 1):
+            fetch(pair * 2 + slot + 1)
+            multiply(slot)
+            put(1 - slot)
+    _store(tile, sums, finish, out, extents, first, (tr, tc))
+
+
+def _store(
+    tile: Tile,
+    sums: Any,
+    finish: Finish,
+    out: Any,
+    extents: tuple[int, int],
+    first: tuple[Any, Any],
+    mine: tuple[Any, Any],
+) -> None:
+    """Write the sums of a thread, row by row, nothing past the ends."""
+    flat = flat_result(out)
+    held = T.alloc_buffer((LANES,), "float32", scope="local")
+    rows_apart = tile.rows // (tile.thread_rows // LANES)
+    columns_apart = tile.columns // (tile.thread_columns // LANES)
+    for i in range(tile.thread_rows):
+        row = first[0] + mine[0] * LANES + (i // LANES * rows_apart + i % LANES)
+        for j in range(0, tile.thread_columns, finish.lanes):
+            column = first[1] + mine[1] * LANES + (j // LANES * columns_apart + j % LANES)
+            at = i * tile.thread_columns + j
+            conditions = [row < extents[0]] if extents[0] % tile.rows else []
+            conditions += [column < extents[1]] if extents[1] % tile.columns else []
+            if conditions:
+                with T.If(tirx.all(*conditions)), T.Then():
+                    finish_vector(finish, sums, at, held, flat, row, column)
+            else:
+                finish_vector(finish, sums, at, held, flat, row, column)
+
+
+def finish_vector(finish: Finish, sums: Any, at: int, held: Any, out: Any, row: Any, column: Any) -> None:
+    """Store the `finish.lanes` sums from `at`, which become those of `row` from `column`; `held` is room for 4.
+
+    Vectors are copied only, never added or cast: TVM's CUDA generator (0.27) names what it loads for that by the text
+    of the load, and finds the name again where the memory has changed since.
+    """
+    lanes, where = finish.lanes, span(at, finish.lanes)
+    place = span(finish.place(row, column), lanes)
+    added = [] if finish.bias is None else [finish.bias(row, column, lanes)]
+    added += [] if finish.residual is None else [finish.residual[place]]
+    for values in added:
+        T.buffer_store(held, values, [span(0, lanes)])
+        for i in range(lanes):
+            T.buffer_store(sums, sums[at + i] + held[i], [at + i])
+    if finish.activation != "none":
+        for i in range(lanes):
+            T.buffer_store(sums, apply_activation(T.bind(sums[at + i]), finish.activation, finish.args), [at + i])
+    T.buffer_store(out, sums[where], [place])
+
+
+def flat_result(buffer: Any) -> Any:
+    """The dense `buffer` as one dimension, in float32."""
+    size = prod(int(extent) for extent in buffer.shape)
+    return T.decl_buffer((size,), "float32", data=buffer.data)

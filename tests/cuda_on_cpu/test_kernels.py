@@ -1,0 +1,203 @@
+"""Kernels of ours for GPUs, alone on the emulator, in both orders of lanes; and without each barrier and shuffle."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import kernels
+
+from graphwright.backends.gpu.attention import Plan, attention, plan_attention
+from graphwright.backends.gpu.matrix_product import MatrixTile, matrix_product
+from graphwright.backends.gpu.product import Finish, product
+from graphwright.backends.gpu.stage import Operand
+from graphwright.backends.gpu.tile import CANDIDATES, LANES, Tile, choose_tile
+from graphwright.backends.kernels.attention_plan import Problem
+from graphwright.backends.kernels.loops import flat, span
+from graphwright.hwdb import lookup
+
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulator switches stacks on x86-64 only")
+
+# Rows, columns and sum of a product: whole tiles, tails everywhere, and what 128-bit accesses cannot have.
+SIZES = {"whole": (64, 64, 64), "ragged": (70, 44, 52), "odd": (33, 35, 37), "deep": (64, 64, 128)}
+NARROW = ("float16", "bfloat16")
+ROUNDED = ("deep", "ragged")  # on tensor cores
+# Barriers and shuffles of the kernels they are taken out of. On tensor cores: 3 in the loop, and those between the four
+# fragments of a warp on their way through shared memory.
+COUNTS = {"product_whole_32x32": (3, 0), "attention_causal": (4, 8), "rounded_deep_float16": (10, 0)}
+# Batch, heads, heads of keys, queries, keys, depth, depth of values.
+ATTENTIONS = {"plain": (2, 2, 2, 20, 70, 24, 24), "causal": (1, 4, 2, 37, 37, 16, 20), "odd": (1, 3, 1, 17, 33, 7, 5)}
+
+
+def multiplication(tile: Tile, rows: int, columns: int, depth: int):
+    """act(a[rows, depth] b[depth, columns] + bias + residual)"""
+
+    def parts(buffers, out, number):
+        a, b, bias, residual = (flat(buffer) for buffer in buffers)
+        deep, wide = LANES if depth % LANES == 0 else 1, LANES if columns % LANES == 0 else 1
+        return (
+            Operand(lambda k, r: a[span(r * depth + k, deep)], depth, rows, "depth", deep),
+            Operand(lambda k, c: b[span(k * columns + c, wide)], depth, columns, "width", wide),
+            Finish(lambda r, c: r * columns + c, wide, lambda r, c, n: bias[span(c, n)], residual, "relu"),
+        )
+
+    shapes = [(rows, depth), (depth, columns), (columns,), (rows, columns)]
+    return product("product", tile, 1, rows, columns, shapes, (rows, columns), parts)
+
+
+def rounded(dtype: str, rows: int, columns: int, depth: int):
+    """a[rows, depth] b[depth, columns] + bias + residual on tensor cores, in the smallest tile."""
+
+    def parts(buffers, out, number):
+        a, b, bias, residual = (flat(buffer) for buffer in buffers)
+        return (
+            Operand(lambda k, r: a[span(r * depth + k, LANES)], depth, rows, "depth", LANES),
+            Operand(lambda k, c: b[span(k * columns + c, LANES)], depth, columns, "width", LANES),
+            Finish(lambda r, c: r * columns + c, LANES, lambda r, c, n: bias[span(c, n)], residual),
+        )
+
+    shapes = [(rows, depth), (depth, columns), (columns,), (rows, columns)]
+    return matrix_product(
+        "product", MatrixTile(64, 64, 32, 2, 2), 1, rows, columns, dtype, shapes, (rows, columns), parts
+    )
+
+
+def attended(name: str):
+    p = Problem(*ATTENTIONS[name])
+    shapes = (
+        (p.batch, p.heads, p.queries, p.depth),
+        (p.batch, p.key_heads, p.keys, p.depth),
+        (p.batch, p.key_heads, p.keys, p.value_depth),
+        (p.batch, p.heads, p.queries, p.value_depth),
+    )
+    mask = ((1, 1, p.queries, p.keys), "float32", (p.queries, p.keys)) if name == "odd" else None
+    return attention(p, Plan(16, 32, 1), 0.3, shapes, causal=name == "causal", mask=mask)
+
+
+@functools.cache
+def everything():
+    """All kernels with their variants, compiled once; and how many barriers and shuffles each has."""
+    functions = {}
+    for name, sizes in SIZES.items():
+        for tile in CANDIDATES if name == "ragged" else CANDIDATES[-1:]:
+            functions[f"product_{name}_{tile[0]}x{tile[1]}"] = multiplication(Tile(*tile), *sizes)
+    functions |= {f"attention_{name}": attended(name) for name in ATTENTIONS}
+    functions |= {f"rounded_{case}_{dtype}": rounded(dtype, *SIZES[case]) for case in ROUNDED for dtype in NARROW}
+    sources, launches = kernels.generated(functions, lookup("a100"))
+    variants = dict(sources)
+    counts = {}
+    for name in COUNTS:
+        for what in ("sync", "shuffle"):
+            broken = kernels.without(sources[name], what)
+            counts[name, what] = len(broken)
+            variants |= {f"{name}:{what} {number}": text for number, text in enumerate(broken)}
+    return kernels.compiled(variants, launches), counts
+
+
+def arrays(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Operands, an output of NaN, and the result in float64."""
+    random = np.random.default_rng(0)
+
+    def drawn(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    kind, case, *rest = name.split(":")[0].split("_")
+    if kind == "product":
+        rows, columns, depth = SIZES[case]
+        operands = [drawn(rows, depth), drawn(depth, columns), drawn(columns), drawn(rows, columns)]
+        a, b, bias, residual = (x.astype(np.float64) for x in operands)
+        exact = np.maximum(a @ b + bias + residual, 0)
+    elif kind == "rounded":
+        rows, columns, depth = SIZES[case]
+        operands = [drawn(rows, depth), drawn(depth, columns), drawn(columns), drawn(rows, columns)]
+        dtype = getattr(torch, rest[0])
+        a, b = (torch.from_numpy(x).to(dtype).double().numpy() for x in operands[:2])
+        exact = a @ b + operands[2].astype(np.float64) + operands[3]
+    else:
+        batch, heads, key_heads, queries, keys, depth, width = ATTENTIONS[case]
+        operands = [drawn(batch, heads, queries, depth), drawn(batch, key_heads, keys, depth)]
+        operands.append(drawn(batch, key_heads, keys, width))
+        q, k, v = (np.repeat(x, heads // x.shape[1], axis=1).astype(np.float64) for x in operands)
+        scores = q @ k.swapaxes(-1, -2) * 0.3
+        if case == "causal":
+            scores[..., np.triu(np.ones((queries, keys), bool), 1)] = -np.inf
+        if case == "odd":
+            operands.append(drawn(queries, keys))
+            operands[3][3] = -np.inf  # a row of nothing: zeros
+            scores += operands[3]
+        with np.errstate(invalid="ignore"):
+            powers = np.nan_to_num(np.exp(scores - scores.max(-1, keepdims=True)))
+        exact = powers @ v / np.maximum(powers.sum(-1, keepdims=True), 1e-300)
+    named = {f"in{i}": x for i, x in enumerate(operands)}
+    return {**named, "out0": np.full(exact.shape, np.nan, np.float32)}, exact
+
+
+def error(name: str, reverse: bool) -> float:
+    """The largest difference; infinite where the kernel did not end, or left something out."""
+    run, _ = everything()
+    given, exact = arrays(name)
+    if run(name, given, reverse) is not None:
+        return np.inf
+    difference = np.abs(given["out0"] - exact).max()
+    return np.inf if np.isnan(difference) else float(difference)
+
+
+NAMES = [
+    f"product_{name}_{c[0]}x{c[1]}" for name in SIZES for c in (CANDIDATES if name == "ragged" else CANDIDATES[-1:])
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True], ids=["upwards", "downwards"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *NAMES,
+        *(f"attention_{name}" for name in ATTENTIONS),
+        *(f"rounded_{case}_{dtype}" for case in ROUNDED for dtype in NARROW),
+    ],
+)
+def test_kernels_keep_their_numbers_in_both_orders_of_lanes(name, reverse):
+    # Sums of up to 70 products of normal numbers in float32: 70 roundings of 2^-24 of some 20.
+    assert error(name, reverse) < 5e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_barrier_and_shuffle_is_needed(name):
+    """Taken out alone, each makes the numbers wrong in one order of lanes or the other."""
+    _, counts = everything()
+    assert (counts[name, "sync"], counts[name, "shuffle"]) == COUNTS[name]
+    for what in ("sync", "shuffle"):
+        for number in range(counts[name, what]):
+            variant = f"{name}:{what} {number}"
+            assert max(error(variant, reverse) for reverse in (False, True)) > 1e-3, variant
+
+
+@pytest.mark.parametrize("target", ["a100", "mi300x", "orin", "h100"])
+@pytest.mark.parametrize("sizes", [(1, 16, 16, 1), (1, 4096, 4096, 4096), (1000, 17, 31, 5), (1, 64, 12544, 147)])
+def test_tiles_are_within_what_every_gpu_allows(target, sizes):
+    tile = choose_tile(lookup(target), *sizes)
+    assert tile.threads <= 256
+    assert tile.threads % 64 == 0  # whole warps of either maker
+    assert tile.rows % (tile.thread_rows // LANES * LANES) == 0
+
+
+def test_a_large_product_gets_the_large_tile_and_a_small_one_gives_every_unit_a_block():
+    hw = lookup("a100")
+    assert (choose_tile(hw, 1, 8192, 8192, 1024).rows, choose_tile(hw, 1, 8192, 8192, 1024).columns) == (128, 128)
+    small = choose_tile(hw, 1, 128, 768, 768)
+    assert small.rows * small.columns < 64 * 64
+
+
+def test_plans_of_attention_fit_shared_memory_or_are_refused():
+    hw = lookup("a100")
+    assert plan_attention(hw, Problem(1, 12, 12, 512, 512, 64, 64)) == Plan(32, 64, 192)
+    assert plan_attention(hw, Problem(1, 1, 1, 16, 16, 2048, 2048)) is None
