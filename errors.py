@@ -32,7 +32,8 @@ class PassError(GraphwrightError):
 class NumericMismatch(GraphwrightError):
     """The compiled numbers differ from PyTorch's; names the guilty pass and node."""
 
-    node: str | None = None  # of the rewritten graph, whose machine code is to blame
+    in_machine_code: bool = False
+    node: str | None = None  # of the rewritten graph, whose machine code is to blame; None where it is not one alone
 
 
 class InputError(GraphwrightError, ValueError):

@@ -11,7 +11,13 @@ from torch import fx
 
 from ..passes.memory import in_order
 
-_WIDER = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64}
+_WIDER = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+}
 
 
 class Keeping(fx.Interpreter):
@@ -74,9 +80,9 @@ def run_eager_keeping(
 
 
 def widen(value: Any) -> Any:
-    """Floating point tensors as float64; anything else as it is."""
+    """Floating point tensors as float64, complex ones of two of them; anything else as it is."""
     if isinstance(value, torch.Tensor) and value.dtype in _WIDER:
-        return value.to(torch.float64)
+        return value.to(_WIDER[value.dtype])
     return value
 
 

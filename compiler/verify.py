@@ -124,6 +124,7 @@ def blame(
         f"the machine code differs from PyTorch although every pass kept the numbers; first at {found}{_where(node)}\n"
         "This is a bug of graphwright: report it with the operator and its shapes."
     )
+    error.in_machine_code = True
     error.node = None if node is None else node.name
     return error
 

@@ -141,6 +141,8 @@ def not_equal(a: Any, b: Any) -> Any:
 
 def maximum(a: Any, b: Any) -> Any:
     """The larger of two expressions, NaN if either is."""
+    if dtype_of(a) == "bool":
+        return tirx.any(a, b)
     if not is_float(dtype_of(a)):
         return tirx.max(a, b)
     if isinstance(b, tirx.FloatImm) and not math.isnan(b.value):
@@ -150,6 +152,8 @@ def maximum(a: Any, b: Any) -> Any:
 
 def minimum(a: Any, b: Any) -> Any:
     """The smaller of two expressions, NaN if either is."""
+    if dtype_of(a) == "bool":
+        return tirx.all(a, b)
     if not is_float(dtype_of(a)):
         return tirx.min(a, b)
     if isinstance(b, tirx.FloatImm) and not math.isnan(b.value):

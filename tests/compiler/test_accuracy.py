@@ -48,3 +48,41 @@ def test_a_product_with_zero_keeps_sign_and_nan(zero: float) -> None:
 def test_where_pytorch_overflows_early_the_right_number_passes() -> None:
     x = torch.linspace(88, 89.5, 4096)
     assert relative_l2(graphwright.compile(torch.sinh, (x,))(x)[:1400], torch.sinh(x[:1400].double())) < 1e-5
+
+
+@pytest.mark.parametrize("operator", [torch.maximum, torch.minimum])
+def test_the_larger_of_two_bools(operator: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    a, b = torch.tensor([True, True, False, False]), torch.tensor([True, False, True, False])
+    compiled = graphwright.compile(operator, (a, b))
+    assert torch.equal(compiled(a, b), operator(a, b))
+    assert not compiled.report().eager
+
+
+def test_complex_constants_are_compared_in_complex128() -> None:
+    class Filter(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(5, dtype=torch.complex64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=8)
+
+    model, x = Filter(), torch.randn(3, 8)
+    torch.testing.assert_close(graphwright.compile(model, (x,))(x), model(x).detach())
+
+
+def test_an_operator_that_float64_does_not_have_is_compared_with_pytorch(caplog: pytest.LogCaptureFixture) -> None:
+    @torch.library.custom_op("graphwright_tests::single_only", mutates_args=())
+    def single_only(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return x * 2
+
+    @single_only.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    x = torch.randn(5)
+    compiled = graphwright.compile(lambda x: single_only(x + 1) - 1, (x,))
+    torch.testing.assert_close(compiled(x), (x + 1) * 2 - 1)
+    assert "does not run in float64" in caplog.text

@@ -73,6 +73,25 @@ def test_an_operator_of_wrong_machine_code_is_named_and_left_to_pytorch(
     assert "report it with the operator and its shapes" in caplog.text
 
 
+def test_where_no_single_operator_is_to_blame_the_whole_model_is_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They differ in the model, and in none of the probes."""
+    monkeypatch.setattr(verify, "_first_wrong", lambda *_: None)
+    right = operators.LOWERINGS[aten.sin.default]
+
+    def wrong(out: Any, x: Any) -> Any:
+        from tvm import te
+
+        return te.compute(x.shape, lambda *i: right.compute(out, x)(*i) + te.const(0.25, out.dtype), name="wrong")
+
+    monkeypatch.setitem(operators.LOWERINGS, aten.sin.default, registry.Lowering(wrong, right.can))
+    x = torch.randn(5)
+    compiled = graphwright.compile(lambda x: x.sin().exp(), (x,), cache=False)
+    torch.testing.assert_close(compiled(x), x.sin().exp())
+    assert {row.operator for row in compiled.report().eager} == {"aten.sin.default", "aten.exp.default"}
+
+
 def test_verify_false_does_not_look() -> None:
     net, x = Gate().eval(), torch.randn(3, 6)
     compiled = graphwright.compile(net, (x,), cache=False, verify=False, passes=[*PASSES, confuse_sines])
