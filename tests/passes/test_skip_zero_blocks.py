@@ -90,6 +90,7 @@ REFUSED = {
     "2:4": (lambda x: F.linear(x, TWO_OF_FOUR), [ROWS], "in a 2:4 pattern: no vector instruction"),
     "another dtype": (lambda x: F.linear(x, DOUBLE), [ROWS.double()], "is not float32"),
     "a vector": (lambda x: F.linear(x, VECTOR), [ROWS[0]], "a vector, or nothing"),
+    "no rows": (lambda x: F.linear(x, WEIGHT), [ROWS[:0]], "a vector, or nothing"),
     "few outputs": (lambda x: F.linear(x, FEW), [ROWS], "12 outputs are fewer than the 16"),
     "a window": (lambda x: conv(x, WIDE, 1, 1), [torch.randn(1, 5, 5, 128)], "only convolutions of 1x1"),
     "groups": (
@@ -123,6 +124,14 @@ def test_refused_with_a_reason(name):
     _, reasons = run(model, inputs, 0)
     assert [reason in r for r in reasons] == [True], reasons
     assert "of its weights are zero, but " in reasons[0]
+
+
+def test_a_shape_known_only_at_run_time_is_refused():
+    graph = trace_core(lambda x: F.linear(x, WEIGHT), [ROWS], pre_dispatch=True)
+    next(n for n in graph.graph.nodes if n.op == "placeholder").meta["val"] = None
+    with recording() as refusals:
+        assert skip_zero_blocks(graph, HW) == 0
+    assert ["is not float32" in r.reason for r in refusals] == [True]
 
 
 def test_dense_and_computed_weights_are_not_mentioned():
