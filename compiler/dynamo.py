@@ -1,15 +1,18 @@
 """`torch.compile(model, backend="graphwright")`: found through the torch_dynamo_backends entry point.
 
 Dynamo hands over graphs whose parameters are inputs. They are bound as constants (so that weights are packed once) and
-watched: when one changes, the graph is compiled anew. What graphwright cannot compile runs as the graph dynamo made.
+watched: when one changes, the graph is compiled anew. One that changes sooner than compiling takes, again and again, is
+passed in from then on. What graphwright cannot compile runs as the graph dynamo made.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Compilations of one graph before calls of further shapes run in PyTorch.
 SHAPES = 8
+# Compilations that a constant may make useless at once, before it is passed in.
+CHANGES = 3
 OPTIONS = {
     *("precision", "tolerance", "fallback", "calibration", "int8", "threads", "verify", "cache", "target"),
     *("passes", "kernel_fusion"),
@@ -57,11 +62,13 @@ def graphwright(
 
 @dataclass(frozen=True)
 class _Entry:
-    """One compilation: the function over the free inputs, and the parameters it has inside."""
+    """One compilation: the function over the free inputs, and the constants it has inside."""
 
-    run: Callable[..., Any] | None  # None: runs in PyTorch
-    free: tuple[int, ...]
-    bound: Watch
+    run: Callable[..., Any] | None  # None: runs in PyTorch, whatever the constants hold
+    free: tuple[int, ...] = ()
+    bound: Watch = field(default_factory=lambda: Watch({}))
+    pays: float = 0.0  # the time on the clock when it has been there as long as compiling took
+    changes: Counter[int] = field(default_factory=Counter)  # by position: compilations before this that did not pay
 
 
 class _Bound(torch.nn.Module):
@@ -98,59 +105,90 @@ class _Specialised:
         self.entries: dict[Any, _Entry] = {}
         self.lock = threading.Lock()
         self.told: set[str] = set()
-        self.varying: tuple[int, ...] | None = None  # inputs that are not parameters or buffers
+        self.varying: tuple[int, ...] | None = None  # inputs that are not constants
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
             self._tell("gradients are needed, so this graph runs in PyTorch: graphwright only infers so far")
             return self.graph(*inputs)
-        if self.varying is None:
-            self.varying = tuple(
-                i for i, x in enumerate(inputs) if not isinstance(x, torch.Tensor) or not _is_static(x)
-            )
-        # Parameters and buffers are not described: another shape means other bytes, which their versions tell.
-        key = tuple(
-            (x.shape, x.stride(), x.dtype) if isinstance(x := inputs[i], torch.Tensor) else x for i in self.varying
-        )
-        entry = self.entries.get(key)
+        entry = self.entries.get(self._key(inputs))
         if entry is None or not entry.bound.holds(inputs):
-            entry = self._enter(key, inputs)
+            entry = self._enter(inputs)
         if entry.run is None:
             return self.graph(*inputs)
         return entry.run(*[inputs[i] for i in entry.free])
 
-    def _enter(self, key: Any, inputs: Sequence[Any]) -> _Entry:
+    def _key(self, inputs: Sequence[Any]) -> Any:
+        """Constants are not described: another shape means other bytes, which are watched."""
+        if self.varying is None:
+            self.varying = tuple(
+                i for i, x in enumerate(inputs) if not isinstance(x, torch.Tensor) or not _is_static(x)
+            )
+        return tuple(
+            (x.shape, x.stride(), x.dtype) if isinstance(x := inputs[i], torch.Tensor) else x for i in self.varying
+        )
+
+    def _enter(self, inputs: Sequence[Any]) -> _Entry:
         with self.lock:
+            key = self._key(inputs)
             entry = self.entries.get(key)
             if entry is not None and entry.bound.holds(inputs):
                 return entry
-            if entry is None and len(self.entries) >= SHAPES:
+            changes: Counter[int] = Counter()
+            if entry is not None:
+                changes = entry.changes.copy()
+                if time.monotonic() < entry.pays:
+                    changes.update(entry.bound.changed(inputs))
+                if restless := {i for i, count in changes.items() if count >= CHANGES}:
+                    self._pass_in(restless)
+                    key, changes = self._key(inputs), Counter()
+            elif len(self.entries) >= SHAPES:
                 self._tell(f"called with more than {SHAPES} sets of shapes; further ones run in PyTorch")
-                return _Entry(None, (), Watch({}))
-            self.entries[key] = entry = self._compile(inputs)
+                return _Entry(None)
+            self.entries[key] = entry = self._compile(inputs, changes)
             return entry
 
-    def _compile(self, inputs: Sequence[Any]) -> _Entry:
+    def _pass_in(self, positions: set[int]) -> None:
+        """Take these for constants no more, in none of the compilations."""
+        assert self.varying is not None
+        nodes = [n for n in self.graph.graph.nodes if n.op == "placeholder"]
+        names = [nodes[i].name for i in sorted(positions)]
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        log.warning(
+            "%s%s changed soon after each of %d compilations, and will be passed in where constants would be faster; "
+            "torch._dynamo.reset() starts afresh once they stay as they are",
+            ", ".join(names[:3]), rest, CHANGES,
+        )  # fmt: skip
+        self.varying = tuple(sorted({*self.varying, *positions}))
+        self.entries.clear()
+
+    def _compile(self, inputs: Sequence[Any], changes: Counter[int]) -> _Entry:
         from .api import compile
 
-        fixed = {i: x for i, x in enumerate(inputs) if not isinstance(x, torch.Tensor) or _is_static(x)}
-        free = tuple(i for i in range(len(inputs)) if i not in fixed)
-        bound = Watch({i: x for i, x in fixed.items() if isinstance(x, torch.Tensor)})
+        assert self.varying is not None
+        started = time.monotonic()
+        free = tuple(i for i in self.varying if isinstance(inputs[i], torch.Tensor))
+        fixed = {i: x for i, x in enumerate(inputs) if i not in free}
         if any(isinstance(x, torch.Tensor) and not x.is_cpu for x in inputs):
             self._tell("an input is not on the CPU, so this graph runs in PyTorch")
-            return _Entry(None, free, bound)
+            return _Entry(None)
+        bound = Watch({i: x for i, x in fixed.items() if isinstance(x, torch.Tensor)})
         strides = _strides(self.graph, inputs)
         if strides is None:
             self._tell("a result shares memory with an input or another result, so this graph runs in PyTorch")
-            return _Entry(None, free, bound)
+            return _Entry(None)
         try:
             module = _Bound(self.graph, fixed, len(inputs))
             with torch.no_grad():
                 compiled = compile(module, tuple(inputs[i] for i in free), **self.options)
-            return _Entry(_with_strides(compiled, strides), free, bound)
         except GraphwrightError as error:
             self._tell(f"this graph runs in PyTorch: {error}")
-            return _Entry(None, free, bound)
+            return _Entry(None)
+        ended = time.monotonic()
+        run = _with_strides(compiled, strides)
+        if any(inputs[i].requires_grad for i in free):
+            run = _detached(run)
+        return _Entry(run, free, bound, ended + (ended - started), changes)
 
     def _tell(self, message: str) -> None:
         """Say it once a graph."""
@@ -199,6 +237,11 @@ def _with_strides(run: Callable[..., Any], strides: list[tuple[int, ...] | None]
         return pytree.tree_unflatten(moved, spec)
 
     return call if strides else run
+
+
+def _detached(run: Callable[..., Any]) -> Callable[..., Any]:
+    """For parameters among the inputs, where no gradients are needed."""
+    return lambda *inputs: run(*[x.detach() for x in inputs])
 
 
 def _is_static(tensor: torch.Tensor) -> bool:

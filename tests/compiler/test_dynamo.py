@@ -148,6 +148,96 @@ def test_statistics_of_batch_norm_are_seen() -> None:
         close(model(x), net(x))
 
 
+class Instead:
+    """In the place of compiling: a second passes, and the graph runs in PyTorch."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.inputs: list[int] = []  # of each compilation
+        self.now = 0.0
+        monkeypatch.setattr(dynamo, "time", self)
+        monkeypatch.setattr("graphwright.compiler.api.compile", self.compile)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def compile(self, module: nn.Module, inputs: Any, **options: Any) -> nn.Module:
+        self.inputs.append(len(inputs))
+        self.now += 1
+        return module
+
+
+class Step(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("step", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.exp(-self.step)
+
+
+def test_a_buffer_that_changes_at_every_call_is_passed_in(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    instead, net = Instead(monkeypatch), Step()
+    model = torch.compile(net, backend="graphwright")
+    x = torch.randn(3)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="graphwright"):
+        for _ in range(dynamo.CHANGES + 5):
+            net.step.add_(0.1)
+            close(model(x), net(x))
+    assert instead.inputs == [1, 1, 1, 2]
+    (message,) = [r.message for r in caplog.records if "passed in" in r.message]
+    assert "buffers_step" in message
+    assert "torch._dynamo.reset()" in message
+
+
+def test_another_parameter_at_every_call_is_passed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    instead = Instead(monkeypatch)
+    backend = dynamo._Specialised(torch.fx.symbolic_trace(lambda p, x: x @ p), {})
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        for size in (3, 3, 3, 3, 3, 5, 5, 3):
+            p = nn.Parameter(torch.randn(4, size))
+            close(backend(p, x), x @ p)
+    assert instead.inputs == [1, 1, 1, 2, 2]
+
+
+def test_constants_that_stay_as_long_as_compiling_took_are_compiled_in_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    instead = Instead(monkeypatch)
+    backend = dynamo._Specialised(torch.fx.symbolic_trace(lambda w, x: w * x), {})
+    w, x = nn.Parameter(torch.ones(3)), torch.ones(3)
+    with torch.no_grad():
+        for _ in range(2 * dynamo.CHANGES):
+            w.mul_(2)
+            close(backend(w, x), w * x)
+            instead.now += 2
+    assert instead.inputs == [1] * (2 * dynamo.CHANGES)
+
+
+def test_one_change_counts_once_however_many_shapes_it_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    instead = Instead(monkeypatch)
+    backend = dynamo._Specialised(torch.fx.symbolic_trace(lambda w, x: w * x), {})
+    w = nn.Parameter(torch.ones(1))
+    with torch.no_grad():
+        for _ in range(dynamo.CHANGES):
+            w.mul_(2)
+            instead.now = 0.0
+            for size in range(1, dynamo.SHAPES):
+                close(backend(w, torch.ones(size)), w * torch.ones(size))
+    assert set(instead.inputs) == {1}
+
+
+def test_what_cannot_be_compiled_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = compiled_calls(monkeypatch)
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(), torch.randn(6, 4)
+    model = torch.compile(net, backend="graphwright")
+    with torch.no_grad():
+        for _ in range(3):
+            model(x)
+    assert len(calls) == 1
+    assert net[1].num_batches_tracked == 3
+
+
 def test_with_gradients_it_runs_in_pytorch_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     net, x = Net().train(), torch.randn(2, 8)
     model = torch.compile(net, backend="graphwright")
