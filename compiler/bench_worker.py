@@ -30,8 +30,12 @@ class Subject:
     inputs: tuple[str, ...] = ()
 
     def build(self) -> tuple[Any, tuple[Any, ...]]:
-        """The model, and the positional arguments of a call."""
+        """The model, and the positional arguments of a call; weights that a model draws are the same in every process."""
+        import torch
+
         from . import zoo
+
+        torch.manual_seed(0)
 
         if self.name in zoo.names() and not self.inputs:
             return zoo.build(self.name, batch=self.batch)
