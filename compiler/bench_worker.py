@@ -30,7 +30,7 @@ class Subject:
     inputs: tuple[str, ...] = ()
 
     def build(self) -> tuple[Any, tuple[Any, ...]]:
-        """The model, and the positional arguments of a call; weights that a model draws are the same in every process."""
+        """The model, with the same weights in every process where it draws them, and the arguments of a call."""
         import torch
 
         from . import zoo

@@ -66,8 +66,8 @@ def test_a_runner_that_fails_says_why(tmp_path: Path) -> None:
 
 def test_every_process_draws_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "drawn.py").write_text("import torch\ndef net():\n    return torch.nn.Linear(3, 2)\n")
-    monkeypatch.chdir(tmp_path)
-    subject = Subject("drawn.py:net", inputs=("2x3",))
+    monkeypatch.syspath_prepend(tmp_path)
+    subject = Subject("drawn:net", inputs=("2x3",))
     first, second = (subject.build()[0].weight for _ in range(2))
     assert torch.equal(first, second)
 
