@@ -70,7 +70,8 @@ def choose_tile(hw: Hardware, batch: int, rows: int, columns: int, depth: int) -
     return min(map(tile, CANDIDATES), key=lambda t: _cycles(hw, t, depth))
 
 
-def _cycles(hw: Hardware, tile: Tile, depth: int) -> float:
+def _cycles(hw: Hardware, tile: Tile, depth: int) -> tuple[float, float]:
+    """Of a unit; and without the latency, which decides where only latency counts: for more blocks."""
     lanes, read = 64.0, BYTES_PER_CYCLE
     if isinstance(hw, Gpu):
         lanes = hw.vector_flops.get("float32", 128.0) / 2
@@ -80,4 +81,5 @@ def _cycles(hw: Hardware, tile: Tile, depth: int) -> float:
     loads = (tile.thread_rows + tile.thread_columns) / LANES
     multiplied = tile.rows * tile.columns / lanes * (products + loads) / products
     block = depth * max(multiplied, 4.0 * (tile.rows + tile.columns) / read)
-    return max(ceil(tile.blocks / hw.cores) * block, ceil(depth / tile.depth) * STEP_CYCLES)
+    busy = ceil(tile.blocks / hw.cores) * block
+    return max(busy, ceil(depth / tile.depth) * STEP_CYCLES), busy

@@ -195,6 +195,9 @@ def test_a_large_product_gets_the_large_tile_and_a_small_one_gives_every_unit_a_
     assert (choose_tile(hw, 1, 8192, 8192, 1024).rows, choose_tile(hw, 1, 8192, 8192, 1024).columns) == (128, 128)
     small = choose_tile(hw, 1, 128, 768, 768)
     assert small.rows * small.columns < 64 * 64
+    # Where a unit has one block at most and waits for memory, more of them wait at the same time.
+    last = choose_tile(hw, 1, 256, 196, 1024)
+    assert (last.rows, last.columns) == (32, 32)
 
 
 def test_plans_of_attention_fit_shared_memory_or_are_refused():
