@@ -283,11 +283,13 @@ declare {i} {intrinsic}({i}, {b}, {b})
 
 def _neon_instruction(name: str, lanes: int, intrinsic: str, features: str) -> str:
     i, b = f"<{lanes} x i32>", f"<{4 * lanes} x i8>"
+    # The factor that may be a lane is the last one, or of usdot (as sudot) the first.
+    factors = f"{b} %x, {b} %y" if "usdot" in intrinsic else f"{b} %y, {b} %x"
     return f"""
 {_HEAD} {i} @{name}({i} %c, {i} %a, {i} %b) {_attributes(features)} {{
   %x = bitcast {i} %a to {b}
   %y = bitcast {i} %b to {b}
-  %r = call {i} @{intrinsic}({i} %c, {b} %x, {b} %y)
+  %r = call {i} @{intrinsic}({i} %c, {factors})
   ret {i} %r
 }}
 declare {i} @{intrinsic}({i}, {b}, {b})

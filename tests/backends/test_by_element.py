@@ -11,13 +11,14 @@ import re
 import pytest
 import torch
 from conv_harness import check_conv
-from kernel_harness import UNIT, Constant, inner_loops, run_kernel
+from kernel_harness import UNIT, Constant, compile_kernel, inner_loops, run_kernel
 from narrow_harness import run
 
 from graphwright.backends.kernels.bf16_matmul import FloatFinish, bf16_matmul, pack_weight
 from graphwright.backends.kernels.conv2d import conv2d
 from graphwright.backends.kernels.conv_plan import Conv, choose_plan
-from graphwright.backends.kernels.dot_product import bf16_weights, choose_dot_tiling
+from graphwright.backends.kernels.dot_product import bf16_weights, choose_dot_tiling, int8_dot
+from graphwright.backends.kernels.int8_product import Requantize, int8_matmul
 from graphwright.backends.kernels.matmul import matmul
 from graphwright.backends.lowering import kernels_pairs  # noqa: F401  (fills KERNELS)
 from graphwright.hwdb import Hardware, detect, lookup
@@ -125,3 +126,17 @@ def test_arm_reads_four_steps_at_once(name: str) -> None:
 def instructions(text: str) -> list[str]:
     """The lines of assembly that are instructions."""
     return [line for line in text.splitlines() if re.match(r"\t[a-z]", line)]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "instruction"), [("raspberry-pi-5", "int8", "sdot"), ("neoverse-v1", "uint8", "sudot")]
+)
+def test_bytes_of_four_words_are_read_at_once(name: str, source: str, instruction: str) -> None:
+    """One load of a row serves four instructions of the form that takes its word from a lane."""
+    hw = lookup(name)
+    dot = int8_dot(hw)
+    tiling = choose_dot_tiling(hw, dot, 64, 256, 256)
+    func = int8_matmul(64, 256, 256, hw, source, Requantize(64, 256, "int8"), dot=dot, tiling=tiling)
+    text = compile_kernel(func, hw).mod.inspect_source("asm")
+    assert len(re.findall(rf"\t{instruction}\t.*\.4b\[[0-3]\]", text)) == len(re.findall(r"\t(?:s|u|su|us)dot\t", text))
+    assert len(re.findall(rf"\t{instruction}\t", text)) >= 4 * tiling.rows
