@@ -38,7 +38,8 @@ def fold_batch_norm(graph: fx.GraphModule, hw: Hardware) -> int:
         if not rewrite.calls(node, aten.batch_norm.default):
             continue
         product = node.args[0]
-        if not isinstance(product, fx.Node) or product.target not in _PRODUCTS:
+        assert isinstance(product, fx.Node)
+        if product.target not in _PRODUCTS:
             keep(log, node, "it does not follow a product")
             continue
         reason, folded = _fold(graph, product, node)
