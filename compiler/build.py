@@ -22,7 +22,7 @@ from . import pipeline
 from .obstacle import obstacle
 from .partition import Partition, partition
 from .pass_checks import Pass
-from .plan import Plan, make_plan
+from .plan import Plan, called, make_plan
 from .precision import FP32, Precision
 from .report import EagerRow
 from .rewriting import rewrite
@@ -240,14 +240,14 @@ def _all_to_pytorch(graph: fx.GraphModule, hw: Hardware, error: Exception) -> Pa
 
 
 def _eager_rows(parts: Partition) -> tuple[EagerRow, ...]:
-    counts = Counter((str(node.target), reason) for node, reason in parts.reasons.items())
+    counts = Counter((called(node), reason) for node, reason in parts.reasons.items())
     return tuple(EagerRow(operator, count, reason) for (operator, reason), count in counts.items())
 
 
 def _refusal(parts: Partition, hw: Hardware) -> str:
     lines = [f"{len(parts.reasons)} operators cannot be compiled for {hw.id}, where PyTorch cannot take over:"]
     for node, reason in parts.reasons.items():
-        lines.append(f"  {node.target}: {reason}")
+        lines.append(f"  {called(node)}: {reason}")
         if trace := node.meta.get("stack_trace"):
             lines.append("    " + trace.strip().splitlines()[-2].strip())
     return "\n".join(lines)

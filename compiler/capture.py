@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
 from .storage_order import settle_storage_order
+from .without_data import require_data
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,14 @@ def export(
     Raises CaptureError with torch's reason and the user's source line where the model cannot be one graph, and
     InputError for a model or an argument that is not on the CPU.
     """
+    exported = _export(model, args, kwargs, dynamic_shapes)
+    require_data(exported)
+    return exported
+
+
+def _export(
+    model: Model, args: Sequence[Any], kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> ExportedProgram:
     if isinstance(model, ExportedProgram):
         return model
     if isinstance(model, (str, os.PathLike)):

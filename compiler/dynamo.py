@@ -26,7 +26,10 @@ from torch._subclasses.fake_tensor import (
 from torch.utils import _pytree as pytree
 
 from ..errors import GraphwrightError, InputError
+from ..hwdb import compile_target
+from .obstacle import obstacle
 from .watch import Watch
+from .without_data import without_data
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,8 @@ def graphwright(
 ) -> Callable[..., Any]:
     """The backend torch.compile calls. `options`: those of graphwright.compile that OPTIONS names.
 
-    Raises InputError for an option it does not know, and what `compile` raises for a wrong value.
+    Raises InputError for an option it does not know and for a target whose code cannot run here, and what `compile`
+    raises for a wrong value.
     """
     chosen = {**(options or {}), **{k: v for k, v in settings.items() if k != "mode"}}
     if unknown := sorted(set(chosen) - OPTIONS):
@@ -57,6 +61,12 @@ def graphwright(
     from .api import check
 
     check(chosen)  # refused now: a graph that cannot be compiled runs in PyTorch
+    hw = compile_target(chosen.get("target", "native"))
+    if reason := obstacle(hw):
+        raise InputError(
+            f"torch.compile runs what it compiles, and code for {hw.id} cannot run here: {reason}; leave target= out, "
+            f'or make an artifact for it: graphwright.compile(model, inputs, target="{hw.id}").save("model.gw")'
+        )
     return _Specialised(graph, chosen)
 
 
@@ -171,6 +181,9 @@ class _Specialised:
         fixed = {i: x for i, x in enumerate(inputs) if i not in free}
         if any(isinstance(x, torch.Tensor) and not x.is_cpu for x in inputs):
             self._tell("an input is not on the CPU, so this graph runs in PyTorch")
+            return _Entry(None)
+        if reason := next((r for x in inputs if isinstance(x, torch.Tensor) and (r := without_data(x))), None):
+            self._tell(f"this graph runs in PyTorch: an input {reason}")
             return _Entry(None)
         bound = Watch({i: x for i, x in fixed.items() if isinstance(x, torch.Tensor)})
         strides = _strides(self.graph, inputs)

@@ -85,17 +85,28 @@ def make_plan(graph: fx.GraphModule, parts: Sequence[Part]) -> tuple[Plan, dict[
             regions += 1
             continue
         for node in part.nodes:
-            args, kwargs = _encode(node.args, slot), _encode(node.kwargs, slot)
+            try:
+                args, kwargs = _encode(node.args, slot), _encode(node.kwargs, slot)
+            except UnsupportedOp as error:
+                raise UnsupportedOp(f"{called(node)}: {error}{_where(node)}") from error
             calls.append(OperatorCall(_name_of(node.target), args, kwargs, slot(node)))
     output = next(n for n in graph.graph.nodes if n.op == "output")
     outputs = tuple(slot(n) for n in output.args[0])
     return Plan(tuple(calls), len(placeholders), outputs, len(slots), constants), tensors
 
 
+def called(node: fx.Node) -> str:
+    """The operator that a node calls; of one that writes to its arguments, not the wrapper that copies them first."""
+    inner = node.args[0] if isinstance(node.target, torch._ops.HigherOrderOperator) and node.args else None
+    return str(inner if isinstance(inner, torch._ops.OpOverload) else node.target)
+
+
 def _name_of(target: Any) -> str:
     """The name `resolve` finds an operator by; arithmetic on sizes uses functions of Python and torch."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order.{target}"
     module = {"_operator": "operator"}.get(str(target.__module__), str(target.__module__))
     name = str(target.__name__)
     if module in _FUNCTIONS and getattr(_FUNCTIONS[module], name, None) is target:
@@ -141,6 +152,8 @@ def decode(value: Any, slots: list[Any]) -> Any:
         return torch.device(content)
     if kind == "torch":
         return getattr(torch, content)
+    if kind == "operator":
+        return resolve(content)
     raise ArtifactError(f"unknown kind of argument {kind!r}; the artifact was written by another version")
 
 
@@ -159,9 +172,19 @@ def _encode(value: Any, slot: Callable[[fx.Node], int]) -> Any:
         return {"kind": "device", "value": str(value)}
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
         return {"kind": "torch", "value": str(value).removeprefix("torch.")}
+    if isinstance(value, torch._ops.OpOverload):
+        return {"kind": "operator", "value": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise UnsupportedOp(f"an operator takes a {type(value).__name__} as argument, which cannot be saved")
+    raise UnsupportedOp(
+        f"an argument is a {type(value).__name__}, which a compiled model cannot keep; leave the operator out of "
+        'the model, or use torch.compile(model, backend="graphwright"), which leaves such a graph to PyTorch'
+    )
+
+
+def _where(node: fx.Node) -> str:
+    trace = node.meta.get("stack_trace")
+    return f"\nwhere the model says:\n{trace.rstrip()}" if trace else ""
 
 
 def to_json(plan: Plan) -> dict[str, Any]:

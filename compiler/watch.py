@@ -74,7 +74,7 @@ def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
 
 def _ends(tensor: torch.Tensor) -> tuple[ctypes.Array[ctypes.c_char], ...]:
     """Views of the first and last bytes of a dense tensor on the CPU; of all where there are few."""
-    if not tensor.is_cpu or tensor.layout is not torch.strided or not tensor.numel():
+    if not tensor.is_cpu or tensor.layout is not torch.strided or not tensor.numel() or not tensor.data_ptr():
         return ()
     pairs = zip(tensor.shape, tensor.stride(), strict=True)
     extent = (1 + sum((size - 1) * stride for size, stride in pairs)) * tensor.element_size()

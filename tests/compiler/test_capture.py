@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphwright.compiler.capture import Constant, TensorSpec, capture, export
 from graphwright.compiler.reference import run_eager
@@ -106,6 +108,31 @@ def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
 def test_a_model_elsewhere_than_on_the_cpu_is_refused() -> None:
     with pytest.raises(InputError, match="weight is on device meta"):
         export(nn.Linear(3, 3, device="meta"), (torch.randn(1, 3),))
+
+
+class Derivative(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda y: (y.sin() ** 2).sum())(x)
+
+
+@pytest.mark.parametrize("derivative", [Derivative().forward, torch.func.jacrev(torch.cos)])
+def test_a_derivative_within_the_forward_is_refused(derivative: Any) -> None:
+    with pytest.raises(CaptureError, match=r"belongs to a derivative .*torch\.compile\("):
+        export(derivative, (torch.randn(4),))
+
+
+def test_a_derivative_is_named_with_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"test_capture.py.*\n +return torch\.func\.grad"):
+        export(Derivative(), (torch.randn(4),))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_weights_without_data_are_refused(exported: bool) -> None:
+    with FakeTensorMode():
+        net = nn.Linear(3, 3)
+        model = torch.export.export(net, (torch.randn(1, 3),)) if exported else net
+    with pytest.raises(CaptureError, match="weight of the model was made under FakeTensorMode"):
+        export(model, (torch.randn(1, 3),))
 
 
 def test_tied_parameters_are_stored_once() -> None:

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 import graphwright
+from graphwright.compiler.partition import Part
+from graphwright.compiler.plan import make_plan
 from graphwright.compiler.specialised import LIMIT, Specialised
-from graphwright.errors import CaptureError, InputError, UnknownTarget
+from graphwright.errors import CaptureError, InputError, UnknownTarget, UnsupportedOp
 
 
 class Block(nn.Module):
@@ -246,6 +248,48 @@ def test_an_operator_without_lowering_runs_in_pytorch_and_is_reported() -> None:
     compiled = graphwright.compile(model, (x,))
     close(compiled(x), model(x))
     assert any("inv" in row.operator for row in compiled.report().eager)
+
+
+@torch.library.custom_op("graphwright_tests::fill_with_sum", mutates_args={"x", "outs"})
+def fill_with_sum(x: torch.Tensor, outs: list[torch.Tensor], by: float) -> torch.Tensor:
+    x.mul_(by)
+    for out in outs:
+        out.copy_(x.sum().expand(out.shape))
+    return x.amax()
+
+
+@fill_with_sum.register_fake
+def _(x: torch.Tensor, outs: list[torch.Tensor], by: float) -> torch.Tensor:
+    return x.new_empty(())
+
+
+def test_an_operator_that_writes_to_its_arguments_runs_in_pytorch(tmp_path: Path) -> None:
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y, a, b = x + 1, torch.zeros_like(x), torch.zeros(3)
+        before = y.relu()
+        largest = fill_with_sum(y[1:], [a[0], b], 3.0)
+        return before, y, a + 1, b * largest
+
+    x = torch.randn(2, 4)
+    kept = x.clone()
+    compiled = graphwright.compile(model, (x,))
+    (row,) = compiled.report().eager
+    assert row.operator == "graphwright_tests.fill_with_sum.default"
+    for run in (compiled, graphwright.load(compiled.save(tmp_path / "model.gw"))):
+        for result, expected in zip(run(x), model(x), strict=True):
+            close(result, expected)
+    assert torch.equal(x, kept)
+
+
+def test_an_argument_that_cannot_be_kept_is_named_with_operator_and_line() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    node = graph.call_function(torch.ops.aten.relu.default, (x,), {"how": slice(1, 2)})
+    node.meta["stack_trace"] = 'File "model.py", line 3, in forward\n    return relu(x)'
+    module = torch.fx.GraphModule(nn.Module(), graph)
+    with pytest.raises(UnsupportedOp, match=r"aten\.relu\.default: an argument is a slice[\s\S]*model\.py") as raised:
+        make_plan(module, [Part(False, (node,), (x,), (node,))])
+    assert "torch.compile(" in str(raised.value)
 
 
 def test_data_dependent_shapes_run_in_pytorch() -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import graphwright
 from graphwright.compiler import dynamo
+from graphwright.errors import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +100,13 @@ def test_a_wrong_value_is_refused(options: dict[str, Any]) -> None:
         model(torch.randn(2, 8))
 
 
+def test_a_target_whose_code_cannot_run_here_is_refused() -> None:
+    model = torch.compile(Net().eval(), backend="graphwright", options={"target": "raspberry-pi-4b"})
+    with pytest.raises(Exception, match=r"cannot run here: .*; leave target= out") as raised, torch.no_grad():
+        model(torch.randn(2, 8))
+    assert isinstance(raised.value.__cause__ or raised.value.inner_exception, InputError)
+
+
 def test_an_unknown_option_is_refused() -> None:
     model = torch.compile(Net().eval(), backend="graphwright", options={"thread": 1})
     with pytest.raises(Exception, match="no option thread; it takes"):
@@ -111,6 +120,25 @@ def test_an_unsupported_operator_still_runs() -> None:
     x = torch.randn(3, 3)
     with torch.no_grad():
         close(torch.compile(model, backend="graphwright")(x), model(x))
+
+
+def test_a_derivative_within_the_forward_runs_in_pytorch() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(lambda y: (y.sin() ** 2).sum())(x)
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="graphwright")
+        for x in (torch.zeros(4), torch.ones(4)):
+            close(compiled(x), model(x))
+
+
+def test_weights_that_wrap_other_tensors_run_in_pytorch(caplog: pytest.LogCaptureFixture) -> None:
+    net, x = nn.Linear(3, 3).eval(), torch.randn(2, 3)
+    net.weight = nn.Parameter(TwoTensor(torch.ones(3, 3), torch.zeros(3, 3)))
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="graphwright"):
+        result = torch.compile(net, backend="graphwright")(x)
+        close(result.a, net(x).a)
+    assert "an input is a TwoTensor, which wraps other tensors" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["optimizer", "load_state_dict", "data"])
