@@ -61,7 +61,7 @@ def _fold(graph: fx.GraphModule, scaled: fx.Node, product: fx.Node, factor: obje
     places = [1] * len(shape)
     channel = len(shape) - 1 if product.target is aten.linear.default else len(shape) - weight.dim() + 1
     places[channel] = weight.shape[0]
-    if scale.dim() > len(shape) or [1] * (len(shape) - scale.dim()) + list(scale.shape) != places:
+    if [1] * (len(shape) - scale.dim()) + list(scale.shape) != places:
         return f"the factor has shape {tuple(scale.shape)}, not one number a channel"
     factors = scale.double().flatten()
     new_weight = (weight.double() * factors.reshape(-1, *[1] * (weight.dim() - 1))).to(weight.dtype)

@@ -8,8 +8,7 @@ The scale torch leaves open is 1 / sqrt(depth). Three-dimensional operands get a
 mask is False everywhere gives 0, as torch has it.
 
 Refused with dropout, with a mask beside is_causal (torch refuses that as well), for operands whose batches
-differ or whose heads do not divide, for masks that are neither bool nor of q's dtype, and for dtypes that
-are not floating point.
+differ or whose heads do not divide, and for masks that are neither bool nor of q's dtype.
 """
 
 from __future__ import annotations
@@ -54,20 +53,18 @@ def fuse_attention(graph: fx.GraphModule, hw: Hardware) -> int:
 def _refused(node: fx.Node, a: dict[str, Any]) -> str | None:
     if a["dropout_p"] != 0:
         return f"it drops {a['dropout_p']} of the weights"
-    if not rewrite.is_float(node, a["query"], a["key"], a["value"]):
-        return "not floating point of one dtype"
     q, k, v = (rewrite.shape_of(a[name]) for name in ("query", "key", "value"))
     if not len(q) == len(k) == len(v) or len(q) not in (3, 4):
         return f"operands of rank {len(q)}, {len(k)} and {len(v)}"
-    if not q[0] == k[0] == v[0] or k[:-1] != v[:-1] or q[-1] != k[-1]:
+    if not q[0] == k[0] == v[0] or k[:-1] != v[:-1]:
         return f"operands of shape {q}, {k} and {v}"
     if len(q) == 4 and (not k[1] or q[1] % k[1]):
         return f"{q[1]} heads of q, {k[1]} of k"
     mask = a["attn_mask"]
     if mask is None:
         return None
-    value = rewrite.value_of(mask)
-    if value is None or value.dim() > len(q) or not (value.dtype == torch.bool or rewrite.is_float(mask, node)):
+    value = mask.meta["val"]
+    if value.dim() > len(q) or not (value.dtype == torch.bool or rewrite.is_float(mask, node)):
         return "a mask of an unknown kind"
     return "a mask and is_causal" if a["is_causal"] else None
 
