@@ -63,9 +63,8 @@ def _refused(node: fx.Node, a: dict[str, Any]) -> str | None:
     mask = a["attn_mask"]
     if mask is None:
         return None
-    value = mask.meta["val"]
-    if value.dim() > len(q) or not (value.dtype == torch.bool or rewrite.is_float(mask, node)):
-        return "a mask of an unknown kind"
+    if mask.meta["val"].dtype not in (torch.bool, node.meta["val"].dtype):
+        return "a mask in another dtype"
     return "a mask and is_causal" if a["is_causal"] else None
 
 

@@ -1,4 +1,4 @@
-"""Operators of every family, of random shapes, as machine code for sm_80 and gfx90a: every kernel of ours works, no limit is passed.
+"""Operators of every family, of random shapes, as machine code for sm_80 and gfx90a: ours all work, no limit is passed.
 
 Where a rule of TVM's fails (a convolution of four filters over twelve pixels is one), the next takes its place.
 

@@ -142,6 +142,7 @@ REFUSED = [
     (lambda q, k, v: sdpa(q, k, v, dropout_p=0.5), "drops 0.5"),
     (lambda q, k, v: sdpa(q[:, :, None], k[:, :, None], v[:, :, None]), "rank 5"),
     (lambda q, k, v: sdpa(q, k[:1], v[:1]), "operands of shape"),
+    (lambda q, k, v: sdpa(q.half(), k.half(), v.half(), torch.zeros(3, 5)), "a mask in another dtype"),
 ]
 
 
