@@ -160,7 +160,7 @@ def capture(exported: ExportedProgram, parameters: tuple[str, ...] = ()) -> Capt
     with torch.no_grad(), warnings.catch_warnings():
         # torch copies its own tree specifications in a way that it warns of.
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
-        core = exported.run_decompositions(dict(_decompositions()))
+        core = exported.run_decompositions({**_decompositions(), **_quantisation(exported)})
     _refuse_mutation(core)
     graph, signature = _flatten(core, parameters)
     return Captured(graph, signature)
@@ -172,6 +172,13 @@ def _decompositions() -> dict[Any, Any]:
     from ..backends.lowering import decompositions
 
     return decompositions.table()
+
+
+def _quantisation(exported: ExportedProgram) -> Mapping[Any, Callable[..., Any]]:
+    """Decompositions of the operators by which PyTorch's own tools quantise, where the program has such."""
+    from ..backends.lowering import foreign_quantisation
+
+    return foreign_quantisation.spelt(n.target for n in exported.graph.nodes if n.op == "call_function")
 
 
 def parameters_of(model: Model) -> tuple[str, ...]:

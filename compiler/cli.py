@@ -119,10 +119,14 @@ def compile(
     ] = None,
     executable: Annotated[bool, typer.Option(help="A bundle of the static program alone.")] = False,
     single_file: Annotated[bool, typer.Option(help="A bundle with the weights inside.")] = False,
+    damage: Annotated[
+        Path | None, typer.Option(help="Write a page here that ranks products by what 8 bits cost them.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile MODEL to an artifact of machine code and weights, or to a bundle for an ARM machine."""
     bundled = _is_bundled(target, output, bundle, executable or single_file)
+    _check_page("--damage", damage)
     with progress(f"loading {model}"):
         from . import api
         from .compiled import Compiled
@@ -152,6 +156,9 @@ def compile(
             saved = compiled.save(output)
     report = compiled.report()
     typer.echo(json.dumps(report.to_dict(), indent=1) if as_json else report.text())
+    if damage is not None:
+        damage.write_text(report.damage_page(model), encoding="utf-8")
+        typer.echo(f"wrote {damage}", err=as_json)
     typer.echo(f"wrote {saved or output}", err=as_json)
 
 
@@ -232,8 +239,7 @@ def explain(
     html: Annotated[Path | None, typer.Option(help="Write a page with both graphs here, and print no graphs.")] = None,
 ) -> None:
     """Print the graph before and after each pass, the choices made and their reasons, and predicted costs."""
-    if html is not None and not html.absolute().parent.is_dir():
-        raise InputError(f"--html {html}: there is no directory {html.absolute().parent}")
+    _check_page("--html", html)
     with progress(f"explaining {model} for {target}"):
         from .explain import explained
 
@@ -250,6 +256,11 @@ def explain(
     for line in found.savings():
         typer.echo(line)
     typer.echo(f"wrote {html}")
+
+
+def _check_page(option: str, page: Path | None) -> None:
+    if page is not None and not page.absolute().parent.is_dir():
+        raise InputError(f"{option} {page}: there is no directory {page.absolute().parent}")
 
 
 @app.command()

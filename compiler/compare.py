@@ -121,11 +121,17 @@ def _sources(graph: fx.GraphModule) -> dict[int, tuple[fx.Node, int | None]]:
 
 def tolerance_for(graph: fx.GraphModule, tolerance: float | None) -> float | None:
     """What is allowed of a captured graph: as asked for, or, where it quantises itself, a few steps."""
-    from ..passes.dialect_int8 import quantize
-
-    if tolerance is not None or all(node.target is not quantize for node in graph.graph.nodes):
+    if tolerance is not None or not any(map(_quantises, graph.graph.nodes)):
         return tolerance
     return STEPS
+
+
+def _quantises(node: fx.Node) -> bool:
+    """Whether floating point goes in, and 8 bits come out."""
+    result, *operands = (n.meta.get("val") for n in (node, *node.all_input_nodes))
+    if not isinstance(result, torch.Tensor) or result.dtype not in (torch.uint8, torch.int8):
+        return False
+    return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in operands)
 
 
 def is_random(graph: fx.GraphModule) -> bool:

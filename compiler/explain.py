@@ -17,7 +17,6 @@ from torch import fx
 
 from ..backends.choices import Choices
 from ..backends.lowering.registry import KernelInfo
-from ..errors import InputError
 from ..hwdb import Hardware, Target, compile_target
 from ..passes.copies import Copies, count_copies
 from ..passes.families import restrict
@@ -25,10 +24,13 @@ from ..passes.printer import diff_graphs, format_graph
 from ..passes.refusals import Refusal, recording
 from . import compare, pipeline
 from .build import build, kernels_of
-from .capture import Model, arguments, capture, example_tensors, export, parameters_of
+from .calibration import MEASURED, check_options, inputs_of
+from .capture import Model, arguments, capture, export, parameters_of
+from .int8_method import int8_method
 from .pass_checks import Pass
-from .precision import Precision, Sample, check_precision
+from .precision import Precision, check_precision
 from .report import Report, passes_lines, size
+from .rewriting import divided
 from .selection import select
 from .trail import Trail
 from .tune import stored
@@ -110,6 +112,8 @@ def explained(
     kernel_fusion: Sequence[str] | None = None,
     precision: str = "fp32",
     tolerance: float | None = None,
+    calibration: Any = None,
+    int8: Mapping[str, Any] | None = None,
 ) -> Explanation:
     """Compile without keeping anything, and note each step.
 
@@ -118,15 +122,16 @@ def explained(
     """
     hw = compile_target(target)
     check_precision(precision)
-    if precision == "int8":
-        raise InputError("explain has no calibration inputs, which int8 is decided by: the report of compile says why")
+    check_options(precision, None, calibration, example_inputs is not None)
+    method = int8_method(precision, int8)
     chosen, fusions = select(passes, kernel_fusion, hw)
+    early, late = divided(chosen) if precision == "int8" else (chosen, ())
     whole = capture(export(model, *arguments(example_inputs)), parameters_of(model))
     captured = whole.graph
-    samples: tuple[Sample, ...] = ()
-    if precision != "fp32" and example_inputs is not None:
-        inputs = example_tensors(arguments(example_inputs), whole.signature)
-        samples = ((inputs, compare.reference(captured, inputs)),)
+    example = None if example_inputs is None else arguments(example_inputs)
+    given = inputs_of(example, calibration, whole.signature)
+    sets = [] if precision == "fp32" or given.example is None else [given.example, *given.calibration[:MEASURED]]
+    samples = tuple((tensors, compare.reference(captured, tensors)) for tensors in sets)
     restrict(captured, fusions)
     trail, steps, last = Trail(), [], [format_graph(captured)]
 
@@ -137,11 +142,11 @@ def explained(
         last[0] = now
 
     with recording() as refusals:
-        graph, runs = pipeline.run(captured, hw, chosen, after, before=trail.begin)
+        graph, runs = pipeline.run(captured, hw, early, after, before=trail.begin)
     choices = Choices(stored(hw))
     with tempfile.TemporaryDirectory(prefix="graphwright-") as directory, recording() as unfused:
-        wanted = Precision(precision, tolerance, samples)
-        built = build(graph, hw, Path(directory), passes=(), choices=choices, precision=wanted)
+        wanted = Precision(precision, tolerance, samples, observed=given.calibration, method=method)
+        built = build(graph, hw, Path(directory), passes=late, choices=choices, precision=wanted)
     report = Report(
         hw.id,
         precision,
@@ -165,7 +170,7 @@ def explained(
         report,
         (count_copies(captured), count_copies(graph)),
         (Cost.of(_unfused(captured, hw, chosen, choices)), Cost.of(built.kernels)),
-        None if precision == "fp32" else Cost.of(kernels_of(graph, hw, choices)),
+        None if precision == "fp32" else Cost.of(kernels_of(pipeline.run(graph, hw, late)[0], hw, choices)),
     )
 
 

@@ -89,13 +89,16 @@ class Int8Plan:
         )
         return replace(self, choices=choices)
 
+    @property
+    def seconds_gained(self) -> float:
+        """What the chosen products are predicted to save."""
+        chosen = self.chosen
+        return sum(form.float32_seconds - form.seconds for name, form in self.forms.items() if name in chosen)
+
     def text(self) -> str:
         """What is gained, in a line."""
         wide = sum(form.float32_seconds for form in self.forms.values())
-        seconds = sum(
-            form.seconds if name in self.chosen else form.float32_seconds for name, form in self.forms.items()
-        )
-        share = seconds / wide if wide else 1.0
+        share = 1.0 - self.seconds_gained / wide if wide else 1.0
         count = len(self.chosen & set(self.forms))
         return f"{count} products in 8 bits; the products are predicted to take {share:.2f} of float32"
 

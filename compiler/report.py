@@ -132,6 +132,12 @@ class Report:
         found = [row for row in self.precisions if row.sqnr_db is not None]
         return tuple(sorted(found, key=lambda row: row.sqnr_db or 0.0))
 
+    def damage_page(self, title: str) -> str:
+        """The ranking as a plot, and what stays float32: an HTML page that needs nothing but a browser."""
+        from .damage_page import page
+
+        return page(self, title)
+
     def _damage_lines(self) -> list[str]:
         ranked = self.damage()
         if not ranked:

@@ -2,7 +2,8 @@
 
 fp32, bf16, ...   passes to a fixpoint; every product in its precision (assign_precision)
 int8              passes without those that hide a product in a larger kernel that takes floats only; the products that
-                  pay in 8 bits (int8_plan.py); then those passes, for what stays float32
+                  pay in 8 bits (int8_plan.py), or none where the model as a whole gains nothing; then those passes, for
+                  what stays float32
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+WHOLE_GAIN = 0.95  # of the model's float32 time: a twentieth less is within what the cost model errs by
+NOTHING_GAINED = "the model as a whole gains nothing by 8 bits"
+
 
 @dataclass(frozen=True)
 class Rewritten:
@@ -42,9 +46,12 @@ def rewrite(graph: fx.GraphModule, hw: Hardware, passes: Sequence[Pass], precisi
         rewritten, runs = pipeline.run(graph, hw, passes)
         precisions, reduced, notes = reduce(rewritten, hw, precision)
         return Rewritten(rewritten, (*runs, *reduced), precisions, notes)
-    early, late = _divided(passes)
+    early, late = divided(passes)
     wide, runs = pipeline.run(graph, hw, early)
     plan, notes = _decide(wide, hw, precision)
+    if plan.chosen and (reason := _gains_nothing(wide, hw, late, plan)) is not None:
+        log.warning("precision='int8': %s", reason)
+        plan, notes = plan.without(plan.chosen, NOTHING_GAINED), (*notes, reason)
     return _joined(wide, hw, late, runs, plan, notes)
 
 
@@ -62,20 +69,48 @@ def rewrite_again(
         rewritten = pipeline.run(graph, hw, passes)[0]
         assign_precision(rewritten, precisions)
         return rewritten
-    early, late = _divided(passes)
+    early, late = divided(passes)
     wide, runs = pipeline.run(graph, hw, early)
     chosen = {choice.node for choice in precisions if choice.dtype == "int8"}
     plan = int8_plan.plan_int8(wide, hw, precision.method, precision.observed, only=chosen)
     return _joined(wide, hw, late, runs, plan, ()).graph
 
 
-def _divided(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+def divided(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]:
+    """The passes in front of the decision on int8, and those behind it, which hide products."""
     from ..passes.fuse_conv_depthwise import fuse_conv_depthwise
     from ..passes.read_planar_images import read_planar_images
     from ..passes.skip_zero_blocks import skip_zero_blocks
 
     hiding = (fuse_conv_depthwise, read_planar_images, skip_zero_blocks)
     return tuple(p for p in passes if p not in hiding), tuple(p for p in passes if p in hiding)
+
+
+def _gains_nothing(wide: fx.GraphModule, hw: Hardware, late: Sequence[Pass], plan: int8_plan.Int8Plan) -> str | None:
+    """Why the model as a whole stays float32, or None: the products gain too little of its predicted time.
+
+    What products of 8 bits cost beside themselves counts: fusions that float32 has, and they hide.
+    """
+    apart = _seconds(wide, hw)
+    whole = _seconds(pipeline.run(wide, hw, late)[0], hw)
+    if apart is None or whole is None or plan.tables.keys() & plan.chosen:
+        return None  # nothing is known; or tables are smaller, which is gained in any case
+    share = (apart - plan.seconds_gained) / whole
+    if share <= WHOLE_GAIN:
+        return None
+    return (
+        f"the model gains nothing by int8 on {hw.id}: {len(plan.chosen)} products in 8 bits are predicted to take it "
+        f"to {share:.2f} of its float32 time, and {WHOLE_GAIN} or less is worth it; everything stays float32"
+    )
+
+
+def _seconds(graph: fx.GraphModule, hw: Hardware) -> float | None:
+    """Predicted seconds of the whole graph in float32; None where the machine's rates are unknown."""
+    from .predict import operation_times
+    from .workload import workload
+
+    times = operation_times(workload(graph), hw, "float32")
+    return None if times is None else sum(time.seconds for time in times)
 
 
 def _joined(

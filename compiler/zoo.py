@@ -197,7 +197,7 @@ class _DecodeStep(torch.nn.Module):
         cache = DynamicCache()
         for layer in range(len(past) // 2):
             cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        hidden = self.decoder(token, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = self.decoder(token, past_key_values=cache, use_cache=True, return_dict=False)[0]
         return (hidden, *[x for layer in cache.layers for x in (layer.keys, layer.values)])
 
 
@@ -219,6 +219,17 @@ def _llama_decode(small: bool, batch: int) -> Built:
     return _DecodeStep(LlamaModel(config)), (*_tokens(config.vocab_size, 1, batch), *cache)
 
 
+def _gpt2_decode(small: bool, batch: int) -> Built:
+    """A decode step of GPT-2 with its head over the vocabulary, 127 tokens after the first."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shrunk: dict[str, Any] = {"vocab_size": 500, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    config = GPT2Config(**(shrunk if small else {}), bos_token_id=0, eos_token_id=0)
+    past, size = 7 if small else 127, config.n_embd // config.n_head
+    cache = tuple(torch.randn(batch, config.n_head, past, size) for _ in range(2 * config.n_layer))
+    return _DecodeStep(GPT2LMHeadModel(config)), (*_tokens(config.vocab_size, 1, batch), *cache)
+
+
 def _minilm(small: bool, batch: int) -> Built:
     """all-MiniLM-L6-v2 with its trained weights; `small` only shortens the text."""
     from transformers import AutoTokenizer, BertModel
@@ -238,6 +249,7 @@ _MODELS: dict[str, Callable[[bool, int], Built]] = {
     "convnext": _convnext,
     "efficientnet": _efficientnet,
     "gpt2": _gpt2,
+    "gpt2-decode": _gpt2_decode,
     "llama-decode": _llama_decode,
     "minilm": _minilm,
     "mobilenetv2": _mobilenet,

@@ -2,6 +2,7 @@
 
     quantize(x)     clamp(round(x / scale) + zero, low, high)         half to even; NaN gives low
     dequantize(q)   (q - zero) * scale
+    dequantize_rows(q, scales, zeros, axis)     the same with a scale for each row (slice of `axis`): stored weights
     qlinear(q, w)   sum over k (q - zero) w  exact in int32, then for column n of the result
 
         addend = fma(residual - zero, residual's scale, bias[n])
@@ -56,6 +57,22 @@ def _dequantize(input: Tensor, scale: float, zero: int) -> Tensor:
 
 
 def _dequantize_fake(input: Tensor, scale: float, zero: int) -> Tensor:
+    return input.new_empty(input.shape, dtype=torch.float32)
+
+
+def _along(values: Tensor, input: Tensor, axis: int) -> Tensor:
+    """One number a row of `axis`, shaped so that it broadcasts over `input`."""
+    return values.reshape([-1 if i == axis else 1 for i in range(input.dim())])
+
+
+def _dequantize_rows(input: Tensor, scales: Tensor, zeros: Tensor | None, axis: int) -> Tensor:
+    steps = input.to(torch.float32)
+    if zeros is not None:
+        steps = steps - _along(zeros.to(torch.float32), input, axis)
+    return (steps * _along(scales.to(torch.float32), input, axis)).contiguous()
+
+
+def _dequantize_rows_fake(input: Tensor, scales: Tensor, zeros: Tensor | None, axis: int) -> Tensor:
     return input.new_empty(input.shape, dtype=torch.float32)
 
 
@@ -202,6 +219,12 @@ quantize = dialect.define(
 dequantize = dialect.define(
     "dequantize", "(Tensor input, float scale, int zero) -> Tensor", _dequantize, _dequantize_fake
 )
+dequantize_rows = dialect.define(
+    "dequantize_rows",
+    "(Tensor input, Tensor scales, Tensor? zeros, int axis) -> Tensor",
+    _dequantize_rows,
+    _dequantize_rows_fake,
+)
 qlinear = dialect.define("qlinear", f"({_SUMS}, {_RESULT}) -> Tensor", _qlinear, _qlinear_fake)
 qconv2d = dialect.define(
     "qconv2d",
@@ -211,3 +234,5 @@ qconv2d = dialect.define(
 )
 
 PRODUCTS = frozenset({qlinear, qconv2d})
+# Weights in 8 bits are one of these on a constant: spelt out, they would be four times as large.
+STORED = frozenset({dequantize, dequantize_rows})

@@ -3,7 +3,7 @@
     f(constant, ...) -> constant            clone(constant) where the graph returns it
 
 Refused where the result would make the weights grow by more than what it frees and `_GROWTH` bytes in
-total; for random operators and operators with effects; and for `expand` and `full`, which say in a few
+total; for random operators and operators with effects; and for `expand`, `full` and dequantize, which say in a few
 bytes what the constant would spell out (they are evaluated when something that depends on them is).
 """
 
@@ -19,6 +19,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import memory, rewrite
+from .dialect_int8 import STORED
 from .refusals import keep
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ _COMPACT = frozenset(
         aten.ones.default,
         aten.ones_like.default,
         aten.scalar_tensor.default,
+        *STORED,
     }
 )
 # Memory as it is found: not a value.

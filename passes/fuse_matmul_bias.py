@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import dialect, rewrite
+from . import dialect, dialect_int8, rewrite
 from .epilogue import Epilogue, allowed, extend
 from .families import fuses
 from .fuse_reshape_transpose import map_of
@@ -144,8 +144,10 @@ def _refuse(node: fx.Node, reason: str) -> _Product | None:
 
 
 def _is_stored(node: fx.Node) -> bool:
-    """Whether the node is a constant, or the transpose of one that fold_constants has not met yet."""
+    """Whether the node is a constant, one in 8 bits, or the transpose of one that fold_constants has not met yet."""
     if node.target is aten.permute.default and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if rewrite.calls(node, *dialect_int8.STORED) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node.op == "get_attr"
 

@@ -3,8 +3,9 @@
 form         operands                        seconds
 float32                                      max(arithmetic, weights), by Winograd's algorithm where that serves, and
                                              without the blocks of zeros that skip_zero_blocks skips
-int8         both in 8 bits, exact sums      arithmetic at 4 times the rate, a quarter of the weights' bytes; rounding
-                                             the input, where no other product of 8 bits makes or reads it
+int8         both in 8 bits, exact sums      arithmetic at 4 times the rate (depthwise: 2), a quarter of the weights'
+                                             bytes; rounding the input, where no other product of 8 bits makes or reads
+                                             it
 int8 weights float32 inputs and sums         the same arithmetic, a quarter of the bytes: linear layers whose few rows
                                              wait for weights. As fast as int8 there, and inputs are not rounded
 
@@ -12,7 +13,8 @@ Weights come from memory where all weights of the graph are more than the last c
 
 The rows of an embedding are stored in 8 bits too, with a scale a row: no faster, but a quarter of the bytes.
 
-Refused: a machine without dot products of bytes (pairs of 16 bits take as many instructions as float32), groups, NCHW,
+Refused: a machine without dot products of bytes (pairs of 16 bits take as many instructions as float32), groups that
+are not depthwise, NCHW,
 weights that are computed or not finite, sums of more terms than 32 bits hold, values that calibration found no scale
 for, operators that are no products, and what gains nothing.
 """
@@ -36,6 +38,7 @@ from .skip_zero_blocks import skipping_seconds
 GAIN = 0.9  # of the float32 time: less is not worth the rounding
 WINOGRAD_GAIN = 2.4  # times as fast as the direct float32 sum, where its tiles fit the image well
 RATE = 4.0  # products of bytes in the time of one of floats, by vector instructions
+DEPTHWISE_RATE = 2.0  # the same where bytes are brought into words first
 ENTRY_SECONDS = 0.5e-6  # a kernel more, which rounds the input
 LEAST_TABLE = 1 << 16  # elements of an embedding: smaller ones are not worth a rounding
 NEARLY = 1.1  # weights alone are taken for as much more time: inputs keep their precision
@@ -78,7 +81,7 @@ def int8_form(
         if node.target is not dialect.conv2d and alone.pays:
             return alone
         return Int8Form(False, f"{hw.id} has no dot product of bytes: pairs of 16 bits are as slow as float32")
-    narrow = times.seconds(item_bytes=1, rate=RATE)
+    narrow = times.seconds(item_bytes=1, rate=DEPTHWISE_RATE if is_depthwise(node) else RATE)
     if x not in shared:
         elements = prod(shape_of(x))
         narrow += ENTRY_SECONDS
@@ -112,7 +115,7 @@ def _refusal(graph: fx.GraphModule, node: fx.Node) -> str | None:
     if node.target is dialect.conv2d:
         if given["layout"] != "NHWC":
             return f"the layout is {given['layout']}"
-        if given["groups"] != 1:
+        if given["groups"] != 1 and not is_depthwise(node):
             return f"{given['groups']} groups: a group's channels are fewer than a dot product takes"
     if prod(shape_of(given["weight"])[1:]) > dialect_int8.MOST_TERMS:
         return f"sums of {prod(shape_of(given['weight'])[1:])} terms do not fit 32 bits"
@@ -139,6 +142,15 @@ def table_reason(graph: fx.GraphModule, node: fx.Node) -> str | None:
 def is_product(node: fx.Node) -> bool:
     """Whether the node is one of the operators that have a form in 8 bits."""
     return node.op == "call_function" and node.target in PRODUCTS
+
+
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether the node is a convolution with one filter for each channel."""
+    if node.target is not dialect.conv2d:
+        return False
+    given = arguments(node)
+    weight = shape_of(given["weight"])
+    return bool(given["groups"] > 1 and given["groups"] == weight[0] and weight[1] == 1)
 
 
 def _winograd(node: fx.Node) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import dialect, rewrite
+from . import dialect, dialect_int8, rewrite
 from .fuse_reshape_transpose import map_of
 from .recognise_channel_moves import channel_digits
 from .rewrite import Operator
@@ -103,7 +103,12 @@ def _spread(operand: fx.Node, node: fx.Node, images: Images) -> fx.Node:
 
 
 # Not tagged pointwise by torch, but they are.
-_POINTWISE = frozenset({aten.clone.default, aten._to_copy.default, aten.dropout.default})
+_POINTWISE = frozenset(
+    {
+        *(aten.clone.default, aten._to_copy.default, aten.dropout.default),
+        *(dialect_int8.quantize, dialect_int8.dequantize),
+    }
+)
 
 
 def _conv2d(node: fx.Node, images: Images) -> fx.Node | None:

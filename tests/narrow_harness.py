@@ -14,12 +14,51 @@ import tvm
 from kernel_harness import compile_kernel
 
 from graphwright.backends.aot.codegen import compile_object
+from graphwright.backends.kernels.int8_product import RANGES, Requantize
 from graphwright.hwdb import Hardware
+from graphwright.passes import dialect
+
+TORCH = {"uint8": torch.uint8, "int8": torch.int8, "float32": torch.float32}
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     """Reproducible noise."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(dtype: str, *shape: int, seed: int = 0) -> torch.Tensor:
+    low, high = RANGES[dtype]
+    values = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed))
+    # The extremes, where an instruction that saturates would show it.
+    values.view(-1)[:: max(2, values.numel() // 7)] = high
+    return values.to(TORCH[dtype])
+
+
+def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
+    """a * b + c rounded once: the product is exact in float64."""
+    product = a.double() * b.double()
+    return (product if c is None else product + c.double()).float()
+
+
+def requantized(
+    sums: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, how: Requantize
+) -> torch.Tensor:
+    """The reference, in the order of operations that int8_product.py states."""
+    addend = bias
+    if residual is not None:
+        assert how.residual is not None
+        if how.residual.dtype == "float32":
+            addend = residual if addend is None else addend + residual
+        else:
+            steps = (residual.int() - how.residual.zero).float()
+            addend = fma(steps, torch.tensor(how.residual.scale), addend)
+    y = fma(sums.float(), scale, addend)
+    y = dialect.ACTIVATIONS[how.activation](y, list(how.args))
+    if how.result == "float32":
+        return y
+    low, high = RANGES[how.result]
+    y = (y * torch.tensor(how.inverse)).clamp(low - how.zero, high - how.zero).round()
+    return (y.int() + how.zero).to(TORCH[how.result])
 
 
 def run(func: Any, hw: Hardware, *tensors: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tvm import ir, tirx
@@ -56,11 +56,17 @@ class Dot:
     spare: int
     helpers: str
     multiply: Callable[[PrimExpr, Sequence[PrimExpr], PrimExpr], PrimExpr]
+    at: Callable[[int], Dot] | None = field(default=None, compare=False)  # the same of fewer lanes, where there is one
 
     @property
     def by_word(self) -> bool:
         """Whether the left operand is read as words of `group` elements, rather than one float at a time."""
         return self.left != "float32"
+
+
+def _words(left: PrimExpr, lanes: int) -> PrimExpr:
+    """A word in every lane; or a vector of them, as it is."""
+    return left if "x" in str(left.ty.dtype) else spread(left, lanes)
 
 
 def bf16_dot(hw: Hardware, *, emulated: bool = False) -> Dot | None:
@@ -136,7 +142,7 @@ def int8_dot(hw: Hardware, *, emulated: bool = False) -> Dot:
     intrinsic = _PMADDWD.get(hw.vector_bits) if hw.isa == "x86_64" else None
 
     def multiply(acc: PrimExpr, left: Sequence[PrimExpr], weight: PrimExpr) -> PrimExpr:
-        return tirx.call_pure_extern(f"int32x{lanes}", name, acc, spread(left[0], lanes), weight)
+        return tirx.call_pure_extern(f"int32x{lanes}", name, acc, _words(left[0], lanes), weight)
 
     what = "vpmaddwd" if intrinsic else "widening multiply"
     text = _pair_products(name, lanes, intrinsic)
@@ -149,7 +155,7 @@ def _vnni(hw: Hardware, lanes: int, emulated: bool) -> Dot:
     text = _emulated_bytes(name, lanes) if emulated else _vnni_instruction(name, lanes, features)
 
     def multiply(acc: PrimExpr, left: Sequence[PrimExpr], weight: PrimExpr) -> PrimExpr:
-        return tirx.call_pure_extern(f"int32x{lanes}", name, acc, spread(left[0], lanes), weight)
+        return tirx.call_pure_extern(f"int32x{lanes}", name, acc, _words(left[0], lanes), weight)
 
     spare = 3 if emulated else 0
     return Dot("emulated " * emulated + "vpdpbusd", lanes, 4, "int32", "uint8", "int32", 1, spare, text, multiply)
@@ -163,9 +169,19 @@ def _neon_bytes(hw: Hardware, lanes: int) -> Dot:
     text = _neon_instruction(name, lanes, f"llvm.aarch64.neon.{what}.v{lanes}i32.v{4 * lanes}i8", f"+neon,+{feature}")
 
     def multiply(acc: PrimExpr, left: Sequence[PrimExpr], weight: PrimExpr) -> PrimExpr:
-        return tirx.call_pure_extern(f"int32x{lanes}", name, acc, spread(left[0], lanes), weight)
+        return tirx.call_pure_extern(f"int32x{lanes}", name, acc, _words(left[0], lanes), weight)
 
     return Dot(what, lanes, 4, "int32", "uint8" if unsigned else "int8", "int32", 1, 0, text, multiply)
+
+
+def bytes_dot(hw: Hardware, lanes: int | None = None, *, emulated: bool = False) -> Dot:
+    """Four exact products of bytes a lane, at any width: by instruction where there is one."""
+    lanes = hw.lanes("float32") if lanes is None else lanes
+    if hw.isa == "aarch64" and hw.vector_dot_product("int8") in ("sdot", "i8mm") and not emulated:
+        made = _neon_bytes(hw, lanes)
+    else:
+        made = _vnni(hw, lanes, emulated or hw.isa != "x86_64" or hw.vector_dot_product("int8") != "vnni")
+    return replace(made, at=lambda fewer: bytes_dot(hw, fewer, emulated=emulated))
 
 
 def choose_dot_tiling(hw: Hardware, dot: Dot, rows: int, columns: int, depth: int) -> Tiling:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import torch
@@ -89,7 +89,8 @@ class Requantize:
             addend = self._with_residual(addend, view(read[-1], (self.M, self.N))[row, at], lanes)
         scale = read[1][at]
         y = y * scale if addend is None else _fma(y, scale, addend, lanes)
-        if self.activation != "none":
+        bounds = self._bounds()
+        if self.activation != "none" and bounds is None:
             y = apply_activation(T.bind(y), self.activation, self.args)
         if self.result == "float32":
             T.buffer_store(out, y, [row, at])
@@ -98,11 +99,27 @@ class Requantize:
         if self.inverse != 1.0:
             y = y * spread(tirx.const(self.inverse, "float32"), lanes)
         # Clamped first: a float beyond int32 has no integer. The bounds are integers, so the order does not matter.
-        y = tirx.max(y, spread(tirx.const(float(low - self.zero), "float32"), lanes))
-        y = tirx.min(y, spread(tirx.const(float(high - self.zero), "float32"), lanes))
+        least, most = bounds or (float(low - self.zero), float(high - self.zero))
+        y = tirx.max(y, spread(tirx.const(least, "float32"), lanes))
+        y = tirx.min(y, spread(tirx.const(most, "float32"), lanes))
         y = tirx.call_llvm_pure_intrin(floats, "llvm.nearbyint", y)
         q = tirx.Cast(_many("int32", lanes), y) + spread(tirx.const(self.zero, "int32"), lanes)
         T.buffer_store(out, tirx.Cast(_many(self.result, lanes), q), [row, at])
+
+    def _bounds(self) -> tuple[float, float] | None:
+        """The range of the result and that of an activation which only clamps, as one, in steps of the result.
+
+        The same bits as one after the other: multiplying by `inverse` keeps the order of floats. None where the
+        activation does more.
+        """
+        clamps = {"none": (-inf, inf), "relu": (0.0, inf), "relu6": (0.0, 6.0), "clamp": self.args}
+        if self.result == "float32" or self.activation not in clamps:
+            return None
+        low, high = RANGES[self.result]
+        least, most = float(low - self.zero), float(high - self.zero)
+        ends = torch.tensor(clamps[self.activation], dtype=torch.float32) * torch.tensor(self.inverse)
+        start, end = ends.clamp(least, most).tolist()
+        return start, end
 
     def _with_residual(self, bias: Any, value: Any, lanes: int) -> Any:
         """bias + (value - zero) * scale, by one fma where there are both."""

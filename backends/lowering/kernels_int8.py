@@ -1,7 +1,8 @@
 """Kernels of the operators of 8 bits (passes/dialect_int8.py): exact sums of products of bytes, requantized in place.
 
-Refused: groups (a group's channels are fewer than a dot product takes), results without elements, and operands that a
-32-bit index cannot count; `quantise` makes none of these, and there is no definition in tensor expressions.
+Refused: groups that are not depthwise (a group's channels are fewer than a dot product takes), results without
+elements, and operands that a 32-bit index cannot count; no pass makes these, and there is no definition in tensor
+expressions.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from ...hwdb import Hardware
 from ...hwdb.cost import Work
 from ...passes import dialect_int8
 from ...passes.rewrite import arguments, shape_of
-from ..kernels.conv_plan import problem_of
+from ..kernels.conv_plan import Conv, problem_of
 from ..kernels.dot_conv import DotConvPlan, choose_dot_conv, pack_conv
+from ..kernels.dot_depthwise import choose_dot_depthwise, dot_depthwise, pack_depthwise
 from ..kernels.dot_matmul import pack_for
 from ..kernels.dot_product import Dot, choose_dot_tiling, int8_dot
 from ..kernels.int8_product import Requantize, Residual, int8_conv, int8_matmul, offsets
 from .kernels_matmul import refuse_large
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
+DEPTHWISE_EFFICIENCY = 0.15  # of peak dot products: most of its time goes into words, and into rounding results
 _NAMES = {torch.float32: "float32", torch.uint8: "uint8", torch.int8: "int8"}
 
 
@@ -54,6 +57,8 @@ def qconv2d(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     problem = problem_of(
         shape_of(x), shape_of(weight), given["stride"], given["padding"], given["dilation"], given["groups"]
     )
+    if problem.groups == problem.channels == problem.filters and problem.groups > 1:
+        return _depthwise(node, given, problem, hw)
     if problem.groups != 1:
         return Refusal(f"{problem.groups} groups")
     if problem.pointwise:
@@ -67,6 +72,18 @@ def qconv2d(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     work = _work(node, float(problem.flops), plan.tasks, plan.efficiency)
     choice = f"{dot.name}, {plan.pixels}x{plan.vectors * dot.lanes}, {plan.panels} panels, {plan.tasks} tasks"
     return KernelCall(func, _read(given, packed, dot), "int8 conv", choice, work)
+
+
+def _depthwise(node: fx.Node, given: dict[str, Any], problem: Conv, hw: Hardware) -> KernelCall:
+    plan = choose_dot_depthwise(problem, hw)
+    finish = _finish(node, given, problem.filters)
+    func = dot_depthwise("int8_depthwise", problem, _dtype(given["input"]), plan, finish, zero=given["input_zero"])
+    blocks = "+".join(f"{b.count}x{b.width}" for b in plan.blocks)
+    packed = Packed(given["weight"], f"int8_depthwise_{blocks}", partial(pack_depthwise, plan=plan))
+    tasks = problem.batch * plan.tasks
+    work = _work(node, float(problem.flops), tasks, DEPTHWISE_EFFICIENCY)
+    choice = f"{plan.dot.name}, {plan.pixels} pixels, channels {blocks}, {plan.patch_rows} rows, {tasks} tasks"
+    return KernelCall(func, _read(given, packed, plan.dot), "int8 depthwise conv", choice, work)
 
 
 def _refusal(node: fx.Node, given: dict[str, Any]) -> Refusal | None:

@@ -38,3 +38,16 @@ def dequantize(out: Out, x: te.Tensor, scale: float, zero: int) -> te.Tensor:
         return (v.astype("int32") - tirx.const(zero, "int32")).astype("float32") * factor
 
     return te.compute(out.shape, lambda *i: real(x(*i)), name="dequantize")
+
+
+@lowers(dialect_int8.dequantize_rows)
+def dequantize_rows(out: Out, x: te.Tensor, scales: te.Tensor, zeros: te.Tensor | None, axis: int) -> te.Tensor:
+    """(q - zero) * scale in float32, both of the element's row."""
+
+    def real(*i: Any) -> Any:
+        row = i[axis] if int(scales.shape[0]) > 1 else 0
+        steps = x(*i).astype("float32")
+        steps = steps if zeros is None else steps - zeros(row).astype("float32")
+        return steps * scales(row).astype("float32")
+
+    return te.compute(out.shape, real, name="dequantize_rows")

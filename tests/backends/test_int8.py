@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from narrow_harness import loops_with, one_core, run, run_emulated
+from narrow_harness import TORCH, integers, loops_with, one_core, requantized, run, run_emulated
 
 from graphwright.backends.kernels.bf16_matmul import FloatFinish, bf16_matmul
 from graphwright.backends.kernels.conv_plan import Conv
@@ -29,43 +29,7 @@ from graphwright.backends.kernels.int8_product import (
 from graphwright.hwdb import Hardware, detect, lookup
 from graphwright.passes import dialect
 
-TORCH = {"uint8": torch.uint8, "int8": torch.int8, "float32": torch.float32}
 EXTENT = st.one_of(st.integers(1, 20), st.sampled_from([31, 64, 97, 130]))
-
-
-def integers(dtype: str, *shape: int, seed: int = 0) -> torch.Tensor:
-    low, high = RANGES[dtype]
-    values = torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed))
-    # The extremes, where an instruction that saturates would show it.
-    values.view(-1)[:: max(2, values.numel() // 7)] = high
-    return values.to(TORCH[dtype])
-
-
-def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:
-    """a * b + c rounded once: the product is exact in float64."""
-    product = a.double() * b.double()
-    return (product if c is None else product + c.double()).float()
-
-
-def requantized(
-    sums: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None, how: Requantize
-) -> torch.Tensor:
-    """The reference, in the order of operations that int8_product.py states."""
-    addend = bias
-    if residual is not None:
-        assert how.residual is not None
-        if how.residual.dtype == "float32":
-            addend = residual if addend is None else addend + residual
-        else:
-            steps = (residual.int() - how.residual.zero).float()
-            addend = fma(steps, torch.tensor(how.residual.scale), addend)
-    y = fma(sums.float(), scale, addend)
-    y = dialect.ACTIVATIONS[how.activation](y, list(how.args))
-    if how.result == "float32":
-        return y
-    low, high = RANGES[how.result]
-    y = (y * torch.tensor(how.inverse)).clamp(low - how.zero, high - how.zero).round()
-    return (y.int() + how.zero).to(TORCH[how.result])
 
 
 def machine(kind: str) -> tuple[Hardware, Dot]:
