@@ -62,6 +62,7 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", metavar="SHAPE[:DTYPE]", help="1x3x224x224 or 1x128:int64; once per input tensor."),
 ]
+Calibration = Annotated[Path | None, typer.Option(help="Inputs by name in a .npz file, several along a leading axis.")]
 Fusions = Annotated[
     str | None,
     typer.Option(metavar="FAMILIES", help="Make these families of fusions only: conv+relu,matmul+bias; '' makes none."),
@@ -100,9 +101,7 @@ def compile(
     precision: Precision = "fp32",
     tolerance: Tolerance = None,
     input: Inputs = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Inputs by name in a .npz file, several along a leading axis.")
-    ] = None,
+    calibration: Calibration = None,
     fallback: Annotated[str | None, typer.Option(help="fp32: a second build for results that are not finite.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the machine code with PyTorch in float64.")] = True,
     cache: Annotated[bool, typer.Option(help="Reuse and store results in the user's cache.")] = True,
@@ -236,6 +235,7 @@ def explain(
     kernel_fusion: Fusions = None,
     precision: Precision = "fp32",
     tolerance: Tolerance = None,
+    calibration: Calibration = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with both graphs here, and print no graphs.")] = None,
 ) -> None:
     """Print the graph before and after each pass, the choices made and their reasons, and predicted costs."""
@@ -246,7 +246,13 @@ def explain(
         loaded, examples = _load(model, input)
         fusions = _names(kernel_fusion)
         found = explained(
-            loaded, examples, target=target, kernel_fusion=fusions, precision=precision, tolerance=tolerance
+            loaded,
+            examples,
+            target=target,
+            kernel_fusion=fusions,
+            precision=precision,
+            tolerance=tolerance,
+            calibration=None if calibration is None else _arrays(calibration),
         )
         if html is not None:
             html.write_text(found.html(model), encoding="utf-8")

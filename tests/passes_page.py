@@ -19,6 +19,7 @@ from rewriting import HW, trace
 from torch import nn
 from windows import image, rolled, windows
 
+from graphwright.passes import dialect_int8
 from graphwright.passes.default import FAMILIES, PASSES
 from graphwright.passes.printer import diff_graphs, format_graph
 
@@ -213,6 +214,25 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tenso
     return torch.softmax(q @ k.transpose(-1, -2) / 2.0, -1) @ v
 
 
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    return dialect_int8.quantize(x, 0.1, 128, torch.uint8)
+
+
+class _Stored(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Buffer(torch.ones(4, 8, dtype=torch.int8)), nn.Buffer(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, dialect_int8.dequantize_rows(self.weight, self.scale, None, 0)).relu()
+
+
+class _Integers(_Stored):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = (128, self.weight, self.scale, None, None, 1.0, 0, "relu", [], 1.0, 0, None)
+        return _bytes(dialect_int8.qlinear(_bytes(x), *w))
+
+
 IMAGE = ((1, 3, 8, 8),)
 EXAMPLES: dict[str, Example] = {
     "canonicalise": Example(lambda x: x.transpose(0, 1).flatten().clamp_min(0.0), ((2, 3),)),
@@ -265,6 +285,9 @@ EXAMPLES: dict[str, Example] = {
     ),
     "skip_zero_blocks": Example(_Pruned, ((128, 64),), ("fuse_matmul_bias",)),
     "fuse_head_moves": Example(_heads, ((1, 16, 8),) * 3, ("fuse_attention", "fuse_reshape_transpose")),
+    "recognise_quantised": Example(_Stored, ((2, 8),), ("fuse_matmul_bias",)),
+    "hoist_quantise": Example(lambda x: _bytes(x.permute(0, 2, 1)), ((2, 3, 4),)),
+    "requantise": Example(_Integers, ((2, 8),)),
 }
 
 

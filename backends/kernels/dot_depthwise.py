@@ -166,6 +166,7 @@ def dot_depthwise(name: str, conv: Conv, source: str, plan: DotDepthwisePlan, fi
 
 
 def _narrower(dot: Dot, lanes: int) -> Dot:
+    assert dot.at is not None
     return dot if dot.lanes == lanes else dot.at(lanes)
 
 

@@ -42,7 +42,8 @@ def _torch_s(operator: Any) -> Callable[..., Any]:
 
 
 def _rounded(x: Tensor, inverse: Any, zero: Any, low: Any, high: Any, dtype: torch.dtype) -> Tensor:
-    return (torch.round(x * inverse) + zero).clamp(low, high).to(dtype)
+    steps: Tensor = (torch.round(x * inverse) + zero).clamp(low, high)
+    return steps.to(dtype)
 
 
 def _quantize(x: Tensor, scale: float, zero: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
