@@ -22,6 +22,7 @@ from .fuse_head_moves import fuse_head_moves
 from .fuse_matmul_bias import fuse_matmul_bias
 from .fuse_reshape_transpose import fuse_reshape_transpose
 from .gather_rows import gather_rows
+from .give_bytes import give_bytes
 from .hoist_quantise import hoist_quantise
 from .join_slices import join_slices
 from .merge_duplicates import merge_duplicates
@@ -34,7 +35,6 @@ from .recognise_channel_moves import recognise_channel_moves
 from .recognise_norms import recognise_norms
 from .recognise_quantised import recognise_quantised
 from .remove_dead import remove_dead
-from .requantise import requantise
 from .route_channels import route_channels
 from .simplify import simplify
 from .sink_moves import sink_moves
@@ -77,8 +77,8 @@ PASSES: tuple[Pass, ...] = (
     sink_row_moves,  # before fuse_head_moves, which takes up what reaches attention
     fuse_head_moves,  # after fuse_reshape_transpose: one permute an operand; what is left over, merge_duplicates merges
     recognise_quantised,  # after the fusions and the layouts: what is an integer takes up nothing any more
-    hoist_quantise,  # after recognise_quantised, whose products read what is rounded; before requantise
-    requantise,
+    hoist_quantise,  # after recognise_quantised, whose products read what is rounded; before give_bytes
+    give_bytes,
     merge_duplicates,  # again: moves of one head, or roundings, may have become equal
     fold_constants,  # again: fusions transpose weights and flatten biases by operators on constants
     skip_zero_blocks,  # behind the fusions, which know the products it hides, and the folding of weights it looks at

@@ -8,7 +8,7 @@
 
 q is in uint8 or int8 with a scale and zero point, and may pass through moves on the way; w8 is a constant with a scale
 for each row, or one for all, and zero points that leave w8 - zero in int8. Sums are exact where the model's own are
-rounded to float32, so that values rounded afterwards agree within a step. `requantise` then lets products give bytes.
+rounded to float32, so that values rounded afterwards agree within a step. `give_bytes` then lets products give bytes.
 
 Refused: machines without dot products of bytes and GPUs (float32 is as fast), NCHW, groups that are not depthwise,
 sums of more than 32 bits, biases and residuals that kernels do not take.

@@ -287,7 +287,7 @@ EXAMPLES: dict[str, Example] = {
     "fuse_head_moves": Example(_heads, ((1, 16, 8),) * 3, ("fuse_attention", "fuse_reshape_transpose")),
     "recognise_quantised": Example(_Stored, ((2, 8),), ("fuse_matmul_bias",)),
     "hoist_quantise": Example(lambda x: _bytes(x.permute(0, 2, 1)), ((2, 3, 4),)),
-    "requantise": Example(_Integers, ((2, 8),)),
+    "give_bytes": Example(_Integers, ((2, 8),)),
 }
 
 
