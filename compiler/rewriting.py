@@ -49,7 +49,8 @@ def rewrite(graph: fx.GraphModule, hw: Hardware, passes: Sequence[Pass], precisi
     early, late = divided(passes)
     wide, runs = pipeline.run(graph, hw, early)
     plan, notes = _decide(wide, hw, precision)
-    if plan.chosen and (reason := _gains_nothing(wide, hw, late, plan)) is not None:
+    trained = precision.method.activation == LEARNED  # what was trained is what is asked for, faster or not
+    if plan.chosen and not trained and (reason := _gains_nothing(wide, hw, late, plan)) is not None:
         log.warning("precision='int8': %s", reason)
         plan, notes = plan.without(plan.chosen, NOTHING_GAINED), (*notes, reason)
     return _joined(wide, hw, late, runs, plan, notes)
