@@ -92,8 +92,13 @@ def _gains_nothing(wide: fx.GraphModule, hw: Hardware, late: Sequence[Pass], pla
 
     What products of 8 bits cost beside themselves counts: fusions that float32 has, and they hide.
     """
+    from ..passes.dialect_sparse import sparse_linear
+
     apart = _seconds(wide, hw)
-    whole = _seconds(pipeline.run(wide, hw, late)[0], hw)
+    float32 = pipeline.run(wide, hw, late)[0]
+    if any(node.target is sparse_linear for node in float32.graph.nodes):
+        return None  # each product was weighed against skipping its zeros, which `apart` knows nothing of
+    whole = _seconds(float32, hw)
     if apart is None or whole is None or plan.tables.keys() & plan.chosen:
         return None  # nothing is known; or tables are smaller, which is gained in any case
     share = (apart - plan.seconds_gained) / whole

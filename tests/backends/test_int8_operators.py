@@ -146,10 +146,10 @@ def test_refusals() -> None:
     assert isinstance(refused, Refusal)
     assert "computed" in refused.reason
     grouped = (
-        *(integers(torch.uint8, 1, 4, 4, 8), 0, integers(torch.int8, 8, 1, 3, 3), torch.ones(8), None, None, 1.0, 0),
-        *([1, 1], [1, 1, 1, 1], [1, 1], 8, "none", [], 1.0, 0, None),
+        *(integers(torch.uint8, 1, 4, 4, 8), 0, integers(torch.int8, 8, 4, 3, 3), torch.ones(8), None, None, 1.0, 0),
+        *([1, 1], [1, 1, 1, 1], [1, 1], 2, "none", [], 1.0, 0, None),
     )
     node, _ = node_of(dialect_int8.qconv2d, grouped, {2, 3})
     refused = KERNELS[dialect_int8.qconv2d](node, detect())
     assert isinstance(refused, Refusal)
-    assert "8 groups" in refused.reason
+    assert "2 groups" in refused.reason

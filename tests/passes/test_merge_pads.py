@@ -52,6 +52,8 @@ def test_a_pad_goes_behind_what_keeps_zero(function):
         lambda x, w: F.conv2d(aten.constant_pad_nd(function(x), [1, 2, 0, 1], 0.0), w),
         [IMAGE.abs(), WEIGHT],
         merge_pads,
+        rtol=1.3e-6,  # where a row ends, PyTorch rounds an element otherwise than in a vector; rows are shorter now
+        atol=1e-6,
     )
 
 
