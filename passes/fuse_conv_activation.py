@@ -89,6 +89,9 @@ def _padding(pad: Any, padding: Sequence[int]) -> list[int] | None:
     amounts = [*p["pad"], 0, 0, 0, 0]
     left, right, top, bottom = amounts[:4]
     spatial = 2 * (len(rewrite.shape_of(pad)) - 2)
+    if 0 in rewrite.shape_of(p["self"]):
+        keep(log, pad, "PyTorch convolves no image without elements")
+        return None
     if p["value"] != 0 or any(n < 0 for n in amounts) or any(amounts[spatial:]):
         keep(log, pad, "a convolution pads the image, and with zeros")
         return None

@@ -60,6 +60,9 @@ def _gather(graph: fx.GraphModule, last: fx.Node) -> bool:
     if move.is_identity and memory.would_share(last, move.source):
         keep(log, last, "the graph returns what this copies from %s", move.source)
         return False
+    if memory.is_copied_apart(last):
+        keep(log, last, "the graph returns it, and what a reshape copies from it")
+        return False
     if move.is_identity:
         new = reshaped(graph, move.source, shape, last)
     else:

@@ -81,6 +81,13 @@ def is_apart(node: fx.Node, source: fx.Node) -> bool:
     return _surely_root(node) is not _surely_root(source)
 
 
+def is_copied_apart(node: fx.Node) -> bool:
+    """Whether the graph returns the result and a reshape that copies it: of a result in order that would be a view."""
+    if node.meta["val"].is_contiguous() or not escapes(node):
+        return False
+    return any(user.target in _MAY_VIEW and escapes(user) for user in node.users)
+
+
 def escapes(node: fx.Node) -> bool:
     """Whether the graph returns the memory of the result: the result itself, or a view of it."""
     waiting, seen = [node], {node}

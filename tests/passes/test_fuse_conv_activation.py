@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from rewriting import HW, assert_rewrite, assert_same_numbers, check_values, trace, trace_core
 
 from graphwright.compiler.pipeline import copy_graph
+from graphwright.compiler.reference import run_eager
 from graphwright.passes import dialect
 from graphwright.passes.families import restrict
 from graphwright.passes.fuse_conv_activation import fuse_conv_activation
@@ -287,3 +288,11 @@ def test_any_neighbourhood_keeps_its_numbers(steps, which, bias, dtype):
     check_values(graph, [x])
     assert_same_numbers(before, graph, [x], **CLOSE)
     assert fuse_conv_activation(graph, HW) == 0
+
+
+def test_the_padding_of_nothing_stays(caplog):
+    graph = trace_core(lambda x: F.conv1d(F.pad(x, (1, 1)), torch.ones(1, 1, 1)), [torch.randn(1, 1, 0)])
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        fuse_conv_activation(graph, HW)
+    assert "without elements" in caplog.text
+    assert run_eager(graph, [torch.randn(1, 1, 0)])[0].shape == (1, 1, 2)

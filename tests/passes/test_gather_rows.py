@@ -11,6 +11,7 @@ from rewriting import HW, assert_same_numbers, trace_core
 from windows import image, operators, rolled, windows
 
 from graphwright.compiler.pipeline import copy_graph
+from graphwright.compiler.reference import run_eager
 from graphwright.passes import dialect
 from graphwright.passes.gather_rows import gather_rows
 from graphwright.passes.refusals import recording
@@ -171,3 +172,19 @@ def test_a_roll_by_nothing_is_returned_as_a_copy():
     with recording() as refusals:
         assert gather_rows(graph, HW) == 0
     assert [r.reason for r in refusals] == ["the graph returns what this copies from arg0_1"]
+
+
+def test_windows_that_are_returned_with_a_copy_of_them_stay(caplog):
+    """A reshape copies windows that are a view; of gathered rows it would be a view itself."""
+
+    def model(x):
+        windows = torch.roll(x, (-1, -1), (1, 2)).view(2, 3, 2, 4, 2, 16).permute(0, 1, 3, 2, 4, 5)
+        return windows, windows.reshape(24, 4, 16)
+
+    x = torch.randn(2, 6, 8, 16)
+    graph = trace_core(model, [x], pre_dispatch=True)
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        gather_rows(graph, HW)
+    assert "what a reshape copies from it" in caplog.text
+    windows, copied = run_eager(graph, [x])
+    assert windows.untyped_storage().data_ptr() != copied.untyped_storage().data_ptr()
