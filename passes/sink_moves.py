@@ -225,6 +225,8 @@ def _rewrite(graph: fx.GraphModule, group: Group, carried: dict[fx.Node, Move]) 
             return twins.get(operand, operand)
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), twin)
+        if rewrite.calls(node, *_OF_ROWS) and "dim" in rewrite.arguments(node):
+            args, kwargs = (args[0], -1, *args[2:]), {k: v for k, v in kwargs.items() if k != "dim"}  # of another rank
         value = rewrite.packed(node.meta["val"], move.source)
         assert isinstance(node.target, rewrite.Operator), node
         new = rewrite.call(graph, node.target, args, kwargs, before=node, value=value)

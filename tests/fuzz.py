@@ -166,7 +166,9 @@ def _subject(program: Program, how: str) -> Subject | str:
     except CaptureError:
         return "refused"
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        # torch takes a reshape that copied for a view, once the copy is written to.
+        reason = f"{type(error).__name__}: {error}"
+        return "refused" if reason.startswith("ValueError: Cannot view a tensor") else reason
 
 
 def _reason(level: Level, subject: Subject) -> str:

@@ -203,3 +203,19 @@ def test_nobody_reads_it():
     graph = trace_core(model, [torch.randn(2, 2, 4)])
     sink_moves(graph, HW)
     assert sink_moves(graph, HW) == 0
+
+
+def test_rows_of_another_rank_keep_their_dim():
+    """Windows of an image have six dims, the image four: the last is meant in both."""
+
+    def model(x):
+        windows = x.view(3, 3, 2, 2, 2, 5).permute(0, 1, 3, 2, 4, 5)
+        back = F.log_softmax(windows, 5).permute(0, 1, 3, 2, 4, 5)
+        return back.reshape(3, 6, 4, 5)
+
+    x = torch.randn(3, 6, 4, 5)
+    graph = trace_core(model, [x], pre_dispatch=True)
+    fuse_reshape_transpose(graph, HW)
+    before = copy_graph(graph)
+    assert sink_moves(graph, HW) == 1
+    assert_same_numbers(before, graph, [x])
