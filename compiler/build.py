@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
@@ -89,7 +88,7 @@ def build(
         return _build_gpu(Built(_NO_PLAN, rewritten, made.runs, made.precisions, made.notes), hw, directory, clock)
     try:
         with choosing(choices or Choices()):
-            parts, lowered = _lower(rewritten, hw, memory_limit, left_out or {})
+            parts, lowered = _lower(rewritten, hw, memory_limit, left_out)
         clock.stage("lowering")
         info = library.build([r.program for r in lowered], hw, directory) if lowered else None
         clock.stage("code")
@@ -201,7 +200,7 @@ def _lower(
     graph: fx.GraphModule,
     hw: Hardware,
     memory_limit: int | None = None,
-    left_out: Mapping[str, str] = MappingProxyType({}),
+    left_out: Mapping[str, str] | None = None,
 ) -> tuple[Partition, list[Any]]:
     """Partition and lower; an operator whose lowering fails is left to PyTorch, and the rest is tried again.
 
@@ -210,6 +209,7 @@ def _lower(
     from ..backends.lowering.arrange import arrange
     from ..backends.lowering.graph import LoweringError, Region, lower, why_not
 
+    left_out = left_out or {}
     failed = {node: left_out[node.name] for node in graph.graph.nodes if node.name in left_out}
     while True:
         parts = partition(graph, lambda node: failed.get(node) or why_not(node, hw))

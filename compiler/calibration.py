@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import InputError, suggest
@@ -87,6 +88,20 @@ def inputs_of(example: Example | None, calibration: Any, signature: Signature) -
                     f"model is compiled for {spec.dtype} of shape {tuple(spec.shape)}"
                 )
     return Inputs(first, tuple(samples))
+
+
+def run_in_evaluation(model: nn.Module, calibration: Iterable[Any]) -> None:
+    """Call the model with each element of `calibration`, without gradients; afterwards its modes are as before."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            for given in calibration:
+                args, kwargs = arguments(given)
+                model(*args, **kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _unstacked(stacked: Mapping[str, Any], specs: Sequence[TensorSpec]) -> list[list[torch.Tensor]]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .capture import arguments
+from .calibration import run_in_evaluation
 
 IMPORTANCE = ("magnitude", "wanda", "hessian")
 DAMPING = 0.01  # of H's mean diagonal, added to it: SparseGPT's
@@ -63,18 +63,11 @@ def observe(
         return hook
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
-            for given in calibration:
-                args, kwargs = arguments(given)
-                model(*args, **kwargs)
+        run_in_evaluation(model, calibration)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     return {name: total / max(1, rows[name]) for name, total in sums.items()}
 
 

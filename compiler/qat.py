@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import InputError, suggest
 from ..hwdb import Target, compile_target
 from .build import default_passes
+from .calibration import run_in_evaluation
 from .capture import arguments, capture, export, parameters_of
 from .int8_method import LEARNED, Method
 from .learned_steps import ValueStep, WeightSteps
@@ -111,7 +112,7 @@ def prepare_qat(model: nn.Module, calibration: Iterable[Any] = (), *, keep: Sequ
         module.__class__ = _QAT[type(module)]
         module.value_step, module.weight_steps = ValueStep(), WeightSteps(module.weight)
         module.train(module.training)
-    _calibrate(prepared, calibration)
+    run_in_evaluation(prepared, calibration)
     return prepared
 
 
@@ -141,19 +142,6 @@ def convert(model: nn.Module, example_inputs: Any, *, target: Target = "native")
     )
     made.graph.recompile()
     return Quantized(made.graph, captured.signature, report)
-
-
-def _calibrate(model: nn.Module, calibration: Iterable[Any]) -> None:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            for given in calibration:
-                args, kwargs = arguments(given)
-                model(*args, **kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _bounded(model: nn.Module) -> nn.Module:

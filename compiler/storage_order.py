@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..passes.memory import views
+from ..passes.memory import surely_views
 
 aten = torch.ops.aten
-_MAY_COPY = frozenset({aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints})
 
 
 def settle_storage_order(graph: fx.Graph) -> None:
@@ -31,7 +30,7 @@ def _settle(graph: fx.Graph, node: fx.Node) -> None:
     _, size, stride = node.args[:3]
     given = node.args[3] if len(node.args) > 3 else node.kwargs.get("storage_offset")
     start = source.meta["val"].storage_offset() if given is None else given
-    while views(source) and source.target not in _MAY_COPY:
+    while surely_views(source):
         source = source.args[0]
     value = source.meta["val"]
     order = sorted(range(value.dim()), key=lambda d: (-value.stride(d), value.shape[d] == 1))

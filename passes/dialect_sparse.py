@@ -8,42 +8,12 @@ blocks. W is stored whole: the body is that of `linear`, and the kernel packs wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
 from . import dialect
-
-
-def _sparse_linear(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    activation_args: Sequence[float],
-    blocks: Sequence[int],
-) -> Tensor:
-    result: Tensor = dialect.linear(input, weight, bias, residual, activation, activation_args)
-    return result
-
-
-def _sparse_linear_fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    activation_args: Sequence[float],
-    blocks: Sequence[int],
-) -> Tensor:
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
-
 
 sparse_linear = dialect.define(
     "sparse_linear",
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str activation, float[] activation_args, "
     "int[] blocks) -> Tensor",
-    _sparse_linear,
-    _sparse_linear_fake,
+    lambda *operands: dialect.linear(*operands[:-1]),
+    lambda input, weight, *_: input.new_empty((*input.shape[:-1], weight.shape[0])),
 )

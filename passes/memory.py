@@ -58,6 +58,11 @@ def in_order(target: object, args: Sequence[Any]) -> Sequence[Any]:
     return tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args)
 
 
+def surely_views(node: fx.Node) -> bool:
+    """Whether the result lies in the memory of the first operand, whatever the strides."""
+    return views(node) and node.target not in _MAY_VIEW
+
+
 def root(node: fx.Node) -> fx.Node:
     """The node whose memory the result may lie in."""
     while views(node):

@@ -16,7 +16,7 @@ from ...hwdb.cost import Work
 from ...passes import dialect
 from ...passes.rewrite import shape_of
 from ..kernels.attention_plan import problem
-from ..lowering.kernels_matmul import bind, mask_shape, refuse_dtypes, refuse_large
+from ..lowering.kernels_matmul import bind, mask_shape, refuse_dtypes, refuse_large, torch_attention
 from ..lowering.registry import Kernel, KernelCall, Refusal
 from .attention import attention, plan_attention
 
@@ -30,14 +30,11 @@ def _dialect_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
 
 
 def _aten_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
-    q, k, v, mask, dropout, causal, scale, grouped = bind(node)
-    if dropout:
-        return Refusal(f"dropout of {dropout}")
-    heads = [shape_of(operand)[-3:-2] for operand in (q, k, v)]
-    if not grouped and (heads[0] != heads[1] or heads[1] != heads[2]):
-        return Refusal(f"head counts {heads} broadcast")
-    depth = shape_of(q)[-1]
-    return _attention(node, hw, (q, k, v), mask, causal, depth**-0.5 if scale is None and depth else scale, None)
+    operands = torch_attention(node)
+    if isinstance(operands, Refusal):
+        return operands
+    q, k, v, mask, causal, scale = operands
+    return _attention(node, hw, (q, k, v), mask, causal, scale, None)
 
 
 def _attention(

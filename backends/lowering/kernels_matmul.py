@@ -274,6 +274,12 @@ def dialect_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
 @kernel_for(aten.scaled_dot_product_attention.default)
 def scaled_dot_product_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """torch's attention without dropout."""
+    operands = torch_attention(node)
+    return operands if isinstance(operands, Refusal) else _attention(node, hw, *operands)
+
+
+def torch_attention(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, fx.Node | None, bool, float] | Refusal:
+    """q, k, v, mask, causal and scale of torch's attention, as kernels take them."""
     q, k, v, mask, dropout, causal, scale, grouped = bind(node)
     if dropout:
         return Refusal(f"dropout of {dropout}")
@@ -281,7 +287,7 @@ def scaled_dot_product_attention(node: fx.Node, hw: Hardware) -> KernelCall | Re
     if not grouped and (heads[0] != heads[1] or heads[1] != heads[2]):
         return Refusal(f"head counts {heads} broadcast")
     depth = shape_of(q)[-1]
-    return _attention(node, hw, q, k, v, mask, causal, depth**-0.5 if scale is None and depth else scale)
+    return q, k, v, mask, causal, depth**-0.5 if scale is None and depth else scale
 
 
 def _attention(

@@ -47,9 +47,8 @@ def test_a_wrong_pass_is_named_with_its_node() -> None:
         verify.verify_model(Gate().eval(), torch.randn(3, 6), passes=passes)
 
 
-def test_an_operator_of_wrong_machine_code_is_named_and_left_to_pytorch(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.fixture
+def wrong_sine(monkeypatch: pytest.MonkeyPatch) -> None:
     right = operators.LOWERINGS[aten.sin.default]
 
     def wrong(out: Any, x: Any) -> Any:
@@ -58,6 +57,10 @@ def test_an_operator_of_wrong_machine_code_is_named_and_left_to_pytorch(
         return te.compute(x.shape, lambda *i: right.compute(out, x)(*i) + te.const(0.25, out.dtype), name="wrong")
 
     monkeypatch.setitem(operators.LOWERINGS, aten.sin.default, registry.Lowering(wrong, right.can))
+
+
+@pytest.mark.usefixtures("wrong_sine")
+def test_an_operator_of_wrong_machine_code_is_named_and_left_to_pytorch(caplog: pytest.LogCaptureFixture) -> None:
 
     def model(x: torch.Tensor) -> torch.Tensor:
         return (x.cos() + 1).sin().exp()
@@ -73,19 +76,12 @@ def test_an_operator_of_wrong_machine_code_is_named_and_left_to_pytorch(
     assert "report it with the operator and its shapes" in caplog.text
 
 
+@pytest.mark.usefixtures("wrong_sine")
 def test_where_no_single_operator_is_to_blame_the_whole_model_is_left_to_pytorch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They differ in the model, and in none of the probes."""
     monkeypatch.setattr(verify, "_first_wrong", lambda *_: None)
-    right = operators.LOWERINGS[aten.sin.default]
-
-    def wrong(out: Any, x: Any) -> Any:
-        from tvm import te
-
-        return te.compute(x.shape, lambda *i: right.compute(out, x)(*i) + te.const(0.25, out.dtype), name="wrong")
-
-    monkeypatch.setitem(operators.LOWERINGS, aten.sin.default, registry.Lowering(wrong, right.can))
     x = torch.randn(5)
     compiled = graphwright.compile(lambda x: x.sin().exp(), (x,), cache=False)
     torch.testing.assert_close(compiled(x), x.sin().exp())
