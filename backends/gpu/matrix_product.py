@@ -22,8 +22,8 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
-from ..kernels.loops import Shape, kernel_function, span
-from .product import Finish, finish_vector, flat_result
+from ..kernels.loops import Shape, span
+from .product import Finish, finish_vector, flat_result, tiled
 from .stage import Operand, Stage
 from .tile import BYTES_PER_CYCLE, LANES, STEP_CYCLES
 
@@ -87,21 +87,12 @@ def matrix_product(
 ) -> Any:
     """As `product.product`; `dtype` is what operands are rounded to."""
 
-    def body(*buffers: Any) -> None:
-        down, across = ceil(rows / tile.rows), ceil(columns / tile.columns)
-        with (
-            T.launch_thread("blockIdx.x", batch * down * across) as block,
-            T.launch_thread("threadIdx.x", tile.threads) as thread,
-        ):
-            number = tirx.floordiv(block, down * across) if batch > 1 else 0
-            first_row = tirx.floormod(block, down) * tile.rows
-            first_column = tirx.floormod(tirx.floordiv(block, down), across) * tile.columns
-            left, right, finish = parts(buffers[:-1], buffers[-1], number)
-            sums = _Block(tile, dtype, left, right, (first_row, first_column), thread)
-            sums.add_up()
-            sums.store(finish, flat_result(buffers[-1]), (rows, columns))
+    def block(left: Operand, right: Operand, finish: Finish, out: Any, first: tuple[Any, Any], thread: Any) -> None:
+        sums = _Block(tile, dtype, left, right, first, thread)
+        sums.add_up()
+        sums.store(finish, flat_result(out), (rows, columns))
 
-    return kernel_function(name, operands, [out], body)
+    return tiled(name, tile, batch, (rows, columns), operands, out, parts, block)
 
 
 class _Block:

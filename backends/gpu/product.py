@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Any
+from typing import Any, Protocol
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
@@ -29,6 +29,17 @@ from ..kernels.epilogue import apply_activation
 from ..kernels.loops import Shape, constant, kernel_function, span
 from .stage import Operand, Stage
 from .tile import LANES, Tile
+
+
+class Tiled(Protocol):
+    """What a block makes of a result, with how many threads."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -58,17 +69,35 @@ def product(
     `parts(buffers, out, number)` says how product `number` of the batch is read and finished.
     """
 
+    def block(left: Operand, right: Operand, finish: Finish, out: Any, first: tuple[Any, Any], thread: Any) -> None:
+        _block(tile, left, right, finish, out, (rows, columns), first, thread)
+
+    return tiled(name, tile, batch, (rows, columns), operands, out, parts, block)
+
+
+def tiled(
+    name: str,
+    tile: Tiled,
+    batch: int,
+    extents: tuple[int, int],
+    operands: Sequence[Shape],
+    out: Shape,
+    parts: Callable[[Sequence[Any], Any, Any], tuple[Operand, Operand, Finish]],
+    block: Callable[[Operand, Operand, Finish, Any, tuple[Any, Any], Any], None],
+) -> Any:
+    """The kernel that calls `block` for every tile of every product, at the first row and column it has."""
+
     def body(*buffers: Any) -> None:
-        down, across = ceil(rows / tile.rows), ceil(columns / tile.columns)
+        down, across = ceil(extents[0] / tile.rows), ceil(extents[1] / tile.columns)
         with (
-            T.launch_thread("blockIdx.x", batch * down * across) as block,
+            T.launch_thread("blockIdx.x", batch * down * across) as place,
             T.launch_thread("threadIdx.x", tile.threads) as thread,
         ):
-            number = tirx.floordiv(block, down * across) if batch > 1 else 0
-            first_row = tirx.floormod(block, down) * tile.rows
-            first_column = tirx.floormod(tirx.floordiv(block, down), across) * tile.columns
+            number = tirx.floordiv(place, down * across) if batch > 1 else 0
+            first_row = tirx.floormod(place, down) * tile.rows
+            first_column = tirx.floormod(tirx.floordiv(place, down), across) * tile.columns
             left, right, finish = parts(buffers[:-1], buffers[-1], number)
-            _block(tile, left, right, finish, buffers[-1], (rows, columns), (first_row, first_column), thread)
+            block(left, right, finish, buffers[-1], (first_row, first_column), thread)
 
     return kernel_function(name, operands, [out], body)
 
