@@ -19,14 +19,14 @@ from .errors import (
 if TYPE_CHECKING:
     from .compiler.api import compile as compile
     from .compiler.compiled import Compiled as Compiled
+    from .compiler.compression.prune import KeptZeros as KeptZeros
+    from .compiler.compression.prune import keep_zeros as keep_zeros
+    from .compiler.compression.prune import prune as prune
+    from .compiler.compression.qat import convert as convert
+    from .compiler.compression.qat import prepare_qat as prepare_qat
+    from .compiler.compression.quantize import Quantized as Quantized
+    from .compiler.compression.quantize import quantize as quantize
     from .compiler.loading import load as load
-    from .compiler.prune import KeptZeros as KeptZeros
-    from .compiler.prune import keep_zeros as keep_zeros
-    from .compiler.prune import prune as prune
-    from .compiler.qat import convert as convert
-    from .compiler.qat import prepare_qat as prepare_qat
-    from .compiler.quantize import Quantized as Quantized
-    from .compiler.quantize import quantize as quantize
 
 __version__ = "0.1.0"
 
@@ -34,14 +34,14 @@ __version__ = "0.1.0"
 _LAZY = {
     "compile": ("compiler.api", "compile"),
     "load": ("compiler.loading", "load"),
-    "KeptZeros": ("compiler.prune", "KeptZeros"),
-    "convert": ("compiler.qat", "convert"),
-    "keep_zeros": ("compiler.prune", "keep_zeros"),
-    "prepare_qat": ("compiler.qat", "prepare_qat"),
-    "prune": ("compiler.prune", "prune"),
+    "KeptZeros": ("compiler.compression.prune", "KeptZeros"),
+    "convert": ("compiler.compression.qat", "convert"),
+    "keep_zeros": ("compiler.compression.prune", "keep_zeros"),
+    "prepare_qat": ("compiler.compression.qat", "prepare_qat"),
+    "prune": ("compiler.compression.prune", "prune"),
     "Compiled": ("compiler.compiled", "Compiled"),
-    "Quantized": ("compiler.quantize", "Quantized"),
-    "quantize": ("compiler.quantize", "quantize"),
+    "Quantized": ("compiler.compression.quantize", "Quantized"),
+    "quantize": ("compiler.compression.quantize", "quantize"),
 }
 
 __all__ = [

@@ -23,7 +23,7 @@ from typing import Any
 
 import graphwright
 from graphwright.backends.aot import codegen, toolchain
-from graphwright.compiler import zoo
+from graphwright.compiler.benchmarking import zoo
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "docs" / "measurements" / "arm.json"

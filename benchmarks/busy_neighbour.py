@@ -24,8 +24,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 import graphwright
-from graphwright.compiler import zoo
-from graphwright.compiler.bench import settle
+from graphwright.compiler.benchmarking import zoo
+from graphwright.compiler.benchmarking.bench import settle
 
 SPIN = "import os, sys; len(sys.argv) > 1 and os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
 CALLS = 20

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 import graphwright
-from graphwright.compiler import zoo
+from graphwright.compiler.benchmarking import zoo
 
 MODELS = ("resnet18", "resnet50", "mobilenetv2", "bert", "gpt2", "vit")
 WARM_UP, CALLS = 10, 50

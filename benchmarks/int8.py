@@ -28,8 +28,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import graphwright
-from graphwright.compiler import zoo
-from graphwright.compiler.bench import Runner, interleave, onnxruntime, openvino
+from graphwright.compiler.benchmarking import zoo
+from graphwright.compiler.benchmarking.bench import Runner, interleave, onnxruntime, openvino
 
 SAMPLES = 8
 ROUNDS = 15

@@ -23,7 +23,7 @@ import torch
 from random_layers import Case, draw
 
 import graphwright
-from graphwright.compiler.bench import eager, interleave
+from graphwright.compiler.benchmarking.bench import eager, interleave
 from graphwright.compiler.reference import relative_l2
 
 SHORT_MS = 0.02

@@ -32,7 +32,7 @@ import torch
 from torch import fx
 
 import graphwright
-from graphwright.compiler import bench, zoo
+from graphwright.compiler.benchmarking import bench, zoo
 from graphwright.compiler.capture import arguments, capture, export, parameters_of
 from graphwright.compiler.reference import relative_l2
 from graphwright.hwdb import Hardware

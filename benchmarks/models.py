@@ -17,8 +17,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from pathlib import Path
 
-from graphwright.compiler import bench_models
-from graphwright.compiler.bench_worker import Subject
+from graphwright.compiler.benchmarking import models as bench_models
+from graphwright.compiler.benchmarking.worker import Subject
 from graphwright.hwdb import detect
 
 MEASUREMENTS = Path(__file__).parent.parent / "docs" / "measurements"

@@ -167,7 +167,7 @@ def measure(nodes: int) -> dict[str, object]:
 
 def share(model: str) -> dict[str, float]:
     """The passes' part of compiling a model of the zoo, verification left out."""
-    from graphwright.compiler.model_argument import load_model
+    from graphwright.compiler.commands.model_argument import load_model
 
     loaded, examples = load_model(model, ())
     report = graphwright.compile(loaded, examples, cache=False, verify=False).report()

@@ -17,7 +17,7 @@ import torch
 
 import graphwright
 from graphwright import hwdb
-from graphwright.compiler import zoo
+from graphwright.compiler.benchmarking import zoo
 from graphwright.compiler.capture import capture, export
 from graphwright.compiler.reference import relative_l2, run_float64
 

@@ -22,8 +22,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from graphwright.compiler import bench_models, zoo
-from graphwright.compiler.predict import Predictor
+from graphwright.compiler.benchmarking import models as bench_models
+from graphwright.compiler.benchmarking import zoo
+from graphwright.compiler.prediction.predict import Predictor
 from graphwright.hwdb import Hardware, detect
 from graphwright.hwdb.loader import database
 

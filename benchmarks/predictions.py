@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import graphwright
-from graphwright.compiler import bench, bench_models, zoo
+from graphwright.compiler.benchmarking import bench, zoo
+from graphwright.compiler.benchmarking import models as bench_models
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- begin predictions -->", "<!-- end predictions -->"

@@ -17,8 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from graphwright.compiler import zoo
-from graphwright.compiler.predict import Prediction, Predictor, precision_dtype
+from graphwright.compiler.benchmarking import zoo
+from graphwright.compiler.prediction.predict import Prediction, Predictor, precision_dtype
 from graphwright.hwdb import lookup
 
 try:

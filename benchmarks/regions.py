@@ -23,7 +23,7 @@ from region_graphs import Graph, graphs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphwright
-from graphwright.compiler import bench
+from graphwright.compiler.benchmarking import bench
 from graphwright.compiler.reference import relative_l2
 
 Inputs = tuple[torch.Tensor, ...]

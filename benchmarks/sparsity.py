@@ -27,8 +27,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 import graphwright
-from graphwright.compiler import zoo
-from graphwright.compiler.bench import Runner, interleave
+from graphwright.compiler.benchmarking import zoo
+from graphwright.compiler.benchmarking.bench import Runner, interleave
 from graphwright.compiler.compiled import Compiled
 
 ROWS = ("bert:16x16:0.75", "bert:4x16:0.75", "bert:1x16:0.75", "bert:16x16:0.5", "llama-decode:16x16:0.75")

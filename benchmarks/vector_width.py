@@ -17,8 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import graphwright
-from graphwright.compiler import zoo
-from graphwright.compiler.bench import settle
+from graphwright.compiler.benchmarking import zoo
+from graphwright.compiler.benchmarking.bench import settle
 from graphwright.hwdb import Hardware, detect, lookup
 
 MODELS = ("resnet18", "resnet50", "mobilenetv2", "bert")

@@ -20,7 +20,7 @@ from .assemble import assemble
 from .calibration import check_options
 from .capture import Model, arguments, example_of, export, parameters_of
 from .compiled import Compiled
-from .int8_method import DEFAULT, Method, int8_method
+from .compression.int8_method import DEFAULT, Method, int8_method
 from .memory_limit import with_memory_limit
 from .pass_checks import Pass
 from .precision import GPU_PRECISIONS, check_precision

@@ -16,9 +16,9 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import GraphwrightError, InputError
-from .cli_calibrate import calibrate
-from .cli_hardware import hardware
-from .cli_predict import predict
+from .commands.calibrate import calibrate
+from .commands.hardware import hardware
+from .commands.predict import predict
 
 MODEL_HELP = (
     "A .pt2 file, module:factory (the factory returns a model or (model, example_inputs)), or an example model."
@@ -171,8 +171,8 @@ def run(
 ) -> None:
     """Run a compiled artifact on given inputs, or on noise, and print its results and the time of a call."""
     with progress(f"loading {artifact}"):
+        from .commands.run_artifact import run_artifact
         from .loading import load
-        from .run_artifact import run_artifact
 
         compiled = load(artifact, threads=threads)
     for line in run_artifact(compiled, input, output, repeat):
@@ -190,8 +190,8 @@ def run_remote(
 ) -> None:
     """Run a bundle on a board by ssh: copy it there once, time it, and bring the results back."""
     with progress(f"running {bundle} on {host}"):
-        from .run_artifact import write_results
-        from .run_remote import run_remote as call
+        from .commands.run_artifact import write_results
+        from .commands.run_remote import run_remote as call
 
         done = call(host, bundle, input, repeat, threads)
     typer.echo(f"copied {done.copied_bytes} bytes" if done.copied_bytes else "the bundle was there already")
@@ -213,8 +213,8 @@ def bench(
     """Time MODEL beside other runtimes: interleaved rounds, equal threads, a process for each."""
     if input and len(models) > 1:
         raise InputError("--input belongs to one MODEL; give several models only where each brings its own inputs")
-    from .bench_models import bench_models, check_peers
-    from .bench_worker import Subject
+    from .benchmarking.models import bench_models, check_peers
+    from .benchmarking.worker import Subject
 
     peers = [peer for peer in against.split(",") if peer]
     check_peers(peers)
@@ -241,7 +241,7 @@ def explain(
     """Print the graph before and after each pass, the choices made and their reasons, and predicted costs."""
     _check_page("--html", html)
     with progress(f"explaining {model} for {target}"):
-        from .explain import explained
+        from .explaining.explain import explained
 
         loaded, examples = _load(model, input)
         fusions = _names(kernel_fusion)
@@ -289,7 +289,7 @@ def doctor(
 ) -> None:
     """Check what is installed, and which targets can be built and run here; exit 1 where something is broken."""
     with progress("checking this installation"):
-        from .doctor import examine
+        from .commands.doctor import examine
 
         findings = examine()
     if as_json:
@@ -332,13 +332,13 @@ def _names(given: str | None) -> list[str] | None:
 
 
 def _load(model: str, inputs: list[str] | None) -> tuple[Any, Any]:
-    from .model_argument import load_model
+    from .commands.model_argument import load_model
 
     return load_model(model, inputs or ())
 
 
 def _arrays(file: Path) -> dict[str, Any]:
-    from .run_artifact import arrays
+    from .commands.run_artifact import arrays
 
     return arrays(file, "--calibration")
 

@@ -23,7 +23,7 @@ from torch import fx
 from ..errors import GraphwrightError, InputError, suggest
 from ..hwdb import Hardware
 from . import compare
-from .int8_method import DEFAULT, Method
+from .compression.int8_method import DEFAULT, Method
 from .pipeline import PassRun, copy_graph
 from .reference import run_eager
 from .sensitivity import error_of, sensitivities

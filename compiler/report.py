@@ -134,7 +134,7 @@ class Report:
 
     def damage_page(self, title: str) -> str:
         """The ranking as a plot, and what stays float32: an HTML page that needs nothing but a browser."""
-        from .damage_page import page
+        from .compression.damage_page import page
 
         return page(self, title)
 

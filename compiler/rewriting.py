@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from ..hwdb import Hardware
-from . import int8_plan, pipeline
-from .int8_method import LEARNED
+from . import pipeline
+from .compression import int8_plan
+from .compression.int8_method import LEARNED
 from .pass_checks import Pass
 from .precision import MARGIN, Precision, Sample, check_tolerance, reduce
 
@@ -112,8 +113,8 @@ def _gains_nothing(wide: fx.GraphModule, hw: Hardware, late: Sequence[Pass], pla
 
 def _seconds(graph: fx.GraphModule, hw: Hardware) -> float | None:
     """Predicted seconds of the whole graph in float32; None where the machine's rates are unknown."""
-    from .predict import operation_times
-    from .workload import workload
+    from .prediction.predict import operation_times
+    from .prediction.workload import workload
 
     times = operation_times(workload(graph), hw, "float32")
     return None if times is None else sum(time.seconds for time in times)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import graphwright
-from graphwright.compiler import bench, zoo
+from graphwright.compiler.benchmarking import bench, zoo
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ def test_the_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     expected = {"graphwright/__init__.py", "graphwright/errors.py", "graphwright/py.typed"}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in {".py", ".toml", ".c", ".h"}:
+            if path.suffix in {".py", ".toml", ".c", ".h", ".html"}:
                 expected.add(f"graphwright/{path.relative_to(ROOT).as_posix()}")
     assert expected <= names
     assert not [n for n in names if n.startswith(("graphwright/tests", "graphwright/benchmarks", "tests"))]

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphwright.compiler import bench, bench_models
-from graphwright.compiler.bench_models import Row
-from graphwright.compiler.bench_worker import Failed, Subject, Task, Worker
+from graphwright.compiler.benchmarking import bench
+from graphwright.compiler.benchmarking import models as bench_models
+from graphwright.compiler.benchmarking.models import Row
+from graphwright.compiler.benchmarking.worker import Failed, Subject, Task, Worker
 from graphwright.errors import GraphwrightError
 
 

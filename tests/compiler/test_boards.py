@@ -14,7 +14,7 @@ from torch import nn
 
 import graphwright
 from graphwright.backends.aot import elf
-from graphwright.compiler import zoo
+from graphwright.compiler.benchmarking import zoo
 from graphwright.hwdb import lookup
 
 # Boards, with the processor that QEMU has nearest to theirs: never one with more instructions.

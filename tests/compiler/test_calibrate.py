@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from graphwright import hwdb
 from graphwright.compiler.cli import app
-from graphwright.compiler.measure_host import level_footprints, measure
+from graphwright.compiler.commands.measure_host import level_footprints, measure
 from graphwright.hwdb import host, measured
 
 

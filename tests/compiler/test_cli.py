@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import graphwright
 from graphwright import hwdb
-from graphwright.compiler import doctor
 from graphwright.compiler.cli import app
-from graphwright.compiler.model_argument import load_model, parse_input
+from graphwright.compiler.commands import doctor
+from graphwright.compiler.commands.model_argument import load_model, parse_input
 from graphwright.errors import ArtifactError, CaptureError, GraphwrightError, InputError
 
 FACTORIES = """

@@ -20,10 +20,10 @@ from torch import fx, nn
 from typer.testing import CliRunner
 
 from graphwright.compiler.cli import app
-from graphwright.compiler.explain import Explanation, explained
-from graphwright.compiler.graph_drawing import GAP, HEIGHT, LONGEST, draw
+from graphwright.compiler.explaining.explain import Explanation, explained
+from graphwright.compiler.explaining.graph_drawing import GAP, HEIGHT, LONGEST, draw
+from graphwright.compiler.explaining.trail import Trail
 from graphwright.compiler.pipeline import run
-from graphwright.compiler.trail import Trail
 from graphwright.passes.default import PASSES
 from graphwright.passes.fuse_conv_activation import fuse_conv_activation
 from graphwright.passes.fuse_reshape_transpose import fuse_reshape_transpose

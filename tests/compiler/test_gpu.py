@@ -14,7 +14,8 @@ from torch import nn
 import graphwright
 from graphwright.backends.gpu import cuda, evidence, lower, rocm
 from graphwright.backends.gpu.launches import Description
-from graphwright.compiler import artifact, doctor
+from graphwright.compiler import artifact
+from graphwright.compiler.commands import doctor
 from graphwright.errors import ArtifactError, GraphwrightError, InputError, ToolMissing, UnknownTarget, UnsupportedOp
 
 CUDA_MACHINE, AMD_MACHINE = 190, 224  # of ELF files; llvm/BinaryFormat/ELF.h

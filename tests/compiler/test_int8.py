@@ -11,8 +11,8 @@ from torch import nn
 import graphwright
 from graphwright.compiler import compare, pipeline
 from graphwright.compiler.capture import capture, export
-from graphwright.compiler.int8_method import Method
-from graphwright.compiler.int8_plan import plan_int8
+from graphwright.compiler.compression.int8_method import Method
+from graphwright.compiler.compression.int8_plan import plan_int8
 from graphwright.errors import InputError
 from graphwright.hwdb import detect
 from graphwright.passes.default import PASSES

@@ -9,7 +9,7 @@ import pytest
 
 import graphwright
 from graphwright.backends.aot import codegen
-from graphwright.compiler import zoo
+from graphwright.compiler.benchmarking import zoo
 
 # Instructions of 64-bit Arm that came after its first version: of int8 and float16 arithmetic, of atomics, of SVE.
 LATER = r"\b(sdot|udot|usdot|smmla|ummla|bfdot|bfmmla|sqrdmlah|ldadd\w*|swp\w*|cas\w*)\s|\bz\d+\.|"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import graphwright
-from graphwright.compiler import zoo
+from graphwright.compiler.benchmarking import zoo
 
 
 def check(model: nn.Module, inputs: Any, left: set[str] = frozenset()) -> Any:  # type: ignore[assignment]

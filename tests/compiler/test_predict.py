@@ -13,11 +13,12 @@ import torch
 from typer.testing import CliRunner
 
 from graphwright import hwdb
-from graphwright.compiler import predict, predict_page
 from graphwright.compiler.capture import capture, export
 from graphwright.compiler.cli import app
-from graphwright.compiler.predict_accelerator import Accelerated
-from graphwright.compiler.workload import Operation, Product, Workload, workload
+from graphwright.compiler.prediction import page as predict_page
+from graphwright.compiler.prediction import predict
+from graphwright.compiler.prediction.accelerator import Accelerated
+from graphwright.compiler.prediction.workload import Operation, Product, Workload, workload
 from graphwright.errors import CaptureError, InputError
 
 
@@ -188,7 +189,7 @@ def test_gpus_are_predicted_without_tvm():
     code = """
 import sys, torch
 from graphwright import hwdb
-from graphwright.compiler.predict import Predictor
+from graphwright.compiler.prediction.predict import Predictor
 found = Predictor(torch.nn.Linear(64, 64), (torch.randn(4, 64),))
 rows = [found.predict(hwdb.lookup(name)) for name in ("rtx-4090", "mi300x", "tpu-v5e")]
 assert all(row.milliseconds for row in rows)

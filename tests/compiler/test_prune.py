@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import graphwright
-from graphwright.compiler import importance
-from graphwright.compiler.sparsity_patterns import PATTERNS, as_matrix, from_matrix
+from graphwright.compiler.compression import importance
+from graphwright.compiler.compression.sparsity_patterns import PATTERNS, as_matrix, from_matrix
 from graphwright.errors import InputError
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphwright
-from graphwright.compiler.learned_steps import HIGHEST, MIDDLE, ValueStep, WeightSteps
+from graphwright.compiler.compression.learned_steps import HIGHEST, MIDDLE, ValueStep, WeightSteps
 from graphwright.errors import InputError
 from graphwright.hwdb import detect, lookup
 

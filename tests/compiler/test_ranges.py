@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from graphwright.compiler.ranges import BINS, METHODS, Seen
+from graphwright.compiler.compression.ranges import BINS, METHODS, Seen
 
 
 def seen(x: torch.Tensor) -> Seen:

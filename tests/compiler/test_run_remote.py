@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import graphwright
 from graphwright.compiler.cli import app
-from graphwright.compiler.run_remote import run_remote
+from graphwright.compiler.commands.run_remote import run_remote
 from graphwright.errors import ArtifactError, GraphwrightError, InputError
 
 # ssh -o BatchMode=yes HOST SCRIPT: the script runs in a directory that is the board's home.

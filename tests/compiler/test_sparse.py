@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import graphwright
-from graphwright.compiler.explain import explain
+from graphwright.compiler.explaining.explain import explain
 from graphwright.hwdb import detect, lookup
 
 

@@ -7,7 +7,7 @@ import torch
 
 import graphwright
 from graphwright import hwdb
-from graphwright.compiler.explain import explain
+from graphwright.compiler.explaining.explain import explain
 from graphwright.errors import UnknownTarget
 from graphwright.hwdb import loader
 

@@ -14,7 +14,7 @@ import graphwright
 from graphwright.backends.choices import Choices, Decision, choosing, noting, pick
 from graphwright.backends.lowering.registry import KernelInfo
 from graphwright.compiler import tune
-from graphwright.compiler.explain import explain
+from graphwright.compiler.explaining.explain import explain
 from graphwright.compiler.report import Report
 from graphwright.errors import InputError
 from graphwright.hwdb import detect

@@ -44,6 +44,6 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
         return Block().eval(), (torch.randn(2, 24, 64),)
     if name == "several":
         return Several().eval(), (torch.randn(5, 70), torch.tensor([4, 0, 3, 3, 1]))
-    from graphwright.compiler import zoo
+    from graphwright.compiler.benchmarking import zoo
 
     return zoo.build(name, small=True)

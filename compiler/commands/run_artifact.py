@@ -1,0 +1,114 @@
+"""`graphwright run`: call a loaded artifact on inputs from a .npz file, or on noise, and time it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy
+import torch
+from torch.utils import _pytree as pytree
+
+from ...errors import GraphwrightError, InputError, suggest
+from ..capture import TensorSpec
+from .model_argument import InputSpec
+
+
+def run_artifact(compiled: Any, inputs: Path | None, output: Path | None, repeat: int) -> Iterator[str]:
+    """Call `compiled`, write its results to `output`, and yield lines that describe them.
+
+    Raises InputError where `inputs` is not a .npz file of exactly the arrays that the model takes.
+    """
+    specs: Sequence[TensorSpec] = compiled.inputs
+    tensors = _noise(specs) if inputs is None else _read(inputs, specs)
+    if inputs is None:
+        yield "inputs: noise (give --input FILE.npz for your own)"
+    args, kwargs = compiled.arguments(tensors)
+    with torch.no_grad():
+        results = compiled(*args, **kwargs)
+        seconds = min(_time(compiled, args, kwargs) for _ in range(repeat))
+    named = _named(results)
+    for name, value in named.items():
+        yield f"{name}: {_describe(value)}"
+    if output is not None:
+        write_results(output, {name: _array(value) for name, value in named.items()})
+        yield f"wrote {output}"
+    yield f"{seconds * 1e3:.3f} ms a call, the fastest of {repeat}"
+
+
+def write_results(output: Path, arrays: dict[str, Any]) -> None:
+    """Write a .npz file. Raises GraphwrightError where that fails."""
+    try:
+        with output.open("wb") as file:
+            numpy.savez(file, **arrays)
+    except OSError as error:
+        raise GraphwrightError(f"cannot write the results to {output}: {error}") from error
+
+
+def _time(compiled: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    started = time.perf_counter()
+    compiled(*args, **kwargs)
+    return time.perf_counter() - started
+
+
+def _noise(specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [InputSpec(spec.shape, spec.dtype).example(generator) for spec in specs]
+
+
+def _read(file: Path, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
+    """Tensors by input name, or in order where the file has numpy's own names arr_0, arr_1, ..."""
+    given = arrays(file, "--input")
+    names = [spec.name for spec in specs]
+    if set(given) == {f"arr_{i}" for i in range(len(specs))}:
+        given = {name: given[f"arr_{i}"] for i, name in enumerate(names)}
+    for name in given:
+        if name not in names:
+            raise InputError(f"--input {file}: the model takes {', '.join(names)}, not {name!r}{suggest(name, names)}")
+    missing = [name for name in names if name not in given]
+    if missing:
+        raise InputError(f"--input {file}: {', '.join(missing)} missing; the model takes {', '.join(names)}")
+    return [_tensor(given[spec.name], spec) for spec in specs]
+
+
+def arrays(file: Path, option: str) -> dict[str, Any]:
+    """The arrays of a .npz file. Raises InputError, naming the option, where it is something else."""
+    try:
+        with numpy.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, BadZipFile, AttributeError, TypeError) as error:
+        raise InputError(f"{option} {file}: not a .npz file of arrays: {error}") from error
+
+
+def _tensor(array: Any, spec: TensorSpec) -> torch.Tensor:
+    try:
+        tensor = torch.from_numpy(numpy.ascontiguousarray(array).reshape(array.shape))
+    except TypeError as error:
+        raise InputError(f"{spec.name}: arrays of {array.dtype} are not tensors") from error
+    # numpy has no bfloat16: its values travel as float32.
+    return tensor.to(spec.dtype) if spec.dtype == torch.bfloat16 and tensor.dtype == torch.float32 else tensor
+
+
+def _named(results: Any) -> dict[str, Any]:
+    """Leaves of the results under names made of their keys and positions."""
+    leaves, _ = pytree.tree_flatten_with_path(results)
+    return {pytree.keystr(path).strip("[].'\"").replace("']['", ".") or "output": leaf for path, leaf in leaves}
+
+
+def _array(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return numpy.asarray(value)
+    return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    text = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if value.numel() == 0 or value.dtype.is_complex:
+        return text
+    wide = value.double()
+    return f"{text}, from {float(wide.min()):.4g} to {float(wide.max()):.4g}, mean {float(wide.mean()):.4g}"

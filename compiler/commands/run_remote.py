@@ -1,0 +1,147 @@
+"""`graphwright run-remote user@pi bundle/`: copy a bundle to a board by ssh, run it there, and bring the results back.
+
+The board needs an ssh server, a shell and tar. A bundle stays there under .cache/graphwright/DIGEST, so
+that only inputs travel the next time; `rm -r ~/.cache/graphwright` on the board removes what was left.
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+import subprocess
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...errors import GraphwrightError, InputError
+from .. import artifact
+from ..bundle import PROGRAM_NAME
+from ..loading import from_data
+from .run_artifact import arrays
+
+_MACHINES = {"aarch64": {"aarch64", "arm64"}, "armv7": {"armv7l", "armv8l", "aarch64"}}
+# Results come as one archive on standard output, what the program prints as files in it.
+_SCRIPT = """
+set -e
+cd {directory}
+work=$(mktemp -d "$PWD/call-XXXXXX")
+trap 'rm -rf "$work"' EXIT
+tar xf - -C "$work"
+cd "$work"
+status=0
+{command} > printed 2> complaint || status=$?
+echo $status > status
+tar cf - *
+"""
+
+
+@dataclass(frozen=True)
+class RemoteRun:
+    """What a call on a board gave."""
+
+    printed: str  # of the program: how long loading and the calls took
+    results: dict[str, Any]  # numpy arrays by the names of the model's outputs
+    copied_bytes: int  # of the bundle; 0 where it was there already
+
+
+def run_remote(
+    host: str, bundle: Path, inputs: Path | None = None, repeat: int | None = None, threads: int | None = None
+) -> RemoteRun:
+    """Run the bundle in the directory `bundle` on `host`, as ssh names it. `inputs` is a .npz file; None is noise.
+
+    Raises ArtifactError for a damaged bundle, InputError for wrong inputs or a board of another kind, and
+    GraphwrightError where ssh or the program fails, with what they said.
+    """
+    bundle = Path(bundle)
+    manifest = artifact.check(bundle)
+    if PROGRAM_NAME not in manifest["files"]:
+        raise InputError(f"{bundle} is no bundle: it has no program {PROGRAM_NAME}; compile the model for a board")
+    signature = from_data(manifest["description"]).signature
+    given = {} if inputs is None else _checked(inputs, [spec.name for spec in signature.tensors])
+    names = [spec.name for spec in signature.outputs if hasattr(spec, "name")]
+    _check_machine(host, manifest)
+    directory = f".cache/graphwright/{manifest['digest'][:24]}"
+    copied = _copy(host, bundle, manifest, directory)
+    command = [f"../{PROGRAM_NAME}"]
+    for i, name in enumerate(given):
+        command += ["--input", f"{name}=input{i}.npy"]
+    for i in range(len(names)):
+        command += ["--output", f"output{i}.npy"]
+    for option, value in (("--repeat", repeat), ("--threads", threads)):
+        command += [option, str(value)] if value is not None else []
+    files = {f"input{i}.npy": _npy(array) for i, array in enumerate(given.values())}
+    answer = _ssh(host, _SCRIPT.format(directory=directory, command=shlex.join(command)), _archive(files))
+    found = _unpacked(answer)
+    if found["status"].strip() != b"0":
+        complaint = found["complaint"].decode(errors="replace").strip()
+        raise GraphwrightError(f"on {host}: {complaint or 'the program ended with status ' + found['status'].decode()}")
+    results = {name: np.load(io.BytesIO(found[f"output{i}.npy"])) for i, name in enumerate(names)}
+    return RemoteRun(found["printed"].decode(errors="replace"), results, copied)
+
+
+def _checked(file: Path, names: list[str]) -> dict[str, Any]:
+    given = arrays(file, "--input")
+    if set(given) == {f"arr_{i}" for i in range(len(names))}:
+        return {name: given[f"arr_{i}"] for i, name in enumerate(names)}
+    if set(given) != set(names):
+        raise InputError(f"--input {file}: the model takes {', '.join(names)}, and the file has {', '.join(given)}")
+    return given
+
+
+def _check_machine(host: str, manifest: dict[str, Any]) -> None:
+    machine = _ssh(host, "uname -m").decode(errors="replace").strip()
+    target = manifest["target"]
+    if machine not in _MACHINES[target["isa"]]:
+        raise InputError(f"{host} is {machine} and the bundle is for {target['id']}, {target['isa']}: compile it again")
+
+
+def _copy(host: str, bundle: Path, manifest: dict[str, Any], directory: str) -> int:
+    """Copy what runs, unless it is there; returns the bytes."""
+    asked = f"mkdir -p {directory} && if test -f {directory}/whole; then echo whole; fi"
+    if _ssh(host, asked).strip() == b"whole":
+        return 0
+    names = [name for name in manifest["files"] if name == PROGRAM_NAME or name.endswith(".safetensors")]
+    content = _archive({name: (bundle / name).read_bytes() for name in names})
+    _ssh(host, f"cd {directory} && tar xf - && chmod +x {PROGRAM_NAME} && touch whole", content)
+    return len(content)
+
+
+def _npy(array: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.ascontiguousarray(array).reshape(np.shape(array)))
+    return file.getvalue()
+
+
+def _archive(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(content), 0o644
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _unpacked(content: bytes) -> dict[str, bytes]:
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        files = {member.name.removeprefix("./"): archive.extractfile(member) for member in archive if member.isfile()}
+        return {name: file.read() for name, file in files.items() if file is not None}
+
+
+def _ssh(host: str, script: str, content: bytes = b"") -> bytes:
+    """What `script` writes on `host` to standard output, given `content` on standard input."""
+    command = ["ssh", "-o", "BatchMode=yes", host, script]
+    try:
+        done = subprocess.run(command, input=content, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise GraphwrightError("run-remote needs the ssh program; install OpenSSH's client") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip()
+        raise GraphwrightError(
+            f"ssh {host} failed with {done.returncode}: {said}; `ssh {shlex.quote(host)} true` has to work without a "
+            "password"
+        )
+    return done.stdout

@@ -1,0 +1,364 @@
+"""Which products of a graph run in 8 bits: scales by calibration, refusals with reasons, damage, and a tolerance kept.
+
+    plan = plan_int8(graph, hw, method, inputs)            # table, choices, each with its SQNR
+    plan, notes = within_tolerance(graph, hw, plan, samples, wanted)
+
+The damage of a product is its signal to quantisation noise ratio: 10 log10(|y|^2 / |y8 - y|^2) in dB, with y its
+float32 result on the operands it had and y8 what 8 bits make of the same operands. Where all products together err by
+more than `wanted` at the outputs, those go back to float32 that cost the most squared error a second gained; errors at
+the outputs are those of sensitivity.py, to first order, and what is left is measured as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...errors import InputError, suggest
+from ...hwdb import Hardware
+from ...passes import dialect
+from ...passes.assign_precision import Choice
+from ...passes.hoist_quantise import hoist_quantise, moved
+from ...passes.int8_forms import Int8Form, int8_form, is_product, table_reason
+from ...passes.int8_scales import Scale, Table, scale_between
+from ...passes.learned_codes import learned_scales
+from ...passes.merge_duplicates import merge_duplicates
+from ...passes.precision_forms import class_reason, is_arithmetic, streamed_bytes
+from ...passes.quantise import quantise
+from ...passes.remove_dead import remove_dead
+from ...passes.requantise import requantise, requantise_alone
+from ...passes.rewrite import arguments, shape_of
+from .. import compare, pipeline
+from ..reference import Keeping, run_eager
+from ..sensitivity import error_of, sensitivities
+from .int8_method import LEARNED, Method
+from .observe import Observed, observe
+from .ranges import METHODS
+
+log = logging.getLogger(__name__)
+
+Sample = tuple[Sequence[torch.Tensor], compare.Reference]
+SECONDS_PER_BYTE = 1e-10  # that a table saves: as if it were read once, at 10 GB/s
+TRIES = 6  # assignments measured
+ENOUGH = 0.85  # of the allowed error, after which no larger budget is tried
+LOOKED_AT = 4  # inputs whose damage is averaged
+_UNTRAINED = "training did not round its input and weights to 8 bits"
+# Behind `quantise`: rounding moves to the front, products give bytes, what came twice is merged.
+JOINING = (hoist_quantise, requantise, merge_duplicates, remove_dead)
+# Where rounding what nobody rounded in training would change what was trained.
+TRAINED = (hoist_quantise, requantise_alone, merge_duplicates, remove_dead)
+
+
+@dataclass(frozen=True)
+class Int8Plan:
+    """What is rounded by what, and the decision for every operator that computes."""
+
+    table: Table
+    choices: tuple[Choice, ...]
+    forms: Mapping[str, Int8Form] = field(default_factory=dict)
+    tables: Mapping[str, float] = field(default_factory=dict)  # embeddings: what their bytes count for, in seconds
+    trained: bool = False  # for exactly these roundings, and no others
+
+    @property
+    def weights_only(self) -> frozenset[str]:
+        """Those of the chosen whose inputs stay float32."""
+        return frozenset(choice.node for choice in self.choices if choice.form == "int8 weights")
+
+    def quantise(self, graph: fx.GraphModule, some: Collection[str] | None = None) -> int:
+        """Rewrite the products in 8 bits, or those of `some`; returns how many."""
+        return quantise(graph, self.table, self.chosen if some is None else some, self.weights_only)
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """The products in 8 bits."""
+        return frozenset(choice.node for choice in self.choices if choice.dtype == "int8")
+
+    def without(self, names: Collection[str], reason: str) -> Int8Plan:
+        """The same with these products in float32."""
+        choices = tuple(
+            replace(c, dtype="float32", form="float32", reason=reason) if c.node in names else c for c in self.choices
+        )
+        return replace(self, choices=choices)
+
+    @property
+    def seconds_gained(self) -> float:
+        """What the chosen products are predicted to save."""
+        chosen = self.chosen
+        return sum(form.float32_seconds - form.seconds for name, form in self.forms.items() if name in chosen)
+
+    def text(self) -> str:
+        """What is gained, in a line."""
+        wide = sum(form.float32_seconds for form in self.forms.values())
+        share = 1.0 - self.seconds_gained / wide if wide else 1.0
+        count = len(self.chosen & set(self.forms))
+        return f"{count} products in 8 bits; the products are predicted to take {share:.2f} of float32"
+
+
+def plan_int8(
+    graph: fx.GraphModule,
+    hw: Hardware,
+    method: Method,
+    inputs: Sequence[Sequence[torch.Tensor]],
+    only: Collection[str] | None = None,
+) -> Int8Plan:
+    """Scales from `inputs`, and every product in 8 bits that the machine gains by; with `only`, those named.
+
+    Raises InputError for a pattern of `method.keep` that fits no product.
+    """
+    products = [n for n in graph.graph.nodes if is_product(n)]
+    trained = learned_scales(graph, products) if method.activation == LEARNED else None
+    tables = {n: why for n in graph.graph.nodes if trained is None and (why := table_reason(graph, n)) is not None}
+    kept = _kept([*products, *tables], method.keep)
+    if trained is not None:
+        kept |= dict.fromkeys([n for n in products if n not in trained], _UNTRAINED)
+    streamed = streamed_bytes(graph, products)
+    first = {n: int8_form(graph, n, hw, streamed=streamed) for n in products}
+    possible = [n for n in products if first[n].possible]
+    paying = [n for n in possible if first[n].name == "int8" and n not in kept]
+    while True:  # a product that does not pay rounds no input for others: until all that are left do
+        forms = {n: int8_form(graph, n, hw, _shared(paying), streamed) for n in possible}
+        before = len(paying)
+        paying = [n for n in paying if forms[n].pays and forms[n].name == "int8"]
+        if len(paying) == before:
+            break
+    wanted = list(dict.fromkeys(v for n in paying for v in _rounded(n, paying)))
+    observed = observe(graph, inputs, wanted) if wanted and trained is None else Observed({}, {}, {})
+    table = _table(observed, method) if trained is None else _trained_table(trained)
+    choices = []
+    for node in graph.graph.nodes:
+        operator = str(node.target).removesuffix(".default")
+        if node in tables:
+            reason = kept.get(node)
+            form_of = ("int8", tables[node], False, None, "int8 weights") if reason is None else ("float32", reason)
+            choices.append(Choice(node.name, operator, *form_of))
+            continue
+        if not is_arithmetic(node):
+            continue
+        reason = class_reason(node) or kept.get(node)
+        if reason is None:
+            form = forms.get(node, first[node])
+            source = arguments(node)["input"].name
+            reason = form.reason
+            inputs_too = form.name == "int8"
+            known = not inputs_too or source in table.scales
+            if form.pays and known and (only is None or node.name in only):
+                choices.append(Choice(node.name, operator, "int8", reason, round_input=inputs_too, form=form.name))
+                continue
+            if form.pays:
+                reason = observed.unknown.get(source, "it was decided so when the model was compiled")
+        choices.append(Choice(node.name, operator, "float32", reason))
+    saved = {n.name: 3.0 * prod(shape_of(n.args[0])) * SECONDS_PER_BYTE for n in tables}
+    plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()}, saved, trained is not None)
+    return plan if only is not None or not inputs else _with_damage(graph, plan, inputs[:LOOKED_AT])
+
+
+def _kept(products: Sequence[fx.Node], patterns: Sequence[str]) -> dict[fx.Node, str]:
+    """The products that `keep` names, and by which pattern."""
+    found: dict[fx.Node, str] = {}
+    names = {n: (n.name, *(str(o.target) for o in n.all_input_nodes if o.op == "get_attr")) for n in products}
+    for pattern in patterns:
+        fitting = [n for n, known in names.items() if any(fnmatchcase(k, pattern) for k in known)]
+        if not fitting:
+            known = [k for pair in names.values() for k in pair]
+            raise InputError(
+                f"keep: no product is called {pattern!r}{suggest(pattern, known)}; names are those of the report's "
+                "precisions, or of weights"
+            )
+        found |= dict.fromkeys(fitting, f"kept in float32 as keep={pattern!r} asks")
+    return found
+
+
+def _source(value: fx.Node) -> fx.Node:
+    """What computes a value, behind moves of one operand."""
+    while len(operands := moved(value)) == 1:
+        value = operands[0]
+    return value
+
+
+def _shared(products: Sequence[fx.Node]) -> set[fx.Node]:
+    """The inputs whose rounding costs nothing: several products read them, or one computes them."""
+    among, readers = set(products), dict[fx.Node, int]()
+    for node in products:
+        value = arguments(node)["input"]
+        readers[value] = readers.get(value, 0) + 1
+    return {value for value, count in readers.items() if count > 1 or _source(value) in among}
+
+
+def _rounded(node: fx.Node, products: Collection[fx.Node]) -> list[fx.Node]:
+    """The values that a product reads in 8 bits: its input, and a convolution's residual that products make."""
+    given = arguments(node)
+    values = [given["input"]]
+    residual = given.get("residual")
+    if node.target is dialect.conv2d and residual is not None and _source(residual) in products:
+        values.append(residual)
+    return values
+
+
+def _trained_table(trained: Mapping[fx.Node, Scale]) -> Table:
+    return Table({arguments(node)["input"].name: scale for node, scale in trained.items()})
+
+
+def _table(observed: Observed, method: Method) -> Table:
+    ranges: dict[int, tuple[float, float]] = {}  # values that are linked share what was seen of them
+    scales = {}
+    for name, seen in observed.seen.items():
+        key = id(seen.counts)
+        if key not in ranges:
+            ranges[key] = METHODS[method.activation](seen)
+        scales[name] = scale_between(*ranges[key], symmetric=method.scheme == "symmetric")
+    return Table(scales, observed.means, method.weight == "per_channel")
+
+
+def _with_damage(graph: fx.GraphModule, plan: Int8Plan, inputs: Sequence[Sequence[torch.Tensor]]) -> Int8Plan:
+    """The plan with the SQNR of every product in 8 bits."""
+    chosen = [n for n in graph.graph.nodes if n.name in plan.chosen]
+    signal, noise = dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0.0)
+    alone = {n: _alone(graph, n, plan) for n in chosen}
+    for tensors in inputs:
+        runner = _Comparing(graph, alone)
+        with torch.no_grad():
+            runner.run(*tensors)
+        for node, (strength, error) in runner.found.items():
+            signal[node] += strength
+            noise[node] += error
+    ratios = {n.name: _decibels(signal[n], noise[n]) for n in chosen}
+    return replace(plan, choices=tuple(replace(c, sqnr_db=ratios.get(c.node)) for c in plan.choices))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
+
+
+def _alone(graph: fx.GraphModule, node: fx.Node, plan: Int8Plan) -> fx.GraphModule:
+    """A graph of the one product in 8 bits; inputs are its computed operands in their order."""
+    made, root = fx.Graph(), torch.nn.Module()
+    values: dict[fx.Node, fx.Node] = {}
+    for operand in node.all_input_nodes:
+        if operand.op == "get_attr":
+            root.register_buffer(str(operand.target), getattr(graph, str(operand.target)))
+            values[operand] = made.get_attr(str(operand.target))
+        else:
+            values[operand] = made.placeholder(operand.name)
+        values[operand].meta["val"] = operand.meta["val"]
+    made.output(made.node_copy(node, lambda n: values[n]))
+    single = fx.GraphModule(root, made)
+    plan.quantise(single, {node.name})
+    return single
+
+
+class _Comparing(Keeping):
+    """Runs a graph in float32 and computes every product in 8 bits beside it, on the same operands."""
+
+    def __init__(self, graph: fx.GraphModule, alone: Mapping[fx.Node, fx.GraphModule]) -> None:
+        super().__init__(graph)
+        self.alone = alone
+        self.found: dict[fx.Node, tuple[float, float]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.alone:
+            operands = [self.env[operand] for operand in n.all_input_nodes if operand.op != "get_attr"]
+            difference = self.alone[n](*operands).double() - value.double()
+            self.found[n] = (float((value.double() ** 2).sum()), float((difference**2).sum()))
+        return value
+
+
+def apply(graph: fx.GraphModule, hw: Hardware, plan: Int8Plan) -> tuple[fx.GraphModule, tuple[pipeline.PassRun, ...]]:
+    """A copy of the graph with the plan's products in 8 bits, roundings joined; and what the passes did."""
+    copied = pipeline.copy_graph(graph)
+    started = time.perf_counter()
+    count = plan.quantise(copied)
+    run = pipeline.PassRun("quantise", count, time.perf_counter() - started)
+    joined, runs = pipeline.run(copied, hw, TRAINED if plan.trained else JOINING)
+    return joined, (run, *runs)
+
+
+def within_tolerance(
+    graph: fx.GraphModule, hw: Hardware, plan: Int8Plan, samples: Sequence[Sample], wanted: float
+) -> tuple[Int8Plan, float, tuple[str, ...]]:
+    """The plan with as many products back in float32 as an error of `wanted` needs, its measured error, and notes."""
+    measured = _measured(graph, hw, plan, samples)
+    if measured <= wanted or not plan.chosen:
+        return plan, measured, ()
+    started = time.perf_counter()
+    candidates = [c for c in plan.choices if c.dtype == "int8"]
+    found, method = sensitivities(
+        graph, candidates, samples[:LOOKED_AT], lambda single, some: plan.quantise(single, {c.node for c in some})
+    )
+    errors = {name: error for (name, _), error in found.items()}
+    plan = _with_errors(plan, errors)
+    notes = (
+        f"all in 8 bits err by {measured:.1e}; errors of {len(errors)} products by {method}, "
+        f"in {time.perf_counter() - started:.1f} s",
+    )
+    order = _by_price(plan)
+    predicted = math.sqrt(sum(errors[name] ** 2 for name in order))
+    # Predictions have the wrong scale where errors correlate: the budget is scaled by predicted over measured.
+    budget = wanted * (predicted / measured if math.isfinite(measured) and measured and predicted else 1.0)
+    reason = "kept in float32: it costs more accuracy than the tolerance leaves"
+    best, best_measured, kept_by = None, 0.0, 0.0
+    failed = predicted
+    for _ in range(TRIES):
+        some = plan.without(_over_budget(order, errors, budget), reason)
+        if best is not None and some.chosen == best.chosen:
+            break
+        measured = _measured(graph, hw, some, samples)
+        log.info("budget %.1e: %d products in 8 bits, error %.1e", budget, len(some.chosen), measured)
+        if measured <= wanted:
+            best, best_measured, kept_by = some, measured, budget
+            if measured > ENOUGH * wanted:
+                break
+        else:
+            failed = budget
+        if best is not None:
+            budget = math.sqrt(kept_by * failed)
+        else:
+            budget *= min(0.7, 0.9 * wanted / measured) if math.isfinite(measured) else 0.1
+    if best is not None:
+        return best, best_measured, notes
+    nothing = plan.without(plan.chosen, reason)
+    return nothing, _measured(graph, hw, nothing, samples), notes
+
+
+def _with_errors(plan: Int8Plan, errors: Mapping[str, float]) -> Int8Plan:
+    return replace(plan, choices=tuple(replace(c, error=errors.get(c.node)) for c in plan.choices))
+
+
+def _by_price(plan: Int8Plan) -> list[str]:
+    """The products in 8 bits, the most squared error for a second gained first."""
+
+    def price(choice: Choice) -> float:
+        form = plan.forms.get(choice.node)
+        gained = plan.tables[choice.node] if form is None else max(form.float32_seconds - form.seconds, 1e-12)
+        return (choice.error or 0.0) ** 2 / gained
+
+    return [c.node for c in sorted((c for c in plan.choices if c.dtype == "int8"), key=price, reverse=True)]
+
+
+def _over_budget(order: Sequence[str], errors: Mapping[str, float], budget: float) -> set[str]:
+    """The first products of `order`, without which the others' errors stay within the budget."""
+    left = sum(errors[name] ** 2 for name in order)
+    dropped = set()
+    for name in order:
+        if left <= budget**2:
+            break
+        left -= errors[name] ** 2
+        dropped.add(name)
+    return dropped
+
+
+def _measured(graph: fx.GraphModule, hw: Hardware, plan: Int8Plan, samples: Sequence[Sample]) -> float:
+    """The largest error against float64 of the graph with this plan, in PyTorch."""
+    rewritten, _ = apply(graph, hw, plan)
+    return max((error_of(run_eager(rewritten, inputs), expected) for inputs, expected in samples), default=0.0)

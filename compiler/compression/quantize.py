@@ -1,0 +1,100 @@
+"""`graphwright.quantize`: a model -> the same with products in 8 bits, still a PyTorch module."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ...errors import InputError
+from ...hwdb import Target, compile_target
+from .. import calibration, compare
+from ..build import default_passes
+from ..capture import Model, Signature, TensorSpec, arguments, capture, export, parameters_of
+from ..precision import Precision
+from ..report import Report
+from ..rewriting import rewrite
+from .int8_method import method_of
+
+
+class Quantized(torch.nn.Module):
+    """A quantised model: runs in PyTorch by exact integers, and compiles like any other (`graphwright.compile`)."""
+
+    def __init__(self, graph: fx.GraphModule, signature: Signature, report: Report) -> None:
+        super().__init__()
+        self.integers = graph
+        self._signature = signature
+        self._report = report
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's results for arguments of the shapes it was quantised with. Raises InputError for others."""
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self._signature.in_spec:
+            raise InputError(f"the quantised model takes arguments as {self._signature.in_spec}, got {spec}")
+        pairs = zip(leaves, self._signature.inputs, strict=True)
+        given = [(leaf, known) for leaf, known in pairs if isinstance(known, TensorSpec)]
+        for tensor, known in given:
+            if tuple(tensor.shape) != tuple(known.shape) or tensor.dtype != known.dtype:
+                raise InputError(
+                    f"{known.name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and the model was quantised for "
+                    f"{known.dtype} of shape {tuple(known.shape)}"
+                )
+        results = iter(self.integers(*[tensor for tensor, _ in given]))
+        outputs = [next(results) if isinstance(o, TensorSpec) else o.value for o in self._signature.outputs]
+        return pytree.tree_unflatten(outputs, self._signature.out_spec)
+
+    def report(self) -> Report:
+        """What is in 8 bits, what is not and why, and the damage to each product."""
+        return self._report
+
+
+def quantize(
+    model: Model,
+    calibration_data: Iterable[Any],
+    *,
+    scheme: str = "affine",
+    weight: str = "per_channel",
+    activation: str = "mse",
+    keep: Sequence[str] = (),
+    tolerance: float | None = None,
+    target: Target = "native",
+) -> Quantized:
+    """Put the products of a model into 8 bits where `target` gains by it, with ranges found on `calibration_data`.
+
+    model: as in `graphwright.compile`.
+    calibration_data: inputs, each as example_inputs of compile, all of the first one's shapes: a few dozen to a few
+        hundred that look like those the model will get. The error is measured on the first eight.
+    scheme: "affine" values with a zero point; "symmetric": zero in the middle of values of both signs.
+    weight: a scale "per_channel" of the output, or "per_tensor".
+    activation: how ranges are found: "mse", "kl", "percentile", "minmax" (docs/compression.md).
+    keep: names of products, or of their weights, that stay float32; * and ? as in a shell.
+    tolerance: the relative L2 error at the outputs against float64 that is allowed, 1e-1 unless given; what costs the
+        most goes back to float32 until it is kept.
+
+    Raises InputError for options and data that do not fit, CaptureError for a model that cannot be traced.
+    """
+    started = time.perf_counter()
+    method = method_of(scheme, weight, activation, keep)
+    hw = compile_target(target)
+    data = list(calibration_data)
+    calibration.check_options("int8", None, data, True)
+    example = arguments(data[0])
+    program = export(model, *example)
+    captured = capture(program, parameters_of(model) if isinstance(model, torch.nn.Module) else ())
+    inputs = calibration.inputs_of(example, data, captured.signature)
+    measured = () if compare.is_random(captured.graph) else inputs.calibration[: calibration.MEASURED]
+    samples = tuple((tensors, compare.reference(captured.graph, tensors)) for tensors in measured)
+    precision = Precision("int8", tolerance, samples, observed=inputs.calibration, method=method)
+    made = rewrite(captured.graph, hw, default_passes(hw), precision)
+    report = Report(
+        *(hw.id, "int8", torch.get_num_threads(), made.runs),
+        precisions=made.precisions,
+        notes=made.notes,
+        compile_seconds=time.perf_counter() - started,
+    )
+    made.graph.recompile()
+    return Quantized(made.graph, captured.signature, report)
