@@ -29,13 +29,11 @@ from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
 from .attention_operands import Bias, Heads, Rows, located, masking
-from .attention_plan import Layout, Placement, Plan, Problem, dense, plan_attention, value_columns
+from .attention_plan import CHUNK, Layout, Placement, Plan, Problem, dense, plan_attention, value_columns
 from .loops import Shape, between, constant, share, span, spread, typed_kernel, view
 from .matmul import clear, each_row_tile, each_vector, first_row, multiply_tile
 from .packing import fold_lanes, pack_panel, pack_panel_transposed
 from .vector_math import exp_nonpositive
-
-CHUNK = 64  # keys whose values are added to all rows while they are in L1
 
 
 def attention(
@@ -61,7 +59,6 @@ def attention(
     `tables`: whether int32 numbers [batch, positions] stand for the positions of q, k and v, and of out. `fill` is what
     keys score that a bool mask hides, None as in torch.
     """
-    plan = plan or plan_attention(hw, p, causal, mask is not None)
     extents = (
         (p.heads, p.queries, p.depth),
         (p.key_heads, p.keys, p.depth),
@@ -69,6 +66,7 @@ def attention(
         (p.heads, p.queries, p.value_depth),
     )
     places = placements or tuple(dense(layout, *extent) for extent in extents)
+    plan = plan or plan_attention(hw, p, causal, mask is not None, places[2].position)
     declared = buffer_shapes or tuple(
         (p.batch, h, s, d) if layout == "BHSD" else (p.batch, s, h, d) for h, s, d in extents
     )

@@ -11,7 +11,7 @@ block      rows whose scores stay in L1 beside one panel of v; of heads too larg
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import gcd, prod
 from typing import Literal
 
 from ...hwdb import Hardware
@@ -22,11 +22,13 @@ from .loops import Shape
 from .rows import even_tasks
 
 Layout = Literal["BHSD", "BSHD"]
+CHUNK = 64  # keys whose values are added to all rows, in place, while they are in L1
 
 # Cycles of one vector: estimates after runs on one core of Zen 4, not fitted.
-PACK_CYCLES = 7.0  # of k through a transpose in registers, and of v
+PACK_CYCLES = 4.5  # of k through a transpose in registers, and of v
 SOFTMAX_CYCLES = 9.0  # maximum, exponential and sum
 MASK_CYCLES = 2.0
+FOLD_CYCLES = 2.0  # of a dot product: shuffles that add up its lanes beside those of its neighbours
 ROW_CYCLES = 40.0  # of a row of scores, beside its vectors
 BLOCK_CYCLES = 100.0
 
@@ -82,8 +84,13 @@ class Plan:
     reason: str
 
 
-def plan_attention(hw: Hardware, p: Problem, causal: bool, masked: bool = False) -> Plan:
-    """Choose rows, way, tiles, blocks and split from the hardware's facts."""
+def plan_attention(
+    hw: Hardware, p: Problem, causal: bool, masked: bool = False, value_stride: int | None = None
+) -> Plan:
+    """Choose rows, way, tiles, blocks and split from the hardware's facts.
+
+    `value_stride`: floats from one row of v to the next, by default the row's own.
+    """
     group = p.heads // p.key_heads if p.queries < hw.vector_registers // 2 else 1
     rows = p.queries * group
     pairs = p.batch * p.heads // group
@@ -97,9 +104,8 @@ def plan_attention(hw: Hardware, p: Problem, causal: bool, masked: bool = False)
     vectors = -(-p.keys // scores.lanes)
     products = share * (scores.cycles * scores.tasks + values.cycles * values.tasks) / pairs
     packing = PACK_CYCLES * vectors * (p.depth + p.value_depth)
-    in_place = _can_stay(hw, p)
-    dots = DOT_STEPS / hw.fma_per_cycle * rows * p.keys * (p.depth + p.value_depth) / scores.lanes
-    in_place = in_place and dots < packing + products
+    dots = rows * _dots(hw, p, value_stride or p.value_depth)
+    in_place = _can_stay(hw, p) and dots < packing + products
     if in_place:
         products, packing, blocks = dots, 0.0, 1
         columns = side_by_side(hw)
@@ -149,6 +155,28 @@ def value_columns(hw: Hardware, depth: int) -> int:
 def _can_stay(hw: Hardware, p: Problem) -> bool:
     """Whether the extents are whole vectors, so that k and v can be read where they are."""
     return p.depth % hw.lanes("float32") == 0 and p.keys >= side_by_side(hw) and value_columns(hw, p.value_depth) > 0
+
+
+def _dots(hw: Hardware, p: Problem, value_stride: int) -> float:
+    """Cycles of one row in place: whole panels of dot products, each added up over its lanes, and rows of v."""
+    lanes, columns = hw.lanes("float32"), side_by_side(hw)
+    padded = -(-p.keys // columns) * columns
+    scores, values = padded * p.depth / lanes, p.keys * p.value_depth / lanes
+    if not _chunk_stays(hw, p, 4 * value_stride):
+        values *= 2  # from L2, for every row again
+    return (DOT_STEPS * (scores + values) + FOLD_CYCLES * padded) / hw.fma_per_cycle
+
+
+def _chunk_stays(hw: Hardware, p: Problem, stride_bytes: int) -> bool:
+    """Whether a chunk of v takes no more than half of the ways of each L1 set that it falls into."""
+    l1 = hw.cache(1)
+    if l1 is None or l1.ways is None:
+        return True
+    way_bytes = l1.size_bytes // l1.ways
+    lines = -(-4 * p.value_depth // l1.line_bytes)
+    apart = way_bytes // gcd(stride_bytes, way_bytes)  # rows before one falls upon the sets of another
+    sets = min(way_bytes // l1.line_bytes, apart * lines)
+    return min(CHUNK, p.keys) * lines <= sets * l1.ways / 2
 
 
 def _tiles(hw: Hardware, p: Problem, rows: int, pairs: int, height: int) -> tuple[Tiling, Tiling]:

@@ -357,7 +357,7 @@ def _attention_call(
     refusal = refuse_large(node, *operands, *([mask] if mask is not None else []))
     if refusal is not None:
         return refusal
-    plan = plan_attention(hw, p, causal, mask is not None)
+    plan = plan_attention(hw, p, causal, mask is not None, placements[2].position if placements else None)
     q, k, v = (shape_of(operand) for operand in operands)
     func = attention(
         p,

@@ -246,7 +246,13 @@ def _attention(node: fx.Node, hw: Hardware) -> float | None:
 def _strided(node: fx.Node, hw: Hardware) -> float | None:
     given = arguments(node)
     problem = attention_plan.Problem(*given["extents"])
-    plan = attention_plan.plan_attention(hw, problem, given["is_causal"], given["mask"] is not None)
+    plan = attention_plan.plan_attention(
+        hw,
+        problem,
+        given["is_causal"],
+        given["mask"] is not None,
+        attention_plan.Placement(*given["places"][8:12]).position,
+    )
     return attention_plan.predicted_seconds(hw, plan)
 
 

@@ -297,3 +297,18 @@ def test_prediction_grows_with_the_work() -> None:
     assert (
         predicted_seconds(replace(hw, clock_mhz=None), plan_attention(hw, Problem(1, 1, 1, 4, 4, 4, 4), True)) is None
     )
+
+
+@pytest.mark.parametrize(
+    ("queries", "in_place"),
+    [(1, True), (4, True), (49, False)],
+)
+def test_few_queries_are_computed_where_keys_and_values_lie(queries: int, in_place: bool) -> None:
+    plan = plan_attention(lookup("zen4"), Problem(16, 6, 6, queries, 49, 32, 32), causal=False)
+    assert plan.in_place is in_place
+
+
+def test_rows_of_v_that_fall_upon_the_same_sets_of_cache_are_packed() -> None:
+    hw, p = lookup("zen4"), Problem(8, 12, 12, 10, 24, 128, 128)
+    assert plan_attention(hw, p, causal=False).in_place
+    assert not plan_attention(hw, p, causal=False, value_stride=3 * 1024).in_place
