@@ -128,7 +128,10 @@ class Report:
         ]
 
     def damage(self) -> tuple[Choice, ...]:
-        """The products in 8 bits, the most damaged first: by the ratio of signal to quantisation noise."""
+        """The products weighed for 8 bits, the most damaged first: by the ratio of signal to quantisation noise.
+
+        Those that went back to float32 for it are among them (`dtype`).
+        """
         found = [row for row in self.precisions if row.sqnr_db is not None]
         return tuple(sorted(found, key=lambda row: row.sqnr_db or 0.0))
 

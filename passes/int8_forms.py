@@ -3,9 +3,9 @@
 form         operands                        seconds
 float32                                      max(arithmetic, weights), by Winograd's algorithm where that serves, and
                                              without the blocks of zeros that skip_zero_blocks skips
-int8         both in 8 bits, exact sums      arithmetic at 4 times the rate (depthwise: 2), a quarter of the weights'
-                                             bytes; rounding the input, where no other product of 8 bits makes or reads
-                                             it
+int8         both in 8 bits, exact sums      arithmetic at 4 times the rate (depthwise: DEPTHWISE_RATE), a quarter of
+                                             the weights' bytes; rounding the input, where no other product of 8 bits
+                                             makes or reads it
 int8 weights float32 inputs and sums         the same arithmetic, a quarter of the bytes: linear layers whose few rows
                                              wait for weights. As fast as int8 there, and inputs are not rounded
 
@@ -38,7 +38,9 @@ from .skip_zero_blocks import skipping_seconds
 GAIN = 0.9  # of the float32 time: less is not worth the rounding
 WINOGRAD_GAIN = 2.4  # times as fast as the direct float32 sum, where its tiles fit the image well
 RATE = 4.0  # products of bytes in the time of one of floats, by vector instructions
-DEPTHWISE_RATE = 2.0  # the same where bytes are brought into words first
+# The same for depthwise convolutions, whose bytes are brought into words first, by stride: medians of
+# benchmarks/depthwise.py on Zen 4 with AVX-512 VNNI.
+DEPTHWISE_RATE = {1: 1.24, 2: 1.05}
 ENTRY_SECONDS = 0.5e-6  # a kernel more, which rounds the input
 LEAST_TABLE = 1 << 16  # elements of an embedding: smaller ones are not worth a rounding
 NEARLY = 1.1  # weights alone are taken for as much more time: inputs keep their precision
@@ -53,11 +55,12 @@ class Int8Form:
     float32_seconds: float = 0.0
     seconds: float = 0.0
     name: str = "int8"  # or "int8 weights"
+    worth: float = GAIN  # of the float32 time, or less
 
     @property
     def pays(self) -> bool:
         """Whether the product is computed in 8 bits."""
-        return self.possible and self.seconds <= GAIN * self.float32_seconds
+        return self.possible and self.seconds <= self.worth * self.float32_seconds
 
 
 def int8_form(
@@ -81,14 +84,16 @@ def int8_form(
         if node.target is not dialect.conv2d and alone.pays:
             return alone
         return Int8Form(False, f"{hw.id} has no dot product of bytes: pairs of 16 bits are as slow as float32")
-    narrow = times.seconds(item_bytes=1, rate=DEPTHWISE_RATE if is_depthwise(node) else RATE)
+    narrow = times.seconds(item_bytes=1, rate=_rate(node))
+    # Between products of 8 bits, a depthwise convolution that is no slower saves them the rounding.
+    worth = 1.0 if x in shared and is_depthwise(node) else GAIN
     if x not in shared:
         elements = prod(shape_of(x))
         narrow += ENTRY_SECONDS
         narrow += predict_seconds(hw, Work({}, 4.0 * elements, 1.0 * elements, launches=0)) or 0.0
     if node.target is not dialect.conv2d and alone.pays and alone.seconds <= NEARLY * narrow:
         return alone
-    form = Int8Form(True, f"dot products of bytes ({family}), exact sums", wide, narrow)
+    form = Int8Form(True, f"dot products of bytes ({family}), exact sums", wide, narrow, worth=worth)
     if form.pays:
         return form
     share = narrow / wide if wide else 1.0
@@ -151,6 +156,13 @@ def is_depthwise(node: fx.Node) -> bool:
     given = arguments(node)
     weight = shape_of(given["weight"])
     return bool(given["groups"] > 1 and given["groups"] == weight[0] and weight[1] == 1)
+
+
+def _rate(node: fx.Node) -> float:
+    """How many times as fast as in float32 the arithmetic of a product is in 8 bits."""
+    if not is_depthwise(node):
+        return RATE
+    return DEPTHWISE_RATE[1 if max(arguments(node)["stride"]) == 1 else 2]
 
 
 def _winograd(node: fx.Node) -> float:

@@ -5,164 +5,80 @@ A dot product of bytes sums four neighbours of a lane, and here the four are tap
     x rows      r0  a b c d ...      a word a channel       dot products, one for each tap column and vector
     of four     r1  e f g h ...  ->  [a e i m] [b f j n] ..  acc[pixel] += word[column] . w[rows, column]
     taps        r2  i j k l ...
-                r3  m n o p ...      a window of 3 rows reads its last row twice, the second time with the weight 0
+                r3  m n o p ...      a window of 3 rows leaves one over: the same words, with the weights one place
+                                     on, serve the output row below
 
-patch      the rows that some output rows read, of a block of B channels, are copied to scratch first: padded with the
-           zero point, in the sign that the instruction takes, and in the order that in-lane unpacks undo, so that sums
-           come out in the order of channels
-block      B = 4 m channels, m lanes of 32 bits: four vectors of accumulators a pixel
-tile       P neighbouring pixels; words are made once for all the pixels that read a column
+words      of the rows that R output rows read, of a block of B channels, are made once, in scratch: padded with the
+           zero point, in the sign that the instruction takes
+block      B = 4 m channels, m lanes of 32 bits. Unpacks in lanes leave its channels in four vectors of another order
+           (in_lane.py), which weights, offsets, scales and biases are stored in; the packs that make bytes of the
+           results undo it
+tile       R output rows of P neighbouring pixels, one of the four vectors at a time; sums begin at the offsets
 
-    registers  4 P accumulators + 4 words + 4 rows on their way: 4 P + 8 <= vector registers; weights come from L1
+    registers  R P accumulators + R KW weights + 1 word: 2 R P <= vector registers leaves room for both
 
-w packed   [block][ceil(KH / 4)][KW][B] words, each four rows of one tap column
+w packed   [block][ceil(KH / 4)][KW][R][B] words, each four rows of one tap column
 
 Fewer channels than a block has: the last block begins earlier and stores the end of what it sums; where there are fewer
-than the smallest block has, the patch is filled up.
+than the smallest block has, its lanes are filled up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from ...hwdb import Hardware
-from ..tiling import core_l2_bytes
 from .conv_plan import Conv
-from .dot_product import Dot, bytes_dot, importing
-from .dot_tile import Finish, fill_word, flips
-from .loops import Shape, between, flat, share, span, typed_kernel, view
+from .dot_depthwise_plan import ROWS, Block, DotDepthwisePlan, image_width
+from .dot_product import Dot, importing
+from .dot_tile import fill_word, flips
+from .in_lane import natural_text, pack_text, steps_text, taps_text, wide_text
+from .int8_product import Requantize
+from .loops import Shape, between, flat, share, span, spread, typed_kernel, view
 from .window import balanced
 
-ROWS = 4  # taps of a dot product
-SMALLEST = 16  # channels of a block: four lanes
 WRITTEN_COLUMNS = 9  # tap columns that are written out
 
 
-@dataclass(frozen=True)
-class Block:
-    """`count` blocks of `width` channels from `start` on, of each of which the channels from `first` are stored."""
-
-    start: int
-    width: int
-    count: int = 1
-    first: int = 0
-    last: int = 0  # one past those that exist; `width` but where all channels are fewer
-
-    @property
-    def lanes(self) -> int:
-        """Lanes of one of its vectors."""
-        return self.width // 4
-
-
-@dataclass(frozen=True)
-class DotDepthwisePlan:
-    """How the nest is cut."""
-
-    dot: Dot  # at full width
-    blocks: tuple[Block, ...]
-    pixels: int
-    patch_rows: int  # output rows of one patch
-    row_blocks: int
-    channel_blocks: int
-
-    @property
-    def tasks(self) -> int:
-        """Pieces of one image that may run at once."""
-        return self.row_blocks * self.channel_blocks
-
-
-def blocks_of(channels: int, widest: int) -> tuple[Block, ...]:
-    """Channels in blocks of the widest kind, then halves; what is left goes to a block that begins earlier."""
-    found, start, width = [], 0, widest
-    while width >= SMALLEST:
-        if count := (channels - start) // width:
-            found.append(Block(start, width, count, 0, width))
-            start += count * width
-        width //= 2
-    if start < channels and channels >= SMALLEST:
-        found.append(Block(channels - SMALLEST, SMALLEST, 1, SMALLEST - (channels - start), SMALLEST))
-    elif start < channels:
-        found.append(Block(0, SMALLEST, 1, 0, channels))
-    return tuple(found)
-
-
-def choose_dot_depthwise(conv: Conv, hw: Hardware, *, emulated: bool = False) -> DotDepthwisePlan:
-    """Blocks of channels, a tile that fits the registers, patches that fit the cache, and a split over the cores."""
-    dot = bytes_dot(hw, emulated=emulated)
-    blocks = blocks_of(conv.channels, 4 * dot.lanes)
-    pixels = max(1, min(conv.columns.out, (hw.vector_registers - 8 - dot.spare) // 4, 6))
-    rows = conv.rows.out
-    parts = 1
-    if conv.flops / 2 / dot.lanes > 2 * hw.launch_us * hw.cycles_per_us:
-        parts = hw.cores
-    # Blocks of channels read nothing twice; rows where the blocks are too few to share out evenly.
-    many = blocks[0].count
-    shares = {
-        (min(parts, rows), 1): -(-rows // min(parts, rows)) / rows,
-        (1, min(parts, many)): -(-many // min(parts, many)) / many,
-    }
-    row_blocks, channel_blocks = min(shares, key=lambda k: (round(shares[k], 2), k[0]))
-    most = -(-rows // row_blocks)
-    line = blocks[0].width * _reach(conv)[1]
-    l1 = hw.cache(1)
-    room = (l1.size_bytes if l1 else 32 * 1024) // 2
-    if line * _rows_of(conv, min(4, most)) > room:
-        room = core_l2_bytes(hw) // 8
-    patch = 1
-    while patch < most and line * _rows_of(conv, patch + 1) <= room:
-        patch += 1
-    return DotDepthwisePlan(dot, blocks, pixels, -(-most // -(-most // patch)), row_blocks, channel_blocks)
-
-
-def _rows_of(conv: Conv, outputs: int) -> int:
-    """Input rows under the windows of `outputs` neighbouring output rows."""
-    axis = conv.rows
-    return (outputs - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1
-
-
-def _reach(conv: Conv) -> tuple[int, int]:
-    """Rows and columns of the image that windows reach over, padding included."""
-    axis = conv.columns
-    return _rows_of(conv, conv.rows.out), (axis.out - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1
-
-
-def pack_depthwise(weight: torch.Tensor, plan: DotDepthwisePlan) -> torch.Tensor:
-    """Rearrange weight[C, 1, KH, KW] (int8) as the kernel reads it."""
-    channels, _, kh, kw = weight.shape
-    groups = -(-kh // ROWS)
-    filled = weight.new_zeros((max(channels, SMALLEST), groups * ROWS, kw))
-    filled[:channels, :kh] = weight[:, 0]
-    words = filled.view(-1, groups, ROWS, kw).permute(1, 3, 0, 2).reshape(-1).view(torch.int32).view(groups, kw, -1)
-    parts = []
-    for block in plan.blocks:
-        for i in range(block.count):
-            start = block.start + i * block.width
-            parts.append(words[:, :, start : start + block.width].reshape(-1))
-    return torch.cat(parts)
-
-
-def dot_depthwise(name: str, conv: Conv, source: str, plan: DotDepthwisePlan, finish: Finish, *, zero: int = 0) -> Any:
-    """Return the kernel (x, packed weights, the finish's operands..., out); padding counts as `zero` of x's dtype."""
+def dot_depthwise(
+    name: str, conv: Conv, source: str, plan: DotDepthwisePlan, finish: Requantize, *, zero: int = 0
+) -> Any:
+    """Return the kernel (x, packed weights, offset, scale[, bias][, residual], out), the first three of which and the
+    bias are packed for `plan`; padding counts as `zero` of x's dtype.
+    """
     assert conv.groups == conv.channels == conv.filters
     groups, taps = -(-conv.kernel[0] // ROWS), conv.kernel[1]
-    size = groups * taps * sum(block.count * block.width for block in plan.blocks)
-    operands: list[tuple[Shape, str]] = [(conv.input_shape, source), ((size,), "int32"), *finish.operands]
+    size = groups * taps * plan.rows * plan.channels
+    operands: list[tuple[Shape, str]] = [(conv.input_shape, source), ((size,), "int32")]
+    operands += [((plan.channels,), "int32"), ((plan.channels,), "float32")]
+    operands += [((plan.channels,), "float32")] * finish.bias
+    if finish.residual is not None:
+        operands.append((conv.output_shape, finish.residual.dtype))
 
     def body(x: Any, weight: Any, *rest: Any) -> None:
         dots = {block.lanes: _narrower(plan.dot, block.lanes) for block in plan.blocks}
-        texts = [text for lanes, dot in dots.items() for text in (dot.helpers, _moves(lanes))]
+        texts = [text for lanes, dot in dots.items() for text in (dot.helpers, *_moves(lanes, plan, finish))]
         with importing(*texts):
             out = view(rest[-1], (prod(conv.output_shape[:3]), conv.filters))
             _Nest(conv, source, plan, dots, finish, flat(x), weight, rest[:-1], out, zero).emit()
 
     return typed_kernel(name, operands, [(conv.output_shape, finish.result)], body)
+
+
+def _moves(lanes: int, plan: DotDepthwisePlan, finish: Requantize) -> Iterator[str]:
+    yield taps_text(lanes)
+    if finish.residual is not None and finish.residual.dtype != "float32":
+        yield wide_text(lanes, finish.residual.dtype)
+    if finish.result == "float32" or (finish.residual is not None and finish.residual.dtype == "float32"):
+        yield natural_text(lanes)
+    if finish.result != "float32":
+        yield pack_text(lanes, finish.result, plan.instruction)
+        yield steps_text(lanes, plan.instruction)
 
 
 def _narrower(dot: Dot, lanes: int) -> Dot:
@@ -176,7 +92,7 @@ class _Nest:
     source: str
     plan: DotDepthwisePlan
     dots: dict[int, Dot]
-    finish: Finish
+    finish: Requantize
     x: Any
     weight: Any
     read: Sequence[Any]
@@ -192,11 +108,10 @@ class _Nest:
         conv, plan = self.conv, self.plan
         tasks = conv.batch * plan.tasks
         widest = plan.blocks[0].width
-        size = _rows_of(conv, plan.patch_rows) * _reach(conv)[1] * widest
         with T.parallel(0, tasks) if tasks > 1 else T.serial(0, 1) as task:
-            acc = T.alloc_buffer((plan.pixels * widest,), "int32", scope="local")
-            spill = T.alloc_buffer((widest,), "int32", scope="local")
-            patch = T.alloc_buffer((size // 4,), "int32", scope="global")
+            most = max(plan.rows * plan.pixels, self.alone)
+            acc = T.alloc_buffer((most * widest // 4,), "int32", scope="local")
+            words = T.alloc_buffer((self.row_groups * image_width(conv) * widest,), "int32", scope="global")
             image = T.bind(task // plan.tasks)
             rows = share(conv.rows.out, plan.row_blocks, task // plan.channel_blocks % plan.row_blocks)
             part = task % plan.channel_blocks
@@ -206,101 +121,160 @@ class _Nest:
                 some = share(block.count, plan.channel_blocks, part) if whole else (0, block.count)
                 if i and plan.channel_blocks > 1:  # what is left over goes to the last task
                     with T.If(part == plan.channel_blocks - 1), T.Then():
-                        self._block(acc, spill, patch, image, block, some, rows, packed)
+                        self._block(acc, words, image, block, some, rows, packed)
                 else:
-                    self._block(acc, spill, patch, image, block, some, rows, packed)
-                packed += self.row_groups * conv.kernel[1] * block.width * block.count
+                    self._block(acc, words, image, block, some, rows, packed)
+                packed += block.width * block.count
 
-    def _block(
-        self, acc: Any, spill: Any, patch: Any, image: Any, block: Block, some: Any, rows: Any, packed: int
-    ) -> None:
-        """The blocks of one width."""
-        conv, step = self.conv, self.plan.patch_rows
+    @property
+    def alone(self) -> int:
+        """Pixels of a tile of one row, where rows are left over from tiles of several; else 0."""
+        plan, rows = self.plan, self.conv.rows.out
+        if rows % (plan.row_blocks * plan.rows) == 0:
+            return 0
+        return min(plan.rows * plan.pixels, self.conv.columns.out)
+
+    def _block(self, acc: Any, words: Any, image: Any, block: Block, some: Any, rows: Any, packed: int) -> None:
+        """The blocks of one width; `packed` channels lie in front of the first one's constants."""
+        together = self.plan.rows
         first, last = T.bind(rows[0]), T.bind(rows[1])
-        each = self.row_groups * conv.kernel[1] * block.width
-        with between(*some) as i, T.serial(0, tirx.floordiv(last - first + step - 1, step)) as part:
+        whole = T.bind(tirx.floordiv(last - first, together))
+        with between(*some) as i:
             start = T.bind(block.start + i * block.width)
-            weights = T.bind(packed + i * each)
-            begin = T.bind(first + part * step)
-            count = T.bind(tirx.min(step, last - begin))
-            self._fill(patch, image, block, start, begin, count)
-            with T.serial(0, count) as row:
-                for pixels, column, repeat in _tiles(conv.columns.out, self.plan.pixels):
-                    with T.serial(0, repeat) as j:
-                        self._tile(acc, patch, block, weights, row, column + j * pixels, pixels)
-                        out = T.bind(((image * conv.rows.out + begin + row) * conv.columns.out) + column + j * pixels)
-                        self._store(acc, spill, block, out, start, pixels)
+            constants = T.bind(packed + i * block.width)
 
-    def _fill(self, patch: Any, image: Any, block: Block, start: Any, begin: Any, count: Any) -> None:
-        """Copy what `count` output rows from `begin` on read to scratch."""
-        conv, lanes = self.conv, block.lanes
-        width = _reach(conv)[1]
+            def lines(row: Any, height: int, width: int) -> None:
+                self._stage(words, image, block, start, row, height)
+                for pixels, column, repeat in _tiles(self.conv.columns.out, width):
+                    with T.serial(0, repeat) as j:
+                        left = T.bind(column + j * pixels)
+                        out = [
+                            T.bind(((image * self.conv.rows.out + row + o) * self.conv.columns.out) + left + p)
+                            for o in range(height)
+                            for p in range(pixels)
+                        ]
+                        self._tile(acc, words, block, start, constants, left, (height, pixels), out)
+
+            with T.serial(0, whole) as several:
+                lines(T.bind(first + several * together), together, self.plan.pixels)
+            if self.alone:
+                with T.serial(0, last - first - whole * together) as single:
+                    lines(T.bind(first + whole * together + single), 1, self.alone)
+
+    def _stage(self, words: Any, image: Any, block: Block, start: Any, row: Any, height: int) -> None:
+        """Make the words of the rows that `height` output rows from `row` on read."""
+        conv, lanes, width = self.conv, block.lanes, image_width(self.conv)
         top, left = conv.padding[0], conv.padding[2]
         border = tirx.const(fill_word(self.source, self.dots[lanes], self.zero), "int32")
         filled = tirx.Broadcast(border, lanes)
         inside = max(0, min(conv.width, width - left))
-        rows = T.bind((count - 1) * conv.rows.stride + ((conv.rows.kernel - 1) * conv.rows.dilation + 1))
+        rows = conv.kernel[0] + (height - 1) * conv.stride[0]
+        for g in range(-(-rows // ROWS)):
+            count = min(ROWS, rows - g * ROWS)
+            above = T.bind(row * conv.stride[0] - top + g * (ROWS * conv.dilation[0]))
+            lines = [T.bind(above + r * conv.dilation[0]) for r in range(count)]
 
-        def blank(at: Any, columns: int) -> None:
-            if columns > 0:
-                with T.serial(0, columns) as c:
-                    T.buffer_store(patch, filled, [span((at + c) * lanes, lanes)])
+            def put(column: Any, values: Sequence[Any], g: int = g) -> None:
+                four = [values[min(r, len(values) - 1)] for r in range(ROWS)]
+                for k in range(4):
+                    made = tirx.call_pure_extern(f"int32x{lanes}", f"gw_taps_{lanes}_{k}", *four)
+                    T.buffer_store(words, made, [span(((g * width + column) * 4 + k) * lanes, lanes)])
 
-        with T.serial(0, rows) as r:
-            line = T.bind(begin * conv.rows.stride - top + r)
-            at = T.bind(r * width)
-            with T.If(T.And(line >= 0, line < conv.height)):
+            for begin, many in ((0, min(left, width)), (left + inside, width - left - inside)):
+                if many > 0:
+                    with T.serial(0, many) as c:
+                        put(begin + c, [filled])
+            if not inside:
+                continue
+
+            def columns(guarded: bool, lines: list[Any] = lines, put: Any = put) -> None:
+                # A line outside is read at the border, and not used.
+                near = [tirx.max(0, tirx.min(line, conv.height - 1)) if guarded else line for line in lines]
+                starts = [T.bind((image * conv.height + line) * (conv.width * conv.channels) + start) for line in near]
+                with T.serial(0, inside) as c:
+                    values = [T.bind(self._read(block, T.bind(at + c * conv.channels))) for at in starts]
+                    if guarded:
+                        there = [tirx.all(line >= 0, line < conv.height) for line in lines]
+                        values = [
+                            T.bind(tirx.Select(is_there, value, filled))
+                            for is_there, value in zip(there, values, strict=True)
+                        ]
+                    put(left + c, values)
+
+            with T.If(tirx.all(lines[0] >= 0, lines[-1] < conv.height)):
                 with T.Then():
-                    blank(at, min(left, width))
-                    source = T.bind((image * conv.height + line) * conv.width * conv.channels + start)
-                    with T.serial(0, inside) as c:
-                        self._copy(patch, block, T.bind(source + c * conv.channels), at + left + c)
-                    blank(at + (left + inside), width - left - inside)
+                    columns(guarded=False)
                 with T.Else():
-                    blank(at, width)
+                    columns(guarded=True)
 
-    def _copy(self, patch: Any, block: Block, at: Any, place: Any) -> None:
-        """A pixel's bytes from `at` to scratch, in the order of the patch."""
+    def _read(self, block: Block, at: Any) -> Any:
+        """A pixel's bytes from `at` on as words, in the sign that the instruction takes."""
         lanes = block.lanes
-        flip = tirx.const(fill_word(self.source, self.dots[lanes]), "int32")
-        flipped = flips(self.source, self.dots[lanes])
         if block.last == block.width:
-            words = T.reinterpret(f"int32x{lanes}", self.x[span(at, block.width)])
-            words = tirx.bitwise_xor(words, tirx.Broadcast(flip, lanes)) if flipped else words
-            words = tirx.call_pure_extern(f"int32x{lanes}", f"gw_apart_{lanes}", words)
-            T.buffer_store(patch, words, [span(place * lanes, lanes)])
-            return
-        for to, word in enumerate(_apart(lanes)):  # fewer channels than a block has
-            value: Any = tirx.const(0, "uint32")
-            for j, c in enumerate(range(4 * word, min(4 * word + 4, block.last))):
-                byte = self.x[at + c]
-                byte = T.reinterpret("uint8", byte) if self.source == "int8" else byte
-                value = tirx.bitwise_or(value, tirx.Cast("uint32", byte) << tirx.const(8 * j, "uint32"))
-            value = T.reinterpret("int32", value) if 4 * word < block.last else tirx.const(0, "int32")
-            T.buffer_store(patch, tirx.bitwise_xor(value, flip) if flipped else value, [place * lanes + to])
+            stored = self.x[span(at, block.width)]
+        else:
+            stored = self._filled(block, self.source, lambda c: self.x[at + c])
+        value = T.reinterpret(f"int32x{lanes}", stored)
+        if not flips(self.source, self.dots[lanes]):
+            return value
+        flip = tirx.const(fill_word(self.source, self.dots[lanes]), "int32")
+        return tirx.bitwise_xor(value, tirx.Broadcast(flip, lanes))
 
-    def _tile(self, acc: Any, patch: Any, block: Block, weights: Any, row: Any, column: Any, pixels: int) -> None:
-        """The sums of `pixels` pixels."""
-        conv, lanes = self.conv, block.lanes
-        for i in range(4 * pixels):
-            T.buffer_store(acc, tirx.Broadcast(tirx.const(0, "int32"), lanes), [span(i * lanes, lanes)])
-        width, taps, stride, apart = _reach(conv)[1], conv.kernel[1], conv.stride[1], conv.dilation[1]
-        corner = T.bind((row * conv.stride[0]) * width + column * stride)
+    def _filled(self, block: Block, dtype: str, read: Callable[[Any], Any]) -> Any:
+        """`width` elements of a block that has fewer: zeros behind those that there are."""
+        edge = T.alloc_buffer((block.width,), dtype, scope="local")
+        for c in range(block.width):
+            T.buffer_store(edge, read(c) if c < block.last else tirx.const(0, dtype), [c])
+        return edge[span(0, block.width)]
 
-        def group(g: Any, rows: int) -> None:
-            line = T.bind(corner + g * (ROWS * conv.dilation[0] * width))
-            below = [min(r, rows - 1) * conv.dilation[0] * width for r in range(ROWS)]
+    def _tile(
+        self,
+        acc: Any,
+        words: Any,
+        block: Block,
+        start: Any,
+        constants: Any,
+        left: Any,
+        size: tuple[int, int],
+        out: Sequence[Any],
+    ) -> None:
+        """The results of some rows x pixels, whose places in the output are `out`."""
+        lanes, places = block.lanes, len(out)
+        steps: list[list[Any]] = [[] for _ in out]
+        for quarter in range(4):
+            self._sums(acc, words, block, constants, left, size, quarter)
+            reals = self._reals(
+                [acc[span(at * lanes, lanes)] for at in range(places)], block, out, start, constants, quarter
+            )
+            for at, real in enumerate(reals):
+                steps[at].append(T.bind(real if self.finish.result == "float32" else self._rounded(real, lanes)))
+        for at in range(places):
+            self._store(steps[at], block, out[at], start)
+
+    def _sums(
+        self, acc: Any, words: Any, block: Block, constants: Any, left: Any, size: tuple[int, int], quarter: int
+    ) -> None:
+        """The sums of one of the four vectors of each pixel."""
+        conv, lanes, together = self.conv, block.lanes, self.plan.rows
+        height, pixels = size
+        for at in range(height * pixels):
+            offset = self.read[0][span(constants + quarter * lanes, lanes)]
+            T.buffer_store(acc, offset, [span(at * lanes, lanes)])
+        taps, stride, apart = conv.kernel[1], conv.stride[1], conv.dilation[1]
+        corner = T.bind(left * stride)
+        weights = T.bind(constants * (self.row_groups * taps * together))
+
+        def group(g: Any) -> None:
+            line = T.bind(corner + g * image_width(conv))
 
             def add(at: Any, readers: Sequence[tuple[int, Any]]) -> None:
-                values = [T.bind(patch[span((at + b) * lanes, lanes)]) for b in dict.fromkeys(below)]
-                chosen = [values[min(r, len(values) - 1)] for r in range(ROWS)]
-                for k in range(4):
-                    words = tirx.call_pure_extern(f"int32x{lanes}", f"gw_taps_{lanes}_{k}", *chosen)
-                    words = T.bind(words)
-                    for p, kw in readers:
-                        w = self.weight[span(weights + (g * taps + kw) * block.width + k * lanes, lanes)]
-                        here = [span((p * 4 + k) * lanes, lanes)]
-                        T.buffer_store(acc, self.dots[lanes].multiply(acc[here[0]], [words], w), here)
+                word = T.bind(words[span((at * 4 + quarter) * lanes, lanes)])
+                for p, kw in readers:
+                    for o in range(height):
+                        place = weights + ((g * taps + kw) * together + o) * block.width + quarter * lanes
+                        here = span((o * pixels + p) * lanes, lanes)
+                        weight = self.weight[span(place, lanes)]
+                        T.buffer_store(acc, self.dots[lanes].multiply(acc[here], [word], weight), [here])
 
             if taps <= WRITTEN_COLUMNS:
                 columns: dict[int, list[tuple[int, Any]]] = {}
@@ -314,34 +288,86 @@ class _Nest:
                     for p in range(pixels):
                         add(line + (p * stride + kw * apart), [(p, kw)])
 
-        whole, rest = divmod(conv.kernel[0], ROWS)
-        if whole == 1:
-            group(0, ROWS)
-        elif whole:
-            with T.serial(0, whole) as g:
-                group(g, ROWS)
-        if rest:
-            group(whole, rest)
+        if self.row_groups <= 2:
+            for g in range(self.row_groups):
+                group(g)
+        else:
+            with T.serial(0, self.row_groups) as g:
+                group(g)
 
-    def _store(self, acc: Any, spill: Any, block: Block, out: Any, start: Any, pixels: int) -> None:
-        """Finish and store the sums of a tile."""
+    def _reals(
+        self, sums: Sequence[Any], block: Block, out: Sequence[Any], start: Any, constants: Any, quarter: int
+    ) -> list[Any]:
+        """A vector of sums of each place in real units."""
         lanes, finish = block.lanes, self.finish
-        whole = (block.first, block.last) == (0, block.width)
-        for p in range(pixels):
-            if whole and not finish.heavy:
-                for k in range(4):
-                    value = acc[span((p * 4 + k) * lanes, lanes)]
-                    finish.store(value, out + p, start + k * lanes, lanes, self.read, self.out)
-                continue
-            for k in range(4):
-                T.buffer_store(spill, acc[span((p * 4 + k) * lanes, lanes)], [span(k * lanes, lanes)])
-            if whole:
-                with T.serial(0, 4) as v:
-                    value = T.bind(spill[span(v * lanes, lanes)])
-                    finish.store(value, out + p, start + v * lanes, lanes, self.read, self.out)
-            else:
-                with between(block.first, block.last) as c:
-                    finish.store(T.bind(spill[c]), out + p, start + c, 1, self.read, self.out)
+        channels = span(constants + quarter * lanes, lanes)
+        scale = self.read[1][channels]
+        addends: list[Any] = [self.read[2][channels] if finish.bias else None] * len(sums)
+        if finish.residual is not None:
+            addends = [
+                T.bind(finish.added(bias, self._residual(block, place, start, quarter), lanes))
+                for bias, place in zip(addends, out, strict=True)
+            ]
+        if not finish.heavy:
+            return [finish.real(value, scale, added, lanes) for value, added in zip(sums, addends, strict=True)]
+        # Dozens of operations: a loop over scratch instead of unrolled code.
+        spill = T.alloc_buffer((len(sums) * lanes,), "int32", scope="local")
+        reals = T.alloc_buffer((len(sums) * lanes,), "float32", scope="local")
+        for at, (value, added) in enumerate(zip(sums, addends, strict=True)):
+            T.buffer_store(spill, value, [span(at * lanes, lanes)])
+            if added is not None:
+                T.buffer_store(reals, added, [span(at * lanes, lanes)])
+        with T.serial(0, len(sums)) as i:
+            here = span(i * lanes, lanes)
+            real = finish.real(spill[here], scale, None if addends[0] is None else reals[here], lanes)
+            T.buffer_store(reals, real, [here])
+        return [T.bind(reals[span(at * lanes, lanes)]) for at in range(len(sums))]
+
+    def _residual(self, block: Block, out: Any, start: Any, quarter: int) -> Any:
+        """The k-th quarter of what is added to a pixel."""
+        assert self.finish.residual is not None
+        lanes, dtype = block.lanes, self.finish.residual.dtype
+        residual = view(self.read[-1], (prod(self.conv.output_shape[:3]), self.conv.filters))
+        if block.last < block.width:
+            stored = self._filled(block, dtype, lambda c: residual[out, c])
+            if dtype == "float32":  # of the smallest block, which is in order
+                return tirx.Shuffle([stored], [tirx.const(quarter * lanes + i, "int32") for i in range(lanes)])
+        elif dtype == "float32":
+            natural = [residual[out, span(start + m * lanes, lanes)] for m in range(4)]
+            return tirx.call_pure_extern(f"float32x{lanes}", f"gw_quarter_{lanes}_{quarter}", *natural)
+        else:
+            stored = residual[out, span(start, block.width)]
+        return tirx.call_pure_extern(f"int32x{lanes}", f"gw_wide_{dtype}_{lanes}_{quarter}", stored)
+
+    def _rounded(self, value: Any, lanes: int) -> Any:
+        """Real values as integers of the result's range."""
+        finish = self.finish
+        least, most = finish.bounds() or finish.ends
+        y = finish.scaled(value, lanes)
+        # What is too low, and NaN, becomes the least integer by the instruction, and the packs clip it.
+        if not (self.plan.instruction and least == finish.ends[0] and finish.zero >= 0):
+            y = tirx.max(y, spread(tirx.const(least, "float32"), lanes))
+        y = tirx.min(spread(tirx.const(most, "float32"), lanes), y)
+        steps = tirx.call_pure_extern(f"int32x{lanes}", f"gw_steps_{lanes}", y)
+        return steps + spread(tirx.const(finish.zero, "int32"), lanes)
+
+    def _store(self, quarters: Sequence[Any], block: Block, out: Any, start: Any) -> None:
+        """Store the results of one pixel, four vectors, in natural order."""
+        lanes, result = block.lanes, self.finish.result
+        if result == "float32":
+            calls = [(f"float32x{lanes}", f"gw_natural_{lanes}_{m}", *quarters) for m in range(4)]
+        else:
+            calls = [(f"{result}x{4 * lanes}", f"gw_pack_{result}_{lanes}", *quarters)]
+        size = block.width // len(calls)
+        if (block.first, block.last) == (0, block.width):
+            for i, call in enumerate(calls):
+                T.buffer_store(self.out, tirx.call_pure_extern(*call), [out, span(start + i * size, size)])
+            return
+        edge = T.alloc_buffer((block.width,), result, scope="local")
+        for i, call in enumerate(calls):
+            T.buffer_store(edge, tirx.call_pure_extern(*call), [span(i * size, size)])
+        with between(block.first, block.last) as c:
+            T.buffer_store(self.out, edge[c], [out, start + c])
 
 
 def _tiles(total: int, most: int) -> Iterator[tuple[int, int, int]]:
@@ -351,57 +377,3 @@ def _tiles(total: int, most: int) -> Iterator[tuple[int, int, int]]:
         count = sizes.count(pixels)
         yield pixels, start, count
         start += count * pixels
-
-
-def _moves(lanes: int) -> str:
-    """gw_apart: the order of a patch, words of a 16-byte lane from as many quarters of the block; gw_taps_k: of four
-    rows, the words of the k-th quarter."""
-    quarter = lanes // 4
-    i, b, h = f"<{lanes} x i32>", f"<{4 * lanes} x i8>", f"<{2 * lanes} x i16>"
-    head = "define linkonce_odr"
-    plain = "alwaysinline nounwind memory(none)"
-    text = f"""
-{head} {i} @gw_apart_{lanes}({i} %x) {plain} {{
-  %r = shufflevector {i} %x, {i} poison, {_mask(_apart(lanes))}
-  ret {i} %r
-}}
-"""
-    for k in range(4):
-        high_bytes, high_words = divmod(k, 2)
-        bytes_ = [
-            source + 16 * lane + 8 * high_bytes + n
-            for lane in range(quarter)
-            for n in range(8)
-            for source in (0, 4 * lanes)
-        ]
-        words = [
-            source + 8 * lane + 4 * high_words + n
-            for lane in range(quarter)
-            for n in range(4)
-            for source in (0, 2 * lanes)
-        ]
-        text += f"""
-{head} {i} @gw_taps_{lanes}_{k}({i} %r0, {i} %r1, {i} %r2, {i} %r3) {plain} {{
-  %a = bitcast {i} %r0 to {b}
-  %b = bitcast {i} %r1 to {b}
-  %c = bitcast {i} %r2 to {b}
-  %d = bitcast {i} %r3 to {b}
-  %s = shufflevector {b} %a, {b} %b, {_mask(bytes_)}
-  %t = shufflevector {b} %c, {b} %d, {_mask(bytes_)}
-  %u = bitcast {b} %s to {h}
-  %v = bitcast {b} %t to {h}
-  %w = shufflevector {h} %u, {h} %v, {_mask(words)}
-  %r = bitcast {h} %w to {i}
-  ret {i} %r
-}}
-"""
-    return text
-
-
-def _apart(lanes: int) -> list[int]:
-    """Which word of a pixel stands at each place of a patch."""
-    return [lanes // 4 * k + lane for lane in range(lanes // 4) for k in range(4)]
-
-
-def _mask(order: Sequence[int]) -> str:
-    return f"<{len(order)} x i32> <{', '.join(f'i32 {n}' for n in order)}>"

@@ -82,31 +82,40 @@ class Requantize:
     def store(self, value: Any, row: Any, column: Any, lanes: int, read: Sequence[Any], out: Any) -> None:
         """Requantize and store."""
         at = span(column, lanes)
-        floats = _many("float32", lanes)
-        y = tirx.Cast(floats, value + read[0][at])
         addend: Any = read[2][at] if self.bias else None
         if self.residual is not None:
-            addend = self._with_residual(addend, view(read[-1], (self.M, self.N))[row, at], lanes)
-        scale = read[1][at]
-        y = y * scale if addend is None else _fma(y, scale, addend, lanes)
-        bounds = self._bounds()
-        if self.activation != "none" and bounds is None:
-            y = apply_activation(T.bind(y), self.activation, self.args)
+            addend = self.added(addend, view(read[-1], (self.M, self.N))[row, at], lanes)
+        y = self.real(value + read[0][at], read[1][at], addend, lanes)
         if self.result == "float32":
             T.buffer_store(out, y, [row, at])
             return
-        low, high = RANGES[self.result]
-        if self.inverse != 1.0:
-            y = y * spread(tirx.const(self.inverse, "float32"), lanes)
         # Clamped first: a float beyond int32 has no integer. The bounds are integers, so the order does not matter.
-        least, most = bounds or (float(low - self.zero), float(high - self.zero))
-        y = tirx.max(y, spread(tirx.const(least, "float32"), lanes))
+        least, most = self.bounds() or self.ends
+        y = tirx.max(self.scaled(y, lanes), spread(tirx.const(least, "float32"), lanes))
         y = tirx.min(y, spread(tirx.const(most, "float32"), lanes))
-        y = tirx.call_llvm_pure_intrin(floats, "llvm.nearbyint", y)
-        q = tirx.Cast(_many("int32", lanes), y) + spread(tirx.const(self.zero, "int32"), lanes)
+        steps = tirx.call_llvm_pure_intrin(_many("int32", lanes), "llvm.lrint", y)  # to nearest, half to even
+        q = steps + spread(tirx.const(self.zero, "int32"), lanes)
         T.buffer_store(out, tirx.Cast(_many(self.result, lanes), q), [row, at])
 
-    def _bounds(self) -> tuple[float, float] | None:
+    def real(self, sums: Any, scale: Any, addend: Any, lanes: int) -> Any:
+        """Sums (offsets included) in real units; an activation that only clamps is left to `bounds`."""
+        y: Any = tirx.Cast(_many("float32", lanes), sums)
+        y = y * scale if addend is None else _fma(y, scale, addend, lanes)
+        if self.activation != "none" and self.bounds() is None:
+            y = apply_activation(T.bind(y), self.activation, self.args)
+        return y
+
+    def scaled(self, y: Any, lanes: int) -> Any:
+        """`y` in steps of the result."""
+        return y if self.inverse == 1.0 else y * spread(tirx.const(self.inverse, "float32"), lanes)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The range of the result in steps, zero point taken off."""
+        low, high = RANGES[self.result]
+        return float(low - self.zero), float(high - self.zero)
+
+    def bounds(self) -> tuple[float, float] | None:
         """The range of the result and that of an activation which only clamps, as one, in steps of the result.
 
         The same bits as one after the other: multiplying by `inverse` keeps the order of floats. None where the
@@ -115,13 +124,12 @@ class Requantize:
         clamps = {"none": (-inf, inf), "relu": (0.0, inf), "relu6": (0.0, 6.0), "clamp": self.args}
         if self.result == "float32" or self.activation not in clamps:
             return None
-        low, high = RANGES[self.result]
-        least, most = float(low - self.zero), float(high - self.zero)
+        least, most = self.ends
         ends = torch.tensor(clamps[self.activation], dtype=torch.float32) * torch.tensor(self.inverse)
         start, end = ends.clamp(least, most).tolist()
         return start, end
 
-    def _with_residual(self, bias: Any, value: Any, lanes: int) -> Any:
+    def added(self, bias: Any, value: Any, lanes: int) -> Any:
         """bias + (value - zero) * scale, by one fma where there are both."""
         assert self.residual is not None
         if self.residual.dtype == "float32":

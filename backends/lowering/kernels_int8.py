@@ -7,6 +7,7 @@ expressions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Any
@@ -20,14 +21,17 @@ from ...passes import dialect_int8
 from ...passes.rewrite import arguments, shape_of
 from ..kernels.conv_plan import Conv, problem_of
 from ..kernels.dot_conv import DotConvPlan, choose_dot_conv, pack_conv
-from ..kernels.dot_depthwise import choose_dot_depthwise, dot_depthwise, pack_depthwise
+from ..kernels.dot_depthwise import dot_depthwise
+from ..kernels.dot_depthwise_plan import DotDepthwisePlan, choose_dot_depthwise, pack_channels, pack_depthwise
 from ..kernels.dot_matmul import pack_for
 from ..kernels.dot_product import Dot, choose_dot_tiling, int8_dot
 from ..kernels.int8_product import Requantize, Residual, int8_conv, int8_matmul, offsets
 from .kernels_matmul import refuse_large
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
-DEPTHWISE_EFFICIENCY = 0.15  # of peak dot products: most of its time goes into words, and into rounding results
+# Of peak dot products, by stride: most of its time goes into words, and into rounding results. Medians of
+# benchmarks/depthwise.py on Zen 4 with AVX-512 VNNI.
+DEPTHWISE_EFFICIENCY = {1: 0.32, 2: 0.20}
 _NAMES = {torch.float32: "float32", torch.uint8: "uint8", torch.int8: "int8"}
 
 
@@ -74,16 +78,33 @@ def qconv2d(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return KernelCall(func, _read(given, packed, dot), "int8 conv", choice, work)
 
 
-def _depthwise(node: fx.Node, given: dict[str, Any], problem: Conv, hw: Hardware) -> KernelCall:
+def _depthwise(node: fx.Node, given: dict[str, Any], problem: Conv, hw: Hardware) -> KernelCall | Refusal:
+    if any(isinstance(given[name], fx.Node) and given[name].op != "get_attr" for name in ("scale", "bias")):
+        return Refusal("its scales or bias are computed")
     plan = choose_dot_depthwise(problem, hw)
     finish = _finish(node, given, problem.filters)
     func = dot_depthwise("int8_depthwise", problem, _dtype(given["input"]), plan, finish, zero=given["input_zero"])
     blocks = "+".join(f"{b.count}x{b.width}" for b in plan.blocks)
-    packed = Packed(given["weight"], f"int8_depthwise_{blocks}", partial(pack_depthwise, plan=plan))
+    layout = f"int8_depthwise_{blocks}_{plan.rows}x{problem.stride[0]}"
+    packed = Packed(given["weight"], layout, partial(pack_depthwise, plan=plan, stride=problem.stride[0]))
+    x, _, offset, scale, *rest = _read(given, packed, plan.dot)
+    assert isinstance(offset, Packed)
+    ordered = partial(_ordered, offsets=offset.pack, plan=plan)
+    constants = [Packed(packed.constant, f"{offset.layout}_{blocks}", ordered)]
+    bias = int(given["bias"] is not None)
+    for value in (scale, *rest[:bias]):
+        assert isinstance(value, fx.Node)
+        constants.append(Packed(value, f"depthwise_channels_{blocks}", partial(pack_channels, plan=plan)))
     tasks = problem.batch * plan.tasks
-    work = _work(node, float(problem.flops), tasks, DEPTHWISE_EFFICIENCY)
-    choice = f"{plan.dot.name}, {plan.pixels} pixels, channels {blocks}, {plan.patch_rows} rows, {tasks} tasks"
-    return KernelCall(func, _read(given, packed, plan.dot), "int8 depthwise conv", choice, work)
+    work = _work(node, float(problem.flops), tasks, DEPTHWISE_EFFICIENCY[1 if max(problem.stride) == 1 else 2])
+    choice = f"{plan.dot.name}, {plan.rows}x{plan.pixels} pixels, channels {blocks}, {tasks} tasks"
+    return KernelCall(func, (x, packed, *constants, *rest[bias:]), "int8 depthwise conv", choice, work)
+
+
+def _ordered(
+    weight: torch.Tensor, offsets: Callable[[torch.Tensor], torch.Tensor], plan: DotDepthwisePlan
+) -> torch.Tensor:
+    return pack_channels(offsets(weight), plan)
 
 
 def _refusal(node: fx.Node, given: dict[str, Any]) -> Refusal | None:

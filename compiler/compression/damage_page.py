@@ -22,7 +22,7 @@ _LEFT, _WIDTH, _RIGHT, _ROW, _TOP = 300.0, 900.0, 70.0, 16, 20
 
 @dataclass(frozen=True)
 class Bar:
-    """One product in 8 bits."""
+    """One product whose damage by 8 bits is known."""
 
     name: str
     operator: str
@@ -30,7 +30,7 @@ class Bar:
     width: float
     label: str
     text: str
-    low: bool  # worth a look
+    kind: str  # "bar", "low": worth a look, "back": in float32 after all
 
 
 def page(report: Report, title: str) -> str:
@@ -67,5 +67,5 @@ def _bar(row: Choice, place: int, scale: float, most: float) -> Bar:
     outputs = "" if row.error is None else f", alone {row.error:.1e} at the outputs"
     text = f"{row.node} ({row.operator}): {ratio:.1f} dB{outputs}; {row.reason}"
     name = row.node if len(row.node) <= 40 else f"...{row.node[-37:]}"
-    low = ratio < WORTH_A_LOOK
-    return Bar(name, row.operator, _TOP + _ROW * place, length * scale, f"{ratio:.1f}", text, low)
+    kind = "back" if row.dtype == "float32" else "low" if ratio < WORTH_A_LOOK else "bar"
+    return Bar(name, row.operator, _TOP + _ROW * place, length * scale, f"{ratio:.1f}", text, kind)

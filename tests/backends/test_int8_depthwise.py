@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from narrow_harness import TORCH, integers, one_core, requantized, run, run_emulated
+from narrow_harness import TORCH, integers, one_core, random, requantized, run, run_emulated
 
 from graphwright.backends.kernels.conv_plan import Conv
-from graphwright.backends.kernels.dot_depthwise import (
+from graphwright.backends.kernels.dot_depthwise import dot_depthwise
+from graphwright.backends.kernels.dot_depthwise_plan import (
     DotDepthwisePlan,
     blocks_of,
     choose_dot_depthwise,
-    dot_depthwise,
+    pack_channels,
     pack_depthwise,
 )
 from graphwright.backends.kernels.int8_product import RANGES, Requantize, Residual, offsets
@@ -36,19 +37,24 @@ def operands(conv: Conv, source: str, zero: int, how: Requantize, plan: DotDepth
     w = integers("int8", conv.channels, 1, *conv.kernel, seed=1)
     scale = torch.rand(conv.channels, generator=torch.Generator().manual_seed(2)) * 1e-3 + 1e-5
     bias = torch.linspace(-2, 2, conv.channels)
-    added = None if how.residual is None else integers(how.residual.dtype, *conv.output_shape, seed=3)
+    added = None
+    if how.residual is not None:
+        kind = how.residual.dtype
+        floats = kind == "float32"
+        added = random(*conv.output_shape, seed=3) if floats else integers(kind, *conv.output_shape, seed=3)
     top, bottom, left, right = conv.padding
     padded = F.pad(x.double() - zero, (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)
     sums = F.conv2d(padded, w.double(), None, conv.stride, 0, conv.dilation, conv.groups).round().permute(0, 2, 3, 1)
     rows = None if added is None else added.view(-1, conv.channels)
     expected = requantized(sums.reshape(-1, conv.channels), scale, bias, rows, how).view(conv.output_shape)
     extra = [] if added is None else [added]
-    return [x, pack_depthwise(w, plan), offsets(w, zero, source, plan.dot), scale, bias, *extra, expected]
+    constants = [pack_channels(c, plan) for c in (offsets(w, zero, source, plan.dot), scale, bias)]
+    return [x, pack_depthwise(w, plan, conv.stride[0]), *constants, *extra, expected]
 
 
 def finish(conv: Conv, result: str, residual: str | None = None, activation: str = "none") -> Requantize:
     added = None if residual is None else Residual(residual, 0.037, 5)
-    zero = {"uint8": 110, "int8": 3, "float32": 0}[result]
+    zero = {"uint8": 110, "int8": -3, "float32": 0}[result]
     args = (-3.0, 5.5) if activation == "clamp" else ()
     count = prod(conv.output_shape[:3])
     return Requantize(count, conv.channels, result, zero, 9.7, True, added, activation, args, conv.output_shape)
@@ -62,10 +68,10 @@ def machine(kind: str) -> tuple[Hardware, bool]:
     return (hw, True) if kind == "emulated" else (hw, False)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     st.sampled_from(["own", "emulated", "emulated 512"]),
-    st.tuples(st.integers(1, 2), st.integers(1, 12), st.integers(1, 12), st.sampled_from([1, 7, 16, 24, 64, 96, 130])),
+    st.tuples(st.integers(1, 2), st.integers(1, 7), st.integers(1, 9), st.sampled_from([1, 7, 16, 24, 40, 96])),
     st.tuples(st.integers(1, 6), st.sampled_from([1, 2, 3, 5, 10])),
     st.tuples(st.integers(1, 3), st.integers(1, 3)),
     st.tuples(st.integers(1, 2), st.integers(1, 2)),
@@ -73,7 +79,7 @@ def machine(kind: str) -> tuple[Hardware, bool]:
     st.sampled_from(["uint8", "int8"]),
     st.sampled_from(["uint8", "int8", "float32"]),
     st.integers(-128, 255),
-    st.sampled_from([None, "uint8", "int8"]),
+    st.sampled_from([None, "uint8", "int8", "float32"]),
     st.sampled_from(["none", "relu6", "clamp", "leaky"]),
 )
 def test_bit_for_bit(
@@ -106,9 +112,9 @@ def test_bit_for_bit(
 
 @pytest.mark.parametrize("split", [(3, 1), (1, 2)])
 def test_tasks_share_rows_or_blocks_of_channels(split: tuple[int, int]) -> None:
-    conv = depthwise((1, 11, 9, 200), (3, 3), padding=(1, 1, 1, 1))
-    chosen = choose_dot_depthwise(conv, detect(), emulated=True)
-    plan = dataclasses.replace(chosen, row_blocks=split[0], channel_blocks=split[1], patch_rows=2)
+    conv = depthwise((1, 5, 4, 136), (3, 3), padding=(1, 1, 1, 1))
+    chosen = choose_dot_depthwise(conv, detect())
+    plan = dataclasses.replace(chosen, row_blocks=split[0], channel_blocks=split[1])
     how = finish(conv, "uint8", activation="relu")
     *given_, expected = operands(conv, "uint8", 9, how, plan)
     out = torch.zeros(conv.output_shape, dtype=torch.uint8)
@@ -116,14 +122,28 @@ def test_tasks_share_rows_or_blocks_of_channels(split: tuple[int, int]) -> None:
     assert torch.equal(out, expected)
 
 
-def test_a_heavy_activation_passes_through_scratch() -> None:
-    conv = depthwise((1, 5, 6, 80), (3, 3), padding=(1, 1, 1, 1))
-    plan = choose_dot_depthwise(conv, detect(), emulated=True)
+def test_a_heavy_activation() -> None:
+    conv = depthwise((1, 3, 4, 80), (3, 3), padding=(1, 1, 1, 1))
+    plan = choose_dot_depthwise(conv, detect())
     how = finish(conv, "float32", activation="silu")
     *given_, expected = operands(conv, "uint8", 9, how, plan)
     out = torch.zeros(conv.output_shape)
     run(dot_depthwise("int8_depthwise", conv, "uint8", plan, how, zero=9), detect(), *given_, out)
     torch.testing.assert_close(out, expected, rtol=2e-6, atol=2e-6)  # the polynomial's last bits
+
+
+@pytest.mark.parametrize(("result", "lowest"), [("uint8", 0), ("int8", -128)])
+def test_nan_and_infinities_are_clipped(result: str, lowest: int) -> None:
+    conv = depthwise((1, 4, 4, 64), (3, 3), padding=(1, 1, 1, 1))
+    plan = choose_dot_depthwise(conv, detect())
+    how = finish(conv, result, "float32")
+    *given_, expected = operands(conv, "uint8", 9, how, plan)
+    for channel, (value, code) in enumerate([(torch.nan, lowest), (-torch.inf, lowest), (torch.inf, lowest + 255)]):
+        given_[-1][..., channel] = value
+        expected[..., channel] = code
+    out = torch.zeros(conv.output_shape, dtype=TORCH[result])
+    run(dot_depthwise("int8_depthwise", conv, "uint8", plan, how, zero=9), detect(), *given_, out)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("name", ["znver4", "alderlake"])
