@@ -28,11 +28,10 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import dialect, mixed
+from . import dialect, mixed, mixed_half
 from .precision_cut import Cost, Problem, Value, within
 from .precision_forms import (
     ASKED,
-    IN_PLACE,
     LABELS,
     PRODUCTS,
     UNMEASURED,
@@ -184,6 +183,7 @@ _TARGETS = {
     (torch.float16, False): mixed.linear_f16,
     (torch.float16, True): mixed.conv2d_f16,
 }
+_HALF = {False: mixed_half.linear_half, True: mixed_half.conv2d_half}
 _BFLOAT16 = (mixed.linear_bf16, mixed.conv2d_bf16)
 _OF_SAME: dict[object, tuple[object, ...]] = {
     mixed.linear_bf16: _BFLOAT16,
@@ -211,10 +211,11 @@ def assign_precision(graph: fx.GraphModule, choices: Collection[Choice]) -> int:
             rounded[name].meta["val"] = weight.meta["val"].to(dtype)
         node.args = _arguments(node, rounded[name], chosen[node.name].round_input)
         node.kwargs = {}
-        node.target = _TARGETS[dtype, node.target is dialect.conv2d]
+        spatial = node.target is dialect.conv2d
+        node.target = _HALF[spatial] if chosen[node.name].form == "float16 sums" else _TARGETS[dtype, spatial]
         log.debug("%s: %s, %s", node.name, chosen[node.name].dtype, chosen[node.name].reason)
     for node in nodes:
-        if chosen[node.name].round_input and chosen[node.name].form not in IN_PLACE and _read_narrow(node):
+        if chosen[node.name].round_input and LABELS[chosen[node.name].form].stored != "float32" and _read_narrow(node):
             node.args = (*node.args[:-1], True)
             node.meta["val"] = node.meta["val"].to(_DTYPES[chosen[node.name].dtype])
     if nodes:

@@ -12,9 +12,11 @@ float32                                            max(flops / rate, weight byte
 bfloat16          both rounded, dot products       half the arithmetic, half the bytes
 bfloat16 weights  weights rounded                  the same arithmetic, half the bytes
 float16 weights   weights rounded                  the same; an eighth of bfloat16's error, within float16's range
+float16 sums      both rounded, sums too           HALF_RATE of the arithmetic, half the bytes; on cores that multiply
+                                                   halves by element: mixed_half.py has its error
 
 Weights come from memory where all weights of the graph are more than the last cache; a product with a few rows then
-waits for them. Sums are float32 in every form. tf32 and fp8 are arithmetic of GPUs: no machine of the database has it.
+waits for them. Sums are float32 in every other form. tf32 and fp8 are arithmetic of GPUs: no CPU here has it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from ..hwdb import Hardware
 from ..hwdb.cost import Work, memory_bandwidth_gbs, predict_seconds
 from . import dialect
 from .dialect_joined import joined_rows
+from .mixed_half import BLOCK
 from .rewrite import Operator, arguments, constant, shape_of, value_of
 
 aten = torch.ops.aten
@@ -95,18 +98,23 @@ LABELS = {
     "bfloat16 weights": Label("bfloat16", "float32"),
     "float16 products": Label("float16", "float32", True),
     "bfloat16 products": Label("bfloat16", "float32", True),
+    "float16 sums": Label("float16", "float32", True),
 }
 IN_PLACE = ("float16 products", "bfloat16 products")  # round on the way into a GPU's matrix units
 FEWEST = 16  # rows and columns of a product that a tile of matrix units pays for
 ASKED = {
     "bf16": ("bfloat16", "bfloat16 weights", "bfloat16 products"),
-    "fp16": ("float16 weights", "float16 products"),
-    "auto": ("bfloat16", "float16 weights", "bfloat16 weights"),
+    "fp16": ("float16 weights", "float16 products", "float16 sums"),
+    "auto": ("bfloat16", "float16 weights", "bfloat16 weights", "float16 sums"),
 }
 # Relative error of a product where nothing was measured: a rounded operand errs by u / sqrt(3) in the mean, with u the
 # unit roundoff (2^-8 and 2^-11 of the spacing's half, Higham, section 2.2), and two of them independently.
 UNMEASURED = {"bfloat16": 3.2e-3, "bfloat16 weights": 2.3e-3, "float16 weights": 2.8e-4}
 UNMEASURED |= {"float16 products": 4.0e-4, "bfloat16 products": UNMEASURED["bfloat16"]}
+UNMEASURED |= {"float16 sums": 9.0e-4}  # mixed_half.py
+# Products of halves in the time of one of floats: twice as many an instruction; after BLOCK of those, two
+# conversions and two additions of 4 floats add a sum to that in float32.
+HALF_RATE = 2 * BLOCK / (BLOCK + 4)
 # Of the speed at which the direct float32 sum multiplies, what Winograd's products and transforms reach: measured 0.76
 # to 0.85 on 64x56x56 to 512x7x7. It needs channels enough to fill its tiles.
 WINOGRAD_EFFICIENCY, WINOGRAD_CHANNELS = 0.8, 32
@@ -179,10 +187,12 @@ def forms(
         reason = _on_matrix_units(node, hw, asked, times, found)
         return found, reason
     asked = [label for label in asked if label not in IN_PLACE]
+    halves = _half_sums(graph, node, hw, times, found) if "float16 sums" in asked else ""
+    asked = [label for label in asked if label != "float16 sums"]
     family = hw.vector_dot_product("bfloat16") if "bfloat16" in asked else None
-    reason = ""
+    reason = halves
     if family is not None:
-        reason = _winograd_wins(node, hw, times) or ""
+        reason = _winograd_wins(node, times, _bfloat16_rate(hw)) or ""
         if not reason:
             text = f"dot products ({family}), sums in float32"
             found["bfloat16"] = Form(times.seconds(item_bytes=2, rate=2.0), text)
@@ -252,8 +262,28 @@ def _refusal(graph: fx.GraphModule, node: fx.Node, hw: Hardware) -> str | None:
     return None
 
 
-def _winograd_wins(node: fx.Node, hw: Hardware, times: Times) -> str | None:
-    """Why the float32 form of a convolution is Winograd's and faster than dot products, or None."""
+def _half_sums(graph: fx.GraphModule, node: fx.Node, hw: Hardware, times: Times, found: dict[str, Form]) -> str:
+    """Add the form with products and sums in float16 to `found`; why there is none."""
+    if not (hw.supports("float16") and hw.multiplies_by_element):
+        return ""
+    columns = shape_of(node)[-1]
+    if columns < FEWEST:
+        return f"a product of {columns} columns is too narrow for rounding its input first"
+    refusal = _winograd_wins(node, times, HALF_RATE) or _beyond_half(graph, node, hw)
+    if refusal is None:
+        text = f"float16 arithmetic, sums of {BLOCK} products added up in float32"
+        found["float16 sums"] = Form(times.seconds(item_bytes=2, rate=HALF_RATE), text)
+    return refusal or ""
+
+
+def _bfloat16_rate(hw: Hardware) -> float:
+    """How many times as fast as float32 dot products of bfloat16 are, by vector instructions."""
+    narrow, wide = hw.peak_flops("bfloat16"), hw.peak_flops("float32")
+    return min(2.0, narrow / wide) if narrow and wide else 2.0
+
+
+def _winograd_wins(node: fx.Node, times: Times, rate: float) -> str | None:
+    """Why the float32 form of a convolution is Winograd's and faster than `rate` times the direct sum, or None."""
     if node.target is not dialect.conv2d:
         return None
     given = arguments(node)
@@ -261,13 +291,11 @@ def _winograd_wins(node: fx.Node, hw: Hardware, times: Times) -> str | None:
     simple = list(given["stride"]) == list(given["dilation"]) == [1, 1] and weight[2:] == (3, 3)
     if not simple or min(weight[:2]) < WINOGRAD_CHANNELS:
         return None
-    narrow, wide = hw.peak_flops("bfloat16"), hw.peak_flops("float32")
-    rate = min(2.0, narrow / wide) if narrow and wide else 2.0  # of a vector instruction
     _, height, width, _ = shape_of(node)
     seconds, gain = min(_winograd(times, height, width, m) for m in (2, 4))
     if seconds >= times.seconds(item_bytes=2, rate=rate):
         return None
-    return f"Winograd in float32 is {gain:.1f} times as fast as a direct sum, a dot product {rate:.0f} times"
+    return f"Winograd in float32 is {gain:.1f} times as fast as a direct sum, 16 bits {rate:.1f} times"
 
 
 def _winograd(times: Times, height: int, width: int, m: int) -> tuple[float, float]:

@@ -70,3 +70,11 @@ def assert_like_float64(found: np.ndarray, model: nn.Module, inputs: dict[str, t
     expected = result.numpy()
     assert found.shape == expected.shape
     assert np.linalg.norm(found - expected) <= rtol * np.linalg.norm(expected)
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """The program said why, and left with status 1: it was not killed."""
+    assert done.returncode == 1, (done.returncode, done.stderr)
+    assert done.stderr.startswith("run: ") or "\nrun: " in done.stderr
+    for part in parts:
+        assert part in done.stderr, done.stderr

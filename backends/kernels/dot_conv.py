@@ -33,7 +33,7 @@ from ..tiling import core_l2_bytes
 from .conv_plan import Conv
 from .dot_matmul import pack_words
 from .dot_product import Dot, choose_dot_tiling, importing
-from .dot_tile import Finish, Tile, clear, fill_word, multiply, needs_spill, stage, store_tile
+from .dot_tile import Finish, Tile, accumulate, allocate, begin, fill_word, stage, store_tile
 from .loops import between, flat, share, span, typed_kernel, view
 from .window import balanced
 
@@ -93,7 +93,7 @@ def pack_conv(weight: torch.Tensor, dot: Dot, plan: DotConvPlan) -> torch.Tensor
     filled = weight.new_zeros((filters, kh, kw, steps * dot.group))
     filled[..., :channels] = weight.permute(0, 2, 3, 1)
     packed = pack_words(filled.view(filters, -1), dot.group, plan.vectors * dot.lanes)
-    return packed if dot.weight == "int8" else packed.view(torch.int32)
+    return packed.view(torch.int32) if dot.weight == "int32" else packed
 
 
 def dot_conv(
@@ -144,10 +144,7 @@ class _Nest:
         conv, dot, plan = self.conv, self.dot, self.plan
         words = self._words()
         with T.parallel(0, plan.tasks) if plan.tasks > 1 else T.serial(0, 1) as task:
-            acc = T.alloc_buffer((plan.pixels * plan.vectors * dot.lanes,), dot.accumulator, scope="local")
-            spill = None
-            if needs_spill(conv.filters, plan.vectors * dot.lanes, self.finish):
-                spill = T.alloc_buffer((plan.pixels * plan.vectors * dot.lanes,), dot.accumulator, scope="local")
+            acc, spill = allocate(Tile(plan.pixels, plan.vectors), dot, conv.filters, self.finish)
             rows = share(conv.batch * conv.rows.out, plan.row_blocks, task // plan.panel_blocks)
             panels = share(plan.panels, plan.panel_blocks, task % plan.panel_blocks)
             with between(*panels) as panel, between(*rows) as row:
@@ -165,9 +162,9 @@ class _Nest:
         shape = self.staged_shape
         same = shape[1:3] == (conv.height, conv.width) and not any(conv.padding)
         if same and self.source == dot.left and conv.channels % dot.group == 0:
-            return T.decl_buffer((prod(shape),), "int32", data=self.x.data)
-        staged = T.alloc_buffer(shape, "int32", scope="global")
-        x, border = self.x, tirx.const(fill_word(self.source, dot, self.fill), "int32")
+            return T.decl_buffer((prod(shape),), dot.word, data=self.x.data)
+        staged = T.alloc_buffer(shape, dot.word, scope="global")
+        x, border = self.x, tirx.const(fill_word(self.source, dot, self.fill), dot.word)
         top, left = conv.padding[0], conv.padding[2]
         bottom, right = max(0, shape[1] - top - conv.height), max(0, shape[2] - left - conv.width)
         height, width = shape[1] - top - bottom, shape[2] - left - right
@@ -204,7 +201,7 @@ class _Nest:
         conv, dot, plan = self.conv, self.dot, self.plan
         _, height, width, deep = self.staged_shape
         tile = Tile(pixels, plan.vectors)
-        clear(acc, tile, dot)
+        begin(acc, spill, tile, dot)
         image, line = row // conv.rows.out, row % conv.rows.out
         corner = T.bind(((image * height + line * conv.stride[0]) * width + column * conv.stride[1]) * deep)
         taps = conv.kernel[1]
@@ -212,8 +209,9 @@ class _Nest:
         wide = dot.lanes * dot.weights_per_lane
 
         def run(first_word: Any, first_step: Any, steps: int) -> None:
-            multiply(
+            accumulate(
                 acc,
+                spill,
                 tile,
                 dot,
                 steps,

@@ -30,9 +30,10 @@ from .dot_product import Dot, importing
 from .dot_tile import (
     Finish,
     Tile,
-    clear,
+    accumulate,
+    allocate,
+    begin,
     multiply,
-    needs_spill,
     needs_staging,
     stage,
     step,
@@ -104,10 +105,7 @@ class _Nest:
         p, dot, t = self.product, self.dot, self.tiling
         words = self._words()
         with T.parallel(0, t.tasks) if t.tasks > 1 else T.serial(0, 1) as task:
-            acc = T.alloc_buffer((t.rows * t.columns,), dot.accumulator, scope="local")
-            spill = None
-            if needs_spill(p.N, t.columns, self.finish):
-                spill = T.alloc_buffer((t.rows * t.columns,), dot.accumulator, scope="local")
+            acc, spill = allocate(Tile(t.rows, t.columns // dot.lanes), dot, p.N, self.finish)
             with between(*share(t.panels * t.row_chunks, t.tasks, task)) as unit:
                 panel = unit if t.row_chunks == 1 else tirx.floormod(unit, t.panels)
                 chunk = 0 if t.row_chunks == 1 else tirx.floordiv(unit, t.panels)
@@ -120,8 +118,8 @@ class _Nest:
             return self.x
         steps = -(-p.K // dot.group)
         if not needs_staging(p.source, dot, p.K):
-            return T.decl_buffer((p.M, steps), "int32", data=self.x.data)
-        staged = T.alloc_buffer((p.M, steps), "int32", scope="global")
+            return T.decl_buffer((p.M, steps), dot.word, data=self.x.data)
+        staged = T.alloc_buffer((p.M, steps), dot.word, scope="global")
         tasks = min(self.tiling.tasks, p.M, max(1, p.M * p.K // STAGING_SHARE))
         with T.parallel(0, tasks) if tasks > 1 else T.serial(0, 1) as task, between(*share(p.M, tasks, task)) as row:
             stage(
@@ -136,7 +134,7 @@ class _Nest:
     def _tile(self, acc: Any, spill: Any, words: Any, rows: int, row: Any, panel: Any) -> None:
         p, dot, t = self.product, self.dot, self.tiling
         tile = Tile(rows, t.columns // dot.lanes)
-        clear(acc, tile, dot)
+        begin(acc, spill, tile, dot)
 
         def right(k: Any, v: int) -> Any:
             wide = dot.lanes * dot.weights_per_lane
@@ -146,7 +144,7 @@ class _Nest:
             return words[row + r, span(k, n)]
 
         if dot.by_word:
-            multiply(acc, tile, dot, -(-p.K // dot.group), left, right, t.by_element)
+            accumulate(acc, spill, tile, dot, -(-p.K // dot.group), left, right, t.by_element)
         else:
             whole, odd = divmod(p.K, dot.group)
             if whole:

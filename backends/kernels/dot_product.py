@@ -8,6 +8,7 @@
     weights    group 2, float32 sums     float32 left, bfloat16 weights widened by a shift: half the bytes to stream
                group 1, float32 sums     float32 left, float16 weights converted (vcvtph2ps, fcvtl): half the bytes too
                group 1, float32 sums     float32 left, int8 weights converted: a quarter of the bytes
+    float16    group 1, float16 sums     fmla of 8 halves by element; after `block` steps they are added to float32 sums
 
 The left word is broadcast; the weights of a step are one word for each lane, so one layout serves every instruction:
 
@@ -57,11 +58,17 @@ class Dot:
     helpers: str
     multiply: Callable[[PrimExpr, Sequence[PrimExpr], PrimExpr], PrimExpr]
     at: Callable[[int], Dot] | None = field(default=None, compare=False)  # the same of fewer lanes, where there is one
+    block: int = 0  # steps after which the accumulators are added to sums in float32; 0: never
 
     @property
     def by_word(self) -> bool:
         """Whether the left operand is read as words of `group` elements, rather than one float at a time."""
         return self.left != "float32"
+
+    @property
+    def word(self) -> str:
+        """The dtype of a word of the left operand: 32 bits of narrow elements, or one half."""
+        return "float16" if self.left == "float16" else "int32"
 
 
 def _words(left: PrimExpr, lanes: int) -> PrimExpr:
@@ -118,6 +125,18 @@ def f16_weights(hw: Hardware) -> Dot | None:
         return acc + spread(left[0], lanes) * tirx.Cast(f"float32x{lanes}", weight)
 
     return Dot("f16 weights converted", lanes, 1, "float32", "float32", "float16", 1, 1, "", multiply)
+
+
+def f16_dot(hw: Hardware, block: int) -> Dot | None:
+    """Products and sums of halves, `block` of which are added before the sum goes on in float32; None without them."""
+    if not (hw.supports("float16") and hw.multiplies_by_element):
+        return None
+    lanes = hw.lanes("float16")
+
+    def multiply(acc: PrimExpr, left: Sequence[PrimExpr], weight: PrimExpr) -> PrimExpr:
+        return acc + spread(left[0], lanes) * weight
+
+    return Dot("fmla of halves", lanes, 1, "float16", "float16", "float16", 1, 0, "", multiply, block=block)
 
 
 def int8_weights(hw: Hardware) -> Dot:
@@ -187,6 +206,8 @@ def bytes_dot(hw: Hardware, lanes: int | None = None, *, emulated: bool = False)
 def choose_dot_tiling(hw: Hardware, dot: Dot, rows: int, columns: int, depth: int) -> Tiling:
     """The tiling of a product of `depth` elements: that of a float32 product with as many steps."""
     fewer = replace(hw, vector_registers=hw.vector_registers - dot.spare)
+    if dot.word == "float16":  # as if registers of floats were twice as wide
+        fewer = replace(fewer, vector_bits=2 * hw.vector_bits)
     steps = -(-depth // dot.group) if dot.by_word else depth
     tiling = choose_tiling(fewer, rows, columns, steps, row_stride_bytes=4 * steps)
     # The panel of a step is a word a column, so the blocks of k that float32 needs for L2 are not needed as early.

@@ -5,6 +5,8 @@ staging    the left operand is read in words of `group` elements. Where it does 
            is first copied to scratch, converted and filled up: M * K elements beside M * N * K products
 tile       MR rows x V vectors of accumulators, V vectors of weights, one broadcast word:
            MR * V + V + 1 + spare <= vector registers (spare: dot_product.Dot); MR more by element (register_tile.py)
+blocks     accumulators of float16 hold the sum of a few steps (dot_product.Dot.block); it is added to sums in float32,
+           which stay in L1, and from which the tile is stored
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from .dot_product import Dot, narrow
 from .loops import Shape, between, span
 from .register_tile import Left
 
+HIDDEN = 256  # elements: TVM leaves smaller scratch to LLVM, which would hold it in registers the tile needs
 FLIP = 128  # signed bytes become unsigned by adding it, unsigned ones signed by taking it off: the same change of bits
 
 
@@ -101,6 +104,8 @@ def _words(value: Any, source: str, dot: Dot, words: int) -> Any:
         value = narrow(value, many)
     elif dot.left == "int16":
         value = tirx.Cast(f"int16x{many}", value)
+    elif dot.left == "float16":
+        return value if source == "float16" else tirx.Cast(f"float16x{many}", value)
     value = T.reinterpret(f"int32x{words}", value)
     if flips(source, dot):
         value = tirx.bitwise_xor(value, tirx.Broadcast(tirx.const(fill_word(source, dot), "int32"), words))
@@ -109,6 +114,8 @@ def _words(value: Any, source: str, dot: Dot, words: int) -> Any:
 
 def _word(elements: Sequence[Any], source: str, dot: Dot) -> Any:
     """Elements, low ones first, as one word; what is missing is zero."""
+    if dot.left == "float16":
+        return tirx.Cast("float16", elements[0])
     bits = 32 // dot.group
     word: Any = tirx.const(0, "uint32")
     for j, value in enumerate(elements):
@@ -165,6 +172,60 @@ def multiply(
             step(acc, tile, dot, lambda row: [left(row, unit, 1) for unit in units], lambda v: right(k, v))
 
 
+def allocate(tile: Tile, dot: Dot, width: int, finish: Finish) -> tuple[Any, Any]:
+    """Accumulators of a task, and the tile's float32 sums or what it passes through on its way; None without need."""
+    size = tile.rows * tile.vectors * dot.lanes
+    acc = T.alloc_buffer((size,), dot.accumulator, scope="local")
+    if dot.block:
+        return acc, T.alloc_buffer((max(size, HIDDEN),), "float32", scope="global")
+    if not needs_spill(width, tile.vectors * dot.lanes, finish):
+        return acc, None
+    return acc, T.alloc_buffer((size,), dot.accumulator, scope="local")
+
+
+def begin(acc: Any, spill: Any, tile: Tile, dot: Dot) -> None:
+    """Zero the sums of a tile."""
+    if not dot.block:
+        clear(acc, tile, dot)
+        return
+    zero = tirx.Broadcast(tirx.const(0.0, "float32"), dot.lanes)
+    for i in range(tile.rows * tile.vectors):
+        T.buffer_store(spill, zero, [span(i * dot.lanes, dot.lanes)])
+
+
+def accumulate(
+    acc: Any,
+    spill: Any,
+    tile: Tile,
+    dot: Dot,
+    steps: int,
+    left: Left,
+    right: Callable[[Any, int], Any],
+    by_element: bool = False,
+) -> None:
+    """As `multiply`, in blocks where they hold no more; any number of times between `begin` and `store_tile`."""
+    if not dot.block:
+        multiply(acc, tile, dot, steps, left, right, by_element)
+        return
+
+    def block(first: Any, count: int) -> None:
+        clear(acc, tile, dot)
+        multiply(
+            acc, tile, dot, count, lambda r, k, n: left(r, first + k, n), lambda k, v: right(first + k, v), by_element
+        )
+        wide = f"float32x{dot.lanes}"
+        for i in range(tile.rows * tile.vectors):
+            at = span(i * dot.lanes, dot.lanes)
+            T.buffer_store(spill, spill[at] + tirx.Cast(wide, acc[at]), [at])
+
+    whole = steps // dot.block
+    if whole:
+        with T.serial(0, whole) as i:
+            block(i * dot.block, dot.block)
+    if steps % dot.block:
+        block(whole * dot.block, steps % dot.block)
+
+
 def step(acc: Any, tile: Tile, dot: Dot, left: Callable[[int], Sequence[Any]], right: Callable[[int], Any]) -> None:
     """One step of the inner loop, unrolled."""
     loaded = [T.bind(right(v)) for v in range(tile.vectors)]
@@ -189,13 +250,17 @@ def store_tile(
 ) -> None:
     """Finish and store the tile's rows from `row`, its first `width` columns from `column`."""
     lanes, columns = dot.lanes, tile.vectors * dot.lanes
+    if dot.block:
+        lanes //= 2  # of float32
     if width == columns and not finish.heavy:
+        sums = spill if dot.block else acc
         for r in range(tile.rows):
             for j in range(0, columns, lanes):
-                finish.store(acc[span(r * columns + j, lanes)], row + r, column + j, lanes, read, out)
+                finish.store(sums[span(r * columns + j, lanes)], row + r, column + j, lanes, read, out)
         return
-    for i in range(0, tile.rows * columns, lanes):
-        T.buffer_store(spill, acc[span(i, lanes)], [span(i, lanes)])
+    if not dot.block:
+        for i in range(0, tile.rows * columns, lanes):
+            T.buffer_store(spill, acc[span(i, lanes)], [span(i, lanes)])
     whole = width // lanes
     with T.serial(0, tile.rows) as r:
         if whole:

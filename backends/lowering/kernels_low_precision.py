@@ -1,4 +1,5 @@
-"""Kernels of the mixed-precision operators (passes/mixed.py): bfloat16 dot products, 16-bit weights widened.
+"""Kernels of the mixed-precision operators (passes/mixed.py and mixed_half.py): dot products of bfloat16, products and
+sums of float16, 16-bit weights widened.
 
 They refuse nothing that `assign_precision` makes; there is no TE definition to fall back to.
 """
@@ -14,13 +15,23 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
-from ...passes import mixed
+from ...passes import mixed, mixed_half
+from ...passes.precision_forms import HALF_RATE
 from ...passes.rewrite import shape_of
 from ..kernels.bf16_matmul import FloatFinish, bf16_matmul
 from ..kernels.conv_plan import problem_of
 from ..kernels.dot_conv import choose_dot_conv, dot_conv, pack_conv
 from ..kernels.dot_matmul import pack_for
-from ..kernels.dot_product import Dot, bf16_dot, bf16_weights, choose_dot_tiling, f16_weights, int8_weights, narrow_text
+from ..kernels.dot_product import (
+    Dot,
+    bf16_dot,
+    bf16_weights,
+    choose_dot_tiling,
+    f16_dot,
+    f16_weights,
+    int8_weights,
+    narrow_text,
+)
 from .kernels_matmul import bind
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
@@ -61,6 +72,18 @@ def linear_f16(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return _matmul(node, hw, dot, finish, (x, weight, bias, residual), (prod(shape_of(node)[:-1]), K, N))
 
 
+@kernel_for(mixed_half.linear_half)
+def linear_half(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(x . w^T + bias + residual), products and sums of blocks in float16."""
+    x, weight, bias, residual, activation, args, _, _ = bind(node)
+    dot = f16_dot(hw, mixed_half.BLOCK)
+    if dot is None:
+        return Refusal(f"{hw.id} does not multiply halves by element")
+    N, K = shape_of(weight)
+    finish = _finish(node, N, bias, residual, activation, args)
+    return _matmul(node, hw, dot, finish, (x, weight, bias, residual), (prod(shape_of(node)[:-1]), K, N))
+
+
 @kernel_for(mixed.linear_w8)
 def linear_w8(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act((x . w8^T) * scale + bias + residual), w8[N, K] in int8 and all else in float32."""
@@ -79,13 +102,14 @@ def linear_w8(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return KernelCall(func, operands, "int8-weight matmul", f"{dot.name}, {tiling.reason}", work)
 
 
-@kernel_for(mixed.conv2d_bf16)
+@kernel_for(mixed.conv2d_bf16, mixed_half.conv2d_half)
 def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
-    """act(conv(x, w) + bias + residual), w in bfloat16, NHWC."""
+    """act(conv(x, w) + bias + residual), w in bfloat16 or float16, NHWC."""
     x, weight, bias, residual, stride, padding, dilation, groups, activation, args, layout, round_input, _ = bind(node)
-    dot = _dot(hw, round_input)
+    half = node.target is mixed_half.conv2d_half
+    dot = f16_dot(hw, mixed_half.BLOCK) if half else _dot(hw, round_input)
     if dot is None or not dot.by_word:
-        return Refusal(f"{hw.id} has no dot product of bfloat16")
+        return Refusal(f"{hw.id} has no {'products of halves by element' if half else 'dot product of bfloat16'}")
     if groups != 1 or layout != "NHWC":
         return Refusal(f"{groups} groups, layout {layout}")
     problem = problem_of(shape_of(x), shape_of(weight), stride, padding, dilation)
@@ -95,12 +119,13 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         sizes = (prod(problem.output_shape[:3]), problem.channels, problem.filters)
         return _matmul(node, hw, dot, finish, operands, sizes)
     plan = choose_dot_conv(problem, dot, hw)
-    func = dot_conv("bf16_conv", problem, memory_dtype(x), dot, plan, finish, narrow_text(hw))
-    layout_name = f"bf16_conv_{dot.group}_{plan.vectors * dot.lanes}"
+    kind = "f16" if half else "bf16"
+    func = dot_conv(f"{kind}_conv", problem, memory_dtype(x), dot, plan, finish, narrow_text(hw))
+    layout_name = f"{kind}_conv_{dot.group}_{plan.vectors * dot.lanes}"
     packed = Packed(weight, layout_name, partial(_pack_conv, dot=dot, plan=plan))
     work = _work(hw, node, operands, float(problem.flops), plan.tasks, plan.efficiency, dot)
     choice = f"{dot.name}, {plan.pixels}x{plan.vectors * dot.lanes}, {plan.panels} panels, {plan.tasks} tasks"
-    return KernelCall(func, _read(x, packed, bias, residual), "bf16 conv", choice, work)
+    return KernelCall(func, _read(x, packed, bias, residual), f"{kind} conv", choice, work)
 
 
 def _pack_conv(weight: torch.Tensor, dot: Dot, plan: object) -> torch.Tensor:
@@ -169,7 +194,7 @@ def _work(
         return prod(shape_of(tensor)) * int(tensor.meta["val"].element_size())
 
     # One vector dot product does twice the multiply-adds of float32, whatever tiles the machine has besides.
-    rate = 2.0 if dot.by_word else 1.0
+    rate = HALF_RATE if dot.block else 2.0 if dot.by_word else 1.0
     return Work(
         flops={"float32": flops / rate},
         bytes_read=float(sum(nbytes(t) for t in operands if t is not None)),

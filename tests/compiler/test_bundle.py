@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from boards import assert_like_float64, call, run
+from boards import assert_like_float64, call, refused, run
 from torch import nn
 from typer.testing import CliRunner
 
@@ -165,20 +165,6 @@ def test_a_model_that_computes_nothing(tmp_path: Path) -> None:
     made = bundle(nn.Identity(), (x,), tmp_path / "identity")
     (found,) = call(made, "cortex-a53", {"input": x}, tmp_path)
     np.testing.assert_array_equal(found, x.numpy())
-
-
-def refused(done: Any, *parts: str) -> None:
-    """The program said why, and left with status 1: it was not killed."""
-    assert done.returncode == 1, (done.returncode, done.stderr)
-    assert done.stderr.startswith("run: ") or "\nrun: " in done.stderr
-    for part in parts:
-        assert part in done.stderr, done.stderr
-
-
-def test_a_processor_without_the_instructions(image: torch.Tensor, tmp_path: Path) -> None:
-    made = bundle(network(), (image,), tmp_path / "pi5", target="raspberry-pi-5")
-    refused(run(made, "cortex-a72"), "raspberry-pi-5", "dotprod", "fullfp16", "lse")
-    assert run(made, "cortex-a76").returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,94 @@
+"""What a bundle says on a machine that it cannot run on: processors that lack instructions, and a C library too old."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from boards import ROOTS, Doubled, emulator, refused, run
+
+import graphwright
+from graphwright.backends.aot import toolchain
+
+
+def bundle(target: str, path: Path) -> Path:
+    return graphwright.compile(Doubled().eval(), (torch.ones(8, 64),), target=target).bundle(path)
+
+
+@pytest.mark.parametrize(
+    ("target", "cpu", "missing"),
+    [
+        ("raspberry-pi-5", "cortex-a53", ("dotprod", "fullfp16", "lse")),
+        ("cortex-a55", "cortex-a72", ("dotprod", "fullfp16")),
+        ("neoverse-v1", "neoverse-n1", ("sve", "i8mm", "bf16")),
+        ("neoverse-n2", "cortex-a76", ("sve2", "i8mm", "bf16")),
+        ("raspberry-pi-2b", "cortex-a8", ("vfp4", "hwdiv")),
+        ("raspberry-pi-2b", "cortex-a9", ("vfp4", "hwdiv")),
+    ],
+)
+def test_instructions_that_a_processor_lacks(target: str, cpu: str, missing: tuple[str, ...], tmp_path: Path) -> None:
+    """Never an illegal instruction: even what runs before the check keeps to the first version of the architecture."""
+    made = bundle(target, tmp_path / "out")
+    refused(run(made, cpu), target, "lacks instructions", *missing)
+    assert run(made, cpu, "--describe").returncode == 0
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not (ROOTS["aarch64"] / "lib").is_dir():
+        pytest.skip("glibc for aarch64 is not installed (Debian: apt-get install libc6-arm64-cross)")
+    return bundle("raspberry-pi-5", tmp_path_factory.mktemp("library") / "out")
+
+
+def with_example(made: Path, work: Path, cpu: str) -> subprocess.CompletedProcess[str]:
+    """Compile example.c against the library, and run it with the system's glibc for ARM."""
+    program = work / "example"
+    toolchain.zig(
+        "cc", "-target", "aarch64-linux-gnu.2.28", "-O1", f"-I{made}", str(made / "example.c"), str(made / "model.so"),
+        f"-Wl,-rpath,{work}", "-o", str(program),
+    )  # fmt: skip
+    shutil.copyfile(made / "model.so", work / "model.so")
+    return example(program, made, cpu)
+
+
+def example(program: Path, made: Path, cpu: str) -> subprocess.CompletedProcess[str]:
+    command = [emulator("aarch64"), "-cpu", cpu, "-L", str(ROOTS["aarch64"]), str(program)]
+    return subprocess.run([*command, str(made / "weights.safetensors")], capture_output=True, text=True, check=False)
+
+
+def test_a_library_on_a_processor_that_lacks_instructions(library: Path, tmp_path: Path) -> None:
+    done = with_example(library, tmp_path, "cortex-a72")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "this processor lacks instructions that the model, compiled for raspberry-pi-5, uses" in done.stderr
+    assert with_example(library, tmp_path, "cortex-a76").returncode == 0
+
+
+def _hash(name: str) -> int:
+    """Of a symbol version (System V ABI, section on the hash table)."""
+    value = 0
+    for letter in name.encode():
+        value = (value << 4) + letter
+        high = value & 0xF0000000
+        value = (value ^ high >> 24) & ~high
+    return value
+
+
+def test_a_glibc_older_than_the_library_asks_for(library: Path, tmp_path: Path) -> None:
+    """The loader names the version before any code runs. Here the library asks for what no glibc has yet."""
+    assert with_example(library, tmp_path, "cortex-a76").returncode == 0
+    content = (library / "model.so").read_bytes()
+    for old, new in (
+        (b"GLIBC_2.17\0", b"GLIBC_2.99\0"),
+        *[tuple(struct.pack("<I", _hash(f"GLIBC_2.{n}")) for n in (17, 99))],
+    ):
+        assert old in content
+        content = content.replace(old, new)
+    (tmp_path / "model.so").write_bytes(content)
+    done = example(tmp_path / "example", library, "cortex-a76")
+    assert done.returncode not in (0, -4, -11)
+    assert "version `GLIBC_2.99' not found (required by" in done.stderr
+    assert run(library, "cortex-a76").returncode == 0  # the static program needs none
