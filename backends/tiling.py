@@ -161,9 +161,16 @@ def predicted_seconds(hw: Hardware, tiling: Tiling, activation: str = "none") ->
     """Seconds the product and its activation take on `hw`, or None where the clock is unknown."""
     if hw.clock_mhz is None:
         return None
-    vectors = tiling.total_rows * -(-tiling.total_columns // tiling.lanes) if is_heavy(activation) else 0
-    cycles = tiling.cycles + HEAVY_CYCLES * vectors / tiling.tasks
-    return cycles / (hw.clock_mhz * 1e6) + (launch_seconds(hw) if tiling.tasks > 1 else 0.0)
+    elements = tiling.total_rows * -(-tiling.total_columns // tiling.lanes) * tiling.lanes
+    seconds = tiling.cycles / (hw.clock_mhz * 1e6) + activation_seconds(hw, activation, elements, tiling.tasks)
+    return seconds + (launch_seconds(hw) if tiling.tasks > 1 else 0.0)
+
+
+def activation_seconds(hw: Hardware, activation: str, elements: int, tasks: int) -> float:
+    """Seconds that a polynomial in the epilogue adds; other activations hide in it. 0 where the clock is unknown."""
+    if hw.clock_mhz is None or not is_heavy(activation):
+        return 0.0
+    return HEAVY_CYCLES * elements / hw.lanes("float32") / min(hw.cores, tasks) / (hw.clock_mhz * 1e6)
 
 
 def _row_splits(hw: Hardware, rows: int, columns: int, depth: int, residual: bool, tiles: int) -> list[int]:

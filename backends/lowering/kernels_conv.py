@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from ...hwdb import Hardware
-from ...hwdb.cost import Work
+from ...hwdb.cost import Work, predict_seconds
 from ...passes import dialect
 from ...passes.rewrite import shape_of
 from ..choices import pick
@@ -33,7 +33,7 @@ from ..kernels.window import Axis
 from ..kernels.winograd import winograd
 from ..kernels.winograd_plan import WinogradPlan, rank_winograd
 from ..kernels.winograd_plan import pack_weight as pack_winograd
-from ..tiling import predicted_seconds, rank_tilings
+from ..tiling import activation_seconds, predicted_seconds, rank_tilings
 from .kernels_matmul import bind, refuse_dtypes, refuse_large
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
@@ -80,7 +80,8 @@ def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         algorithm = "staged conv" if wants_staging(problem) else algorithm
         pack = partial(pack_weight, conv=problem, plan=plan)
     work = _conv_work(problem, (x, weight, *extra), plan.tasks, plan.efficiency)
-    return KernelCall(func, (x, Packed(weight, plan.layout, pack), *extra), algorithm, plan.reason, work)
+    read: tuple[fx.Node | Packed, ...] = (x, Packed(weight, plan.layout, pack), *extra)
+    return KernelCall(func, read, algorithm, plan.reason, work, conv_seconds(hw, problem, work))
 
 
 def _spatial(problem: Conv, hw: Hardware, computed: bool) -> tuple[Any, Plan | WinogradPlan]:
@@ -114,6 +115,14 @@ def _conv_work(problem: Conv, read: tuple[fx.Node, ...], tasks: int, efficiency:
         tasks=tasks,
         efficiency=max(0.01, efficiency),
     )
+
+
+def conv_seconds(hw: Hardware, problem: Conv, work: Work) -> float | None:
+    """Predicted seconds of a convolution that is `work`, its activation included, or None where rates are unknown."""
+    seconds = predict_seconds(hw, work)
+    if seconds is None:
+        return None
+    return seconds + activation_seconds(hw, problem.activation, prod(problem.output_shape), work.tasks or 1)
 
 
 def _pointwise(problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node, ...], hw: Hardware) -> KernelCall:
@@ -161,10 +170,9 @@ def _depthwise(problem: Conv, x: fx.Node, weight: fx.Node, extra: tuple[fx.Node,
         activation=problem.activation,
         args=problem.args,
     )
-    packed = Packed(weight, "depthwise_taps", pack_depthwise)
-    return KernelCall(
-        func, (x, packed, *extra), "depthwise conv", plan.reason, _sweep_work(windows, plan, hw, len(extra))
-    )
+    read: tuple[fx.Node | Packed, ...] = (x, Packed(weight, "depthwise_taps", pack_depthwise), *extra)
+    work = _sweep_work(windows, plan, hw, len(extra))
+    return KernelCall(func, read, "depthwise conv", plan.reason, work, conv_seconds(hw, problem, work))
 
 
 @kernel_for(dialect.max_pool2d)

@@ -22,7 +22,7 @@ from ..kernels.conv2d import conv2d
 from ..kernels.conv_plan import pack_weight, problem_of, rank_plans
 from .convolution_te import fused_conv2d
 from .index_math import sizes
-from .kernels_conv import refuse_image
+from .kernels_conv import conv_seconds, refuse_image
 from .kernels_matmul import bind
 from .movement import permute
 from .registry import KernelCall, Out, Packed, Refusal, kernel_for, lowers
@@ -58,7 +58,8 @@ def planar_conv2d(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         efficiency=max(0.01, plan.efficiency),
     )
     packed = Packed(weight, plan.layout, partial(pack_weight, conv=problem, plan=plan))
-    return KernelCall(conv2d(problem, plan, planar=True), (x, packed, *extra), "planar conv", plan.reason, work)
+    func, seconds = conv2d(problem, plan, planar=True), conv_seconds(hw, problem, work)
+    return KernelCall(func, (x, packed, *extra), "planar conv", plan.reason, work, seconds)
 
 
 @lowers(dialect_planar.planar_conv2d)

@@ -19,7 +19,6 @@ from ...backends.kernels.batch_matmul import batch_seconds, choose_batch_tiling
 from ...backends.kernels.block_sparse import sparse_seconds, sparse_tiling
 from ...backends.kernels.conv_depthwise_plan import choose_pair
 from ...backends.kernels.conv_plan import Conv, problem_of, rank_plans
-from ...backends.kernels.epilogue import is_heavy
 from ...backends.kernels.gemv import dots_seconds, is_narrow
 from ...backends.kernels.layer_norm import CYCLES, ROW_CYCLES, norm_rows
 from ...backends.kernels.rows import predicted_seconds as rows_seconds
@@ -29,7 +28,7 @@ from ...backends.lowering.kernels_conv import MAXIMUM_EFFICIENCY, SWEEP_EFFICIEN
 from ...backends.lowering.kernels_matmul import bind
 from ...backends.lowering.kernels_pairs import pair_of
 from ...backends.region_kernel import ENTRY_SECONDS
-from ...backends.tiling import HEAVY_CYCLES, predicted_seconds, rank_tilings
+from ...backends.tiling import activation_seconds, predicted_seconds, rank_tilings
 from ...hwdb import Hardware
 from ...hwdb.cost import Work, overlapped, predict_seconds
 from ...passes import dialect, dialect_joined, dialect_pairs, dialect_planar, dialect_sparse
@@ -145,8 +144,7 @@ def _conv_seconds(conv: Conv, hw: Hardware, constant: bool) -> float | None:
     if conv.groups == conv.channels == conv.filters and conv.groups > 1:
         windows = Windows(conv.batch, conv.rows, conv.columns, conv.channels)
         swept = _sweep(windows, hw, SWEEP_EFFICIENCY, conv.residual)
-        vectors = math.prod(conv.output_shape) / hw.lanes("float32") if is_heavy(conv.activation) else 0.0
-        return None if swept is None else swept + HEAVY_CYCLES * vectors / hw.cores / hw.cycles_per_us * 1e-6
+        return None if swept is None else swept + _activation(conv, hw, hw.cores)
     if conv.pointwise:
         rows, columns, depth = math.prod(conv.output_shape[:3]), conv.filters, conv.channels
         tiling = rank_tilings(hw, rows, columns, depth, packed=True, residual=conv.residual)[0]
@@ -159,7 +157,7 @@ def _conv_seconds(conv: Conv, hw: Hardware, constant: bool) -> float | None:
     weights = conv.flops / 2 / math.prod(conv.output_shape[:3])
     read, written = _near_bytes(math.prod(conv.input_shape) + out * int(conv.residual), out, weights, hw)
     weights *= 0.0 if fast and plan is fast[0] else 4.0  # those of Winograd's algorithm are counted by its plan
-    return predict_seconds(
+    seconds = predict_seconds(
         hw,
         Work(
             {"float32": conv.flops},
@@ -170,6 +168,11 @@ def _conv_seconds(conv: Conv, hw: Hardware, constant: bool) -> float | None:
             efficiency=max(0.01, plan.efficiency),
         ),
     )
+    return None if seconds is None else seconds + _activation(conv, hw, plan.tasks)
+
+
+def _activation(conv: Conv, hw: Hardware, tasks: int) -> float:
+    return activation_seconds(hw, conv.activation, math.prod(conv.output_shape), tasks)
 
 
 def _sweep(windows: Windows, hw: Hardware, efficiency: float, residual: bool = False) -> float | None:

@@ -58,3 +58,16 @@ def test_refusals() -> None:
         compiled.profile(x, rounds=0)
     with pytest.raises(InputError):
         compiled.profile(torch.randn(3, 3))
+
+
+def test_a_prediction_counts_the_activation_of_a_depthwise_convolution() -> None:
+    image = torch.randn(1, 32, 24, 24)
+
+    def predicted(activation: torch.nn.Module) -> float:
+        model = torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3, padding=1, groups=32), activation).eval()
+        kernels = graphwright.compile(model, (image,), verify=False).report().kernels
+        (found,) = [k.predicted_us for k in kernels if k.algorithm == "depthwise conv"]
+        assert found is not None
+        return found
+
+    assert predicted(torch.nn.SiLU()) > predicted(torch.nn.ReLU())
