@@ -19,6 +19,7 @@ from ..hwdb import Hardware
 from . import pipeline
 from .compression import int8_plan
 from .compression.int8_method import LEARNED
+from .compression.migrate import migrated
 from .pass_checks import Pass
 from .precision import MARGIN, Precision, Sample, check_tolerance, reduce
 
@@ -49,7 +50,9 @@ def rewrite(graph: fx.GraphModule, hw: Hardware, passes: Sequence[Pass], precisi
         return Rewritten(rewritten, (*runs, *reduced), precisions, notes)
     early, late = divided(passes)
     wide, runs = pipeline.run(graph, hw, early)
+    wide, said = migrated(wide, hw, precision.method, precision.observed)
     plan, notes = _decide(wide, hw, precision)
+    notes = (*notes[:1], *said, *notes[1:])
     trained = precision.method.activation == LEARNED  # what was trained is what is asked for, faster or not
     if plan.chosen and not trained and (reason := _gains_nothing(wide, hw, late, plan)) is not None:
         log.warning("precision='int8': %s", reason)
@@ -73,6 +76,7 @@ def rewrite_again(
         return rewritten
     early, late = divided(passes)
     wide, runs = pipeline.run(graph, hw, early)
+    wide, _ = migrated(wide, hw, precision.method, precision.observed)
     chosen = {choice.node for choice in precisions if choice.dtype == "int8"}
     plan = int8_plan.plan_int8(wide, hw, precision.method, precision.observed, only=chosen)
     return _joined(wide, hw, late, runs, plan, ()).graph

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ...errors import InputError, suggest
@@ -12,11 +12,12 @@ from .ranges import METHODS
 SCHEMES = ("affine", "symmetric")
 LEARNED = "learned"  # ranges that training found: `convert` alone asks for it
 WEIGHTS = ("per_channel", "per_tensor")
+MIGRATIONS = ("none", "smooth", "equalise", "auto")  # of large channels into the weights: migrate.py
 
 
 @dataclass(frozen=True)
 class Method:
-    """The scheme of activations, the granularity of weights, how ranges are found, and what stays float32.
+    """The scheme of activations, the granularity of weights, how ranges are found, what stays float32, what is scaled.
 
     `keep` holds patterns (as of a shell: *, ?) of names: of a product's node, or of its weights in the model.
     """
@@ -25,6 +26,7 @@ class Method:
     weight: str = "per_channel"
     activation: str = "mse"
     keep: tuple[str, ...] = ()
+    migration: str = "none"
 
 
 DEFAULT = Method()
@@ -36,24 +38,25 @@ def int8_method(precision: str, options: Mapping[str, Any] | None) -> Method:
         return DEFAULT
     if precision != "int8":
         raise InputError(f"int8= says how to quantise, and precision={precision!r} does not: pass precision='int8'")
-    there = ("scheme", "weight", "activation", "keep")
+    defaults = {field.name: field.default for field in fields(Method)}
+    there = tuple(defaults)
     if not isinstance(options, Mapping) or (unknown := sorted(set(map(str, options)) - set(there))):
         wrong = "" if not isinstance(options, Mapping) else f"; {unknown[0]!r}{suggest(unknown[0], there)} is none"
         raise InputError(f"int8= is a mapping of the options {', '.join(there)}{wrong}")
-    chosen = {"scheme": "affine", "weight": "per_channel", "activation": "mse", "keep": (), **options}
-    return method_of(chosen["scheme"], chosen["weight"], chosen["activation"], chosen["keep"])
+    return method_of(**{**defaults, **options})
 
 
-def method_of(scheme: Any, weight: Any, activation: Any, keep: Any) -> Method:
+def method_of(scheme: Any, weight: Any, activation: Any, keep: Any, migration: Any) -> Method:
     """The options as a Method. Raises InputError for a value that there is not, saying what there is."""
     for option, value, allowed in (
         ("scheme", scheme, SCHEMES),
         ("weight", weight, WEIGHTS),
         ("activation", activation, tuple(METHODS)),
+        ("migration", migration, MIGRATIONS),
     ):
         if value not in allowed:
             there = ", ".join(repr(a) for a in allowed)
             raise InputError(f"{option}={value!r}{suggest(str(value), allowed)}: there are {there}")
     if isinstance(keep, str) or not isinstance(keep, Sequence) or not all(isinstance(k, str) for k in keep):
         raise InputError(f"keep is a list of names or patterns of products that stay float32, got {keep!r}")
-    return Method(scheme, weight, activation, tuple(keep))
+    return Method(scheme, weight, activation, tuple(keep), migration)

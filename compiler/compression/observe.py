@@ -79,7 +79,7 @@ def observe(graph: fx.GraphModule, samples: Sequence[Sequence[torch.Tensor]], wa
             rows[node] = rows.get(node, 0) + lines.shape[0]
 
     for look in (extremes, histogram):
-        runner = _Looking(graph, set(wanted), look)
+        runner = Looking(graph, set(wanted), look)
         with torch.no_grad():
             for tensors in samples:
                 runner.run(*tensors)
@@ -108,7 +108,7 @@ def _linked(graph: fx.GraphModule, wanted: Collection[fx.Node]) -> dict[fx.Node,
     return {node: min(part, key=lambda n: n.name) for part in nx.connected_components(links) for node in part}
 
 
-class _Looking(fx.Interpreter):
+class Looking(fx.Interpreter):
     """Runs a graph and shows the wanted values."""
 
     def __init__(

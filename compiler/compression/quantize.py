@@ -60,6 +60,7 @@ def quantize(
     weight: str = "per_channel",
     activation: str = "mse",
     keep: Sequence[str] = (),
+    migration: str = "none",
     tolerance: float | None = None,
     target: Target = "native",
 ) -> Quantized:
@@ -72,13 +73,15 @@ def quantize(
     weight: a scale "per_channel" of the output, or "per_tensor".
     activation: how ranges are found: "mse", "kl", "percentile", "minmax" (docs/compression.md).
     keep: names of products, or of their weights, that stay float32; * and ? as in a shell.
+    migration: channels that are much larger than others, scaled down into the weights that read them: "smooth" by
+        calibrated maxima (for transformers), "equalise" by weights alone, "auto" whichever lowers the measured damage.
     tolerance: the relative L2 error at the outputs against float64 that is allowed, 1e-1 unless given; what costs the
         most goes back to float32 until it is kept.
 
     Raises InputError for options and data that do not fit, CaptureError for a model that cannot be traced.
     """
     started = time.perf_counter()
-    method = method_of(scheme, weight, activation, keep)
+    method = method_of(scheme, weight, activation, keep, migration)
     hw = compile_target(target)
     data = list(calibration_data)
     calibration.check_options("int8", None, data, True)
