@@ -114,6 +114,11 @@ class Gpu(Accelerator):
             return 4.0 * self.shared_banks * self.cores * self.clock_mhz / 1e3
         return super().bandwidth_gbs(level)
 
+    @property
+    def copies_past_registers(self) -> bool:
+        """Whether memory goes to shared memory without registers: cp.async, from sm_80 on (PTX ISA)."""
+        return self.isa == "nvptx" and int("0" + "".join(c for c in self.llvm_cpu if c.isdigit())) >= 80
+
     def dot_product(self, dtype: str = "int8") -> str | None:
         """mma, mfma, wmma, dpas, simdgroup on matrix units; dp4a, dot4 on vector lanes; or None."""
         family = super().dot_product(dtype)

@@ -87,9 +87,8 @@ PASSES: tuple[Pass, ...] = (
 
 # Left out for GPUs, where loops are tensor expressions that TVM's rules schedule (backends/gpu).
 _FOR_CPUS: Mapping[Pass, str] = {
-    assign_layout: "the tiled product of a GPU takes convolutions in NCHW, and permutes would be kernels more",
-    route_channels: "it serves products of images in NHWC",
-    read_planar_images: "likewise",
+    route_channels: "it serves kernels for CPUs that read channels by runs",
+    read_planar_images: "a permute is a kernel of its own there",
     fuse_conv_depthwise: "its operator has a kernel for CPUs and no definition",
     skip_zero_blocks: "its operator has a kernel for CPUs, and multiplies the zeros elsewhere",
     sink_row_moves: "operands gathered by rows are no product that a rule would recognise",

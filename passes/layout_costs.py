@@ -1,8 +1,8 @@
 """Predicted seconds of an operator on images in NCHW and in NHWC, and of a permute between the two.
 
 Convolutions and pools have kernels in NHWC only; in NCHW they run as plain loops, at a fraction of the machine that is
-stated here. Everything else is bound by memory, and costs the same in both layouts unless the innermost dim is shorter
-than a vector.
+stated here. On GPUs convolutions have kernels in both, but channels are read four at a time. Everything else is bound
+by memory, and costs the same in both layouts unless the innermost dim is shorter than a vector.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from . import dialect, rewrite
 aten = torch.ops.aten
 
 _KERNEL, _LOOPS = 0.75, 0.03  # share of the peak that the kernels in NHWC and the loops in NCHW reach
+_GPU_PLANAR = 0.4  # of the kernels for GPUs in NCHW, which read most pixels one by one: an estimate
 _POOL_LOOPS = 0.02
 _PERMUTE_PASSES = 2.0  # a permute reads or writes short runs: against a copy, an estimate
 _FLOPS, _BYTES = 1e11, 2e10  # a second, for a machine whose rates are not known: only ratios matter
@@ -59,11 +60,11 @@ def node_seconds(node: fx.Node, nhwc: bool, hw: Hardware) -> float:
         return 0.0
     written, dtype = float(out.nbytes), str(out.dtype).removeprefix("torch.")
     if node.target in _CONVOLUTIONS:
-        efficiency = _KERNEL if nhwc else _LOOPS
+        efficiency = _KERNEL if nhwc else _GPU_PLANAR if hw.kind == "gpu" else _LOOPS
         work = Work({dtype: _multiplied(node)}, read, written, efficiency=efficiency)
     elif node.target in _POOLS:
         source = images[1].numel() if len(images) > 1 else 0
-        flops = {} if nhwc else {dtype: float(source)}
+        flops = {} if nhwc or hw.kind == "gpu" else {dtype: float(source)}
         work = Work(flops, read, written, efficiency=_POOL_LOOPS)
     else:
         work = Work({}, read * _idle(node, nhwc, hw), written)

@@ -101,6 +101,7 @@ LABELS = {
     "float16 sums": Label("float16", "float32", True),
 }
 IN_PLACE = ("float16 products", "bfloat16 products")  # round on the way into a GPU's matrix units
+_PIECE = 8  # elements of 16 bits that a GPU loads at a time
 FEWEST = 16  # rows and columns of a product that a tile of matrix units pays for
 ASKED = {
     "bf16": ("bfloat16", "bfloat16 weights", "bfloat16 products"),
@@ -216,24 +217,23 @@ def cast_seconds(hw: Hardware, node: fx.Node) -> float:
 
 def _on_matrix_units(node: fx.Node, hw: Hardware, asked: Collection[str], times: Times, found: dict[str, Form]) -> str:
     """Add the forms that a GPU's matrix units have to `found`; why there are none."""
-    shape = shape_of(node)
-    rows, columns = (
-        (shape[1], prod(shape) // shape[1])
-        if node.target is dialect.conv2d
-        else (
-            prod(shape[:-1]),
-            shape[-1],
-        )
-    )
+    operands: list[Any] = node.all_input_nodes
+    columns, depth, *_ = shape_of(operands[1])  # filters and channels of a convolution
+    rows = prod(shape_of(node)) // columns
+    if rows < FEWEST <= columns and node.target is not dialect.conv2d and depth % _PIECE == 0:
+        for label in asked:
+            if label.endswith(" weights"):
+                found[label] = Form(times.seconds(item_bytes=2), "few rows: weights are read in 16 bits, once")
+        return f"{rows} rows are too few for matrix units"
     if min(rows, columns) < FEWEST:
         return f"a product of {rows} rows and {columns} columns is too narrow for matrix units"
-    if hw.isa != "nvptx":
-        return f"no kernel uses the matrix units of {hw.id} yet"
     for label in asked:
         dtype = LABELS[label].dtype
+        if hw.isa == "amdgcn" and hw.dot_product(dtype) == "wmma":
+            return f"no kernel uses the matrix units of {hw.id} yet"
         narrow, wide = hw.peak_flops(dtype), hw.peak_flops("float32")
         if label in IN_PLACE and hw.matrix_instructions(dtype) and narrow and wide and narrow > wide:
-            text = "tensor cores, operands rounded on the way, sums in float32"
+            text = "matrix units, operands rounded on the way, sums in float32"
             found[label] = Form(times.seconds(rate=narrow / wide), text)
     return f"{hw.id} has no faster matrix instructions for it"
 
@@ -251,7 +251,7 @@ def _refusal(graph: fx.GraphModule, node: fx.Node, hw: Hardware) -> str | None:
     if node.target is dialect.conv2d:
         if given["groups"] != 1:
             return f"{given['groups']} groups: a group's channels are fewer than a dot product takes"
-        if given["layout"] != ("NCHW" if hw.kind == "gpu" else "NHWC"):
+        if hw.kind != "gpu" and given["layout"] != "NHWC":
             return f"the layout is {given['layout']}"
     bias, residual = given.get("bias"), given.get("residual")
     planar = given.get("layout") == "NCHW"

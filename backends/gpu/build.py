@@ -22,6 +22,7 @@ from ...hwdb import Hardware, detect
 from ..aot import toolchain
 from ..lowering.registry import KernelInfo
 from . import cuda, rocm
+from .copies import with_copies
 from .evidence import Evidence, evidence
 from .launches import DEVICE_NAME, HOST_NAME, WEIGHTS_NAME, Description, Launch
 from .lower import Lowered
@@ -112,7 +113,7 @@ def _cuda_source(lowered: Lowered) -> str:
     finally:
         if before is not None:
             tvm_ffi.register_global_func(name, before, override=True)
-    return str(module.inspect_source("cuda"))
+    return with_copies(str(module.inspect_source("cuda")))
 
 
 def _write_host(lowered: Lowered, path: Path) -> None:

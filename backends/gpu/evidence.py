@@ -1,8 +1,8 @@
 """What the machine code says of each kernel, without running it: registers, spills, memory of a block, instructions.
 
     NVIDIA    registers and stack from .nv.info, shared memory from .nv.shared.NAME (ELF sections of the cubin);
-              instructions from nvdisasm, where it is (CUDA's toolkit, pip install nvidia-cuda-nvdisasm)
     AMD       the note of the code object: MessagePack, LLVM's AMDGPU usage guide, code object V3 metadata
+    both      instructions: instructions.py
 
 Occupancy follows from registers, shared memory and threads by the limits in the database. None of it is a time.
 Attribute numbers of .nv.info are those that `cuobjdump -elf` prints: EIATTR_REGCOUNT 0x2f, EIATTR_FRAME_SIZE 0x11.
@@ -10,26 +10,19 @@ Attribute numbers of .nv.info are those that `cuobjdump -elf` prints: EIATTR_REG
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import re
-import shutil
 import struct
-import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ...hwdb import Hardware
+from .instructions import Counts, counts
 from .launches import Launch
 from .messagepack import unpacked
 
 _REGISTERS, _FRAME = 0x2F, 0x11  # attributes of .nv.info whose value is (symbol, number)
 _VALUE_SIZED = 4  # how an attribute's value is stored: behind its size
 _CUDA_MACHINE = 190
-_WIDE, _MATRIX = re.compile(r"\bLDG\.\S*128\b"), re.compile(r"\b[HIBD]G?MMA\.")
 
 
 @dataclass(frozen=True)
@@ -42,8 +35,7 @@ class Evidence:
     occupancy: float | None  # share of the warps a unit can hold
     limited_by: str | None
     scalar_registers: int | None = None
-    wide_loads: int | None = None  # of 128 bits from memory
-    matrix: int | None = None  # multiplications on tensor cores
+    counts: Counts | None = None
 
     def text(self) -> str:
         """What the report says."""
@@ -52,10 +44,9 @@ class Evidence:
             parts.insert(1, f"{self.scalar_registers} scalar")
         if self.occupancy is not None:
             parts.append(f"occupancy {self.occupancy:.0%} (by {self.limited_by})")
-        if self.wide_loads is not None:
-            parts.append(f"{self.wide_loads} loads of 128 bits")
-        if self.matrix is not None:
-            parts.append(f"{self.matrix} on tensor cores")
+        if self.counts is not None:
+            parts.append(f"{self.counts.wide_loads} of {self.counts.loads} loads of 128 bits")
+            parts.append(f"{self.counts.matrix} on matrix units")
         return ", ".join(parts)
 
 
@@ -65,18 +56,6 @@ def evidence(image: bytes, launches: Sequence[Launch], hw: Hardware) -> dict[str
         return _of_amd(image, launches, hw)
     cubin = _cubin(image)
     return {} if cubin is None else _of_nvidia(cubin, launches, hw)
-
-
-def disassembler() -> Path | None:
-    """nvdisasm in CUDA_PATH or CUDA_HOME, on PATH, in /usr/local/cuda, or as pip installs it; None without."""
-    homes = [os.environ[name] for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)]
-    spec = importlib.util.find_spec("nvidia")
-    wheels = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
-    candidates = [Path(home, "bin", "nvdisasm") for home in (*homes, "/usr/local/cuda")]
-    candidates += [path for wheel in wheels for path in sorted(wheel.glob("*/bin/nvdisasm"))]
-    if found := shutil.which("nvdisasm"):
-        candidates.insert(0, Path(found))
-    return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
 
 def _of(hw: Hardware, launch: Launch, registers: int, spilled: int, shared: int, **more: Any) -> Evidence:
@@ -104,16 +83,15 @@ def _of_nvidia(cubin: bytes, launches: Sequence[Launch], hw: Hardware) -> dict[s
         if attribute in (_REGISTERS, _FRAME):
             symbol, number = struct.unpack("<II", value)
             numbers[attribute, symbols[symbol]] = number
-    counts = _instructions(cubin)
+    counted = counts(cubin, "nvptx")
     found = {}
     for launch in launches:
         if (_REGISTERS, launch.name) not in numbers:
             continue
         shared = sections.get(f".nv.shared.{launch.name}", (b"", 0))[1]
-        wide, matrix = counts.get(launch.name, (None, None))
         frame = numbers.get((_FRAME, launch.name), 0)
         registers = numbers[_REGISTERS, launch.name]
-        found[launch.name] = _of(hw, launch, registers, frame, shared, wide_loads=wide, matrix=matrix)
+        found[launch.name] = _of(hw, launch, registers, frame, shared, counts=counted.get(launch.name))
     return found
 
 
@@ -146,29 +124,12 @@ def _attributes(content: bytes) -> Iterator[tuple[int, bytes]]:
             at += size
 
 
-def _instructions(cubin: bytes) -> dict[str, tuple[int, int]]:
-    """Loads of 128 bits and multiplications on tensor cores of each kernel; empty without a disassembler."""
-    tool = disassembler()
-    if tool is None:
-        return {}
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, "kernels.cubin")
-        path.write_bytes(cubin)
-        done = subprocess.run([str(tool), "-c", str(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {}
-    parts = re.split(r"^\.text\.(\w+):", done.stdout, flags=re.MULTILINE)
-    return {
-        name: (len(_WIDE.findall(text)), len(_MATRIX.findall(text)))
-        for name, text in zip(parts[1::2], parts[2::2], strict=True)
-    }
-
-
 # AMD
 
 
 def _of_amd(image: bytes, launches: Sequence[Launch], hw: Hardware) -> dict[str, Evidence]:
     notes = {kernel[".name"]: kernel for kernel in metadata(image)["amdhsa.kernels"]}
+    counted = counts(image, "amdgcn")
     found = {}
     for launch in launches:
         note = notes[launch.name]
@@ -181,6 +142,7 @@ def _of_amd(image: bytes, launches: Sequence[Launch], hw: Hardware) -> dict[str,
             note[".private_segment_fixed_size"],
             note[".group_segment_fixed_size"],
             scalar_registers=note[".sgpr_count"],
+            counts=counted.get(launch.name),
         )
     return found
 

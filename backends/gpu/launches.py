@@ -29,6 +29,7 @@ class Launch:
     tags: tuple[str, ...]  # "blockIdx.x", "threadIdx.x", ...: what a launch passes after the arguments
     threads: int
     shared_bytes: int
+    blocks: int = 1  # of a launch
 
     def to_data(self) -> dict[str, Any]:
         """JSON data."""
@@ -38,6 +39,7 @@ class Launch:
             "tags": list(self.tags),
             "threads": self.threads,
             "shared_bytes": self.shared_bytes,
+            "blocks": self.blocks,
         }
 
     @staticmethod
@@ -49,6 +51,7 @@ class Launch:
             tuple(data["tags"]),
             int(data["threads"]),
             int(data["shared_bytes"]),
+            int(data["blocks"]),
         )
 
 

@@ -193,9 +193,10 @@ def _launch(kernel: Any) -> Launch:
 
     tvm_ffi.structural_walk(kernel.body, [(tirx.AttrStmt, thread), (tirx.AllocBuffer, allocation)])
     threads = prod(extent for tag, extent in extents.items() if tag.startswith("threadIdx"))
+    blocks = prod(extent for tag, extent in extents.items() if tag.startswith("blockIdx"))
     arguments = tuple("handle" if _is_pointer(p) else str(p.ty.dtype) for p in kernel.params)
     tags = tuple(str(tag) for tag in kernel.attrs["tirx.kernel_launch_params"])
-    return Launch(str(kernel.attrs["global_symbol"]), arguments, tags, threads, sum(shared))
+    return Launch(str(kernel.attrs["global_symbol"]), arguments, tags, threads, sum(shared), blocks)
 
 
 def _is_pointer(parameter: Any) -> bool:

@@ -26,8 +26,8 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ..kernels.epilogue import apply_activation
-from ..kernels.loops import Shape, constant, kernel_function, span
-from .stage import Operand, Stage
+from ..kernels.loops import Shape, constant, span, typed_kernel
+from .stage import Operand, Stage, Weights
 from .tile import LANES, Tile
 
 
@@ -54,22 +54,26 @@ class Finish:
     args: tuple[float, ...] = ()
 
 
+# (buffers of the operands, that of the result, number in the batch) -> how a product is read and finished.
+Parts = Callable[[Sequence[Any], Any, Any], "tuple[Operand, Operand | Weights, Finish]"]
+
+
 def product(
     name: str,
     tile: Tile,
     batch: int,
     rows: int,
     columns: int,
-    operands: Sequence[Shape],
+    operands: Sequence[tuple[Shape, str]],
     out: Shape,
-    parts: Callable[[Sequence[Any], Any, Any], tuple[Operand, Operand, Finish]],
+    parts: Parts,
 ) -> Any:
-    """Return the kernel over buffers of shapes `operands` and `out`.
+    """Return the kernel over buffers of the shapes and dtypes `operands`, and `out` in float32.
 
     `parts(buffers, out, number)` says how product `number` of the batch is read and finished.
     """
 
-    def block(left: Operand, right: Operand, finish: Finish, out: Any, first: tuple[Any, Any], thread: Any) -> None:
+    def block(left: Any, right: Any, finish: Finish, out: Any, first: tuple[Any, Any], thread: Any) -> None:
         _block(tile, left, right, finish, out, (rows, columns), first, thread)
 
     return tiled(name, tile, batch, (rows, columns), operands, out, parts, block)
@@ -80,10 +84,10 @@ def tiled(
     tile: Tiled,
     batch: int,
     extents: tuple[int, int],
-    operands: Sequence[Shape],
+    operands: Sequence[tuple[Shape, str]],
     out: Shape,
-    parts: Callable[[Sequence[Any], Any, Any], tuple[Operand, Operand, Finish]],
-    block: Callable[[Operand, Operand, Finish, Any, tuple[Any, Any], Any], None],
+    parts: Parts,
+    block: Callable[[Any, Any, Finish, Any, tuple[Any, Any], Any], None],
 ) -> Any:
     """The kernel that calls `block` for every tile of every product, at the first row and column it has."""
 
@@ -99,7 +103,7 @@ def tiled(
             left, right, finish = parts(buffers[:-1], buffers[-1], number)
             block(left, right, finish, buffers[-1], (first_row, first_column), thread)
 
-    return kernel_function(name, operands, [out], body)
+    return typed_kernel(name, operands, [(out, "float32")], body)
 
 
 def _block(
@@ -122,9 +126,9 @@ def _block(
     for i in range(0, count, LANES):
         T.buffer_store(sums, constant(0.0, LANES), [span(i, LANES)])
 
-    def fetch(step: Any) -> None:
-        a.fetch(step * tile.depth, first[0])
-        b.fetch(step * tile.depth, first[1])
+    def fetch(step: Any, slot: int) -> None:
+        a.fetch(step, first[0], slot)
+        b.fetch(step, first[1], slot)
 
     def put(slot: int) -> None:
         a.put(slot)
@@ -143,11 +147,11 @@ def _block(
                     at = i * tile.thread_columns + j
                     T.buffer_store(sums, sums[at] + x[i] * y[j], [at])
 
-    fetch(0)
+    fetch(0, 0)
     put(0)
     with T.serial(0, ceil(left.depth / (2 * tile.depth))) as pair:
         for slot in (0, 1):
-            fetch(pair * 2 + slot + 1)
+            fetch(pair * 2 + slot + 1, 1 - slot)
             multiply(slot)
             put(1 - slot)
     _store(tile, sums, finish, out, extents, first, (tr, tc))

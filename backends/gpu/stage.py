@@ -1,10 +1,14 @@
 """One operand of a product on its way to the threads of a block: memory, registers, shared memory.
 
-shared      two of [depth][width + PAD]     one is read while the next is written
+shared      two tiles               one is read while the next is written
 registers   what a thread carries of the next tile while it multiplies with this one
 
-along the width (k, j..j+3 are neighbours in memory)     one 128-bit load, one 128-bit store
-along the sum   (k..k+3, j are neighbours)               one 128-bit load, four stores that turn it
+                                                              float32: [depth][width + PAD]     16 bits
+along the width (k, j..j+3 are neighbours in memory)          one 128-bit load and store        [depth][width + 8]
+along the sum   (k..k+3, j are neighbours)                    a load, four stores that turn it  [width][depth + 8]
+weights         (16 bits, whole tiles, along the sum)                                           [width][depth + 8]
+
+Weights need no registers where the device copies past them: cp.async, of 16 bytes (copies.py).
 """
 
 from __future__ import annotations
@@ -17,7 +21,12 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ..kernels.loops import constant, span
+from .copies import copy_16_bytes
 from .tile import LANES, PAD
+
+PAD16 = 8  # behind a row of 16 bits: matrix units take strides of whole 16 bytes
+_PIECE = 8  # elements of 16 bits in 16 bytes
+_WORDS = 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,14 @@ class Operand:
     lanes: int
 
 
+@dataclass(frozen=True)
+class Weights:
+    """A constant operand in 16 bits, two in an int32: rows of `depth`, as many as fill tiles, zeros past the ends."""
+
+    words: Any  # buffer of one dimension
+    depth: int  # elements of a row in memory: of an even number of tiles
+
+
 class Stage:
     """The tiles of one operand in a block, `depth` x `width` each."""
 
@@ -42,8 +59,8 @@ class Stage:
     ) -> None:
         """Declare registers and shared memory; `thread` is this thread's number, `dtype` what is stored there."""
         self.dtype = dtype
-        # 16 bytes behind a row: matrix units take strides of whole 16 bytes.
-        self.stride = width + (PAD if dtype == "float32" else 2 * PAD)
+        self.deep = dtype != "float32" and operand.along == "depth"  # neighbours along the sum stay neighbours
+        self.stride = (depth if self.deep else width) + (PAD if dtype == "float32" else PAD16)
         self.operand, self.depth, self.width = operand, depth, width
         self.threads, self.thread = threads, thread
         self.pieces = depth * width // operand.lanes
@@ -51,19 +68,18 @@ class Stage:
         # Rounded one by one: for vectors, see product.finish_vector.
         size = self._turns * operand.lanes
         self.rounded = None if dtype == "float32" else T.alloc_buffer((size,), dtype, scope="local")
-        # Two buffers of one dimension: TVM would put barriers between slots of one, and cut the padding of rows.
-        self.shared = [T.alloc_buffer((depth * self.stride,), dtype, scope="shared") for _ in range(2)]
+        self.shared = _two_tiles((width if self.deep else depth) * self.stride, dtype)
 
     @property
     def _turns(self) -> int:
         return -(-self.pieces // self.threads)
 
-    def fetch(self, first_k: Any, first: Any) -> None:
-        """Load the tile at `first_k` of the sum and `first` of the width into registers, zeros past the ends."""
+    def fetch(self, step: Any, first: Any, slot: int) -> None:
+        """Load tile `step` of the sum at `first` of the width, which becomes `slot`; zeros past the ends."""
         operand = self.operand
         for turn in range(self._turns):
             k, place = self._place(turn)
-            k, place = first_k + k, first + place
+            k, place = step * self.depth + k, first + place
             value = operand.read(k, place)
             conditions = [k < operand.depth]  # past the last tile of the sum lies one that is fetched and never read
             conditions += [place < operand.width] if operand.width % self.width else []
@@ -91,6 +107,9 @@ class Stage:
             for i in range(lanes):
                 T.buffer_store(self.rounded, tirx.Cast(self.dtype, self.registers[first + i]), [first + i])
         carried = self.registers if self.rounded is None else self.rounded
+        if self.deep:
+            T.buffer_store(shared, carried[span(first, lanes)], [span(place * stride + k, lanes)])
+            return
         if self.operand.along == "width":
             T.buffer_store(shared, carried[span(first, lanes)], [span(k * stride + place, lanes)])
             return
@@ -104,3 +123,55 @@ class Stage:
         across = (self.width if self.operand.along == "width" else self.depth) // lanes
         outer, inner = tirx.floordiv(piece, across), tirx.floormod(piece, across) * lanes
         return (outer, inner) if self.operand.along == "width" else (inner, outer)
+
+
+class WeightStage:
+    """The same for weights, which are copied as they are: past the registers where `asynchronous`."""
+
+    deep = True
+
+    def __init__(
+        self, weights: Weights, depth: int, width: int, threads: int, thread: Any, dtype: str, asynchronous: bool
+    ) -> None:
+        """Declare registers and shared memory. `width` x `depth` is a multiple of 8 `threads`."""
+        self.weights, self.depth, self.asynchronous = weights, depth, asynchronous
+        self.stride = depth + PAD16
+        self.threads, self.thread = threads, thread
+        self.turns, rest = divmod(depth * width // _PIECE, threads)
+        assert rest == 0, (depth, width, threads)
+        self.shared = _two_tiles(width * self.stride, dtype)
+        if not asynchronous:
+            self.registers = T.alloc_buffer((self.turns * _WORDS,), "int32", scope="local")
+            size = width * self.stride // 2
+            self.views = [T.decl_buffer((size,), "int32", data=tile.data, scope="shared") for tile in self.shared]
+
+    def fetch(self, step: Any, first: Any, slot: int) -> None:
+        """Load tile `step` of the sum at `first` of the width, or begin to copy it to `slot`."""
+        last = self.weights.depth // self.depth - 1
+        for turn in range(self.turns):
+            k, place = self._place(turn)
+            # One tile more than there are is fetched, and never read.
+            column = tirx.min(step, last) * self.depth + k
+            word = tirx.floordiv((first + place) * self.weights.depth + column, 2)
+            if self.asynchronous:
+                copy_16_bytes(self.shared[slot], place * self.stride + k, self.weights.words, word)
+            else:
+                T.buffer_store(self.registers, self.weights.words[span(word, _WORDS)], [span(turn * _WORDS, _WORDS)])
+
+    def put(self, slot: int) -> None:
+        """Store what was fetched as tile `slot`; nothing where copies are on their way there."""
+        if self.asynchronous:
+            return
+        for turn in range(self.turns):
+            k, place = self._place(turn)
+            word = tirx.floordiv(place * self.stride + k, 2)
+            T.buffer_store(self.views[slot], self.registers[span(turn * _WORDS, _WORDS)], [span(word, _WORDS)])
+
+    def _place(self, turn: int) -> tuple[Any, Any]:
+        piece, across = self.thread + turn * self.threads, self.depth // _PIECE
+        return tirx.floormod(piece, across) * _PIECE, tirx.floordiv(piece, across)
+
+
+def _two_tiles(size: int, dtype: str) -> list[Any]:
+    """Two buffers of one dimension: TVM would put barriers between slots of one, and cut the padding of rows."""
+    return [T.alloc_buffer((size,), dtype, scope="shared") for _ in range(2)]

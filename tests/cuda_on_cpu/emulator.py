@@ -40,7 +40,7 @@ def start() -> None:
 
 def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
     """The kernels of generated CUDA C++ as an image of the emulated driver."""
-    source = as_cpp(source)
+    source = as_cpp(source.replace(copies_source(), ""))
     names = _KERNEL.findall(source)
     assert names, "no kernel in the source"
     entries = [f'extern "C" void emulated_{n}(void **arguments) {{ emulated::call({n}, arguments); }}' for n in names]
@@ -52,6 +52,13 @@ def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
         _compile("c++", str(code), library, options)
         image = library.read_bytes()
     return b"EMULATED" + struct.pack("<Q", len(image)) + image, "fatbin"
+
+
+def copies_source() -> str:
+    """What is in front of kernels with asynchronous copies: device.h has it in another form."""
+    from graphwright.backends.gpu.copies import CUDA_SOURCE
+
+    return CUDA_SOURCE
 
 
 def as_cpp(source: str) -> str:

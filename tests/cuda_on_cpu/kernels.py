@@ -29,6 +29,7 @@ from graphwright.backends.gpu import lower
 from graphwright.hwdb import Hardware
 
 _SYNC = re.compile(r"__syncthreads\(\);|__syncwarp\(\);")
+_WAIT = re.compile(r"wait_for_copies\(\);")
 _SHUFFLE = re.compile(r"__shfl_(?:\w+_)?sync\(")
 
 
@@ -77,9 +78,10 @@ def _described(kernel: Any) -> Kernel:
 
 
 def without(source: str, what: str) -> list[str]:
-    """The source with each of its barriers ("sync") or shuffles ("shuffle") taken out, one at a time."""
-    if what == "sync":
-        return [source[: m.start()] + source[m.end() :] for m in _SYNC.finditer(source)]
+    """The source without each of its barriers ("sync"), waits ("wait") or shuffles ("shuffle"), one at a time."""
+    if what != "shuffle":
+        pattern = _SYNC if what == "sync" else _WAIT
+        return [source[: m.start()] + source[m.end() :] for m in pattern.finditer(source)]
     found = []
     for match in _SHUFFLE.finditer(source):
         if "#define" in source[source.rindex("\n", 0, match.start()) : match.start()]:
@@ -113,15 +115,18 @@ def _plain(source: str) -> str:
     return source.replace('extern "C" ', "")
 
 
-def compiled(variants: Mapping[str, str], kernels: Mapping[str, Kernel]) -> Callable[..., str | None]:
+def compiled(
+    variants: Mapping[str, str], kernels: Mapping[str, Kernel], warp_threads: int = 32
+) -> Callable[..., str | None]:
     """run(variant, arrays, reverse=False) of each source: the arrays are read and written; what went wrong, or None.
 
     A variant is called like its kernel, or like it with a number behind a colon.
     """
-    parts, entries = ['#include "device.h"'], []
+    parts, entries = [f"#define EMULATED_WARP {warp_threads}", '#include "device.h"'], []
     for number, (variant, source) in enumerate(variants.items()):
         symbol = kernels[variant.split(":")[0]].limits.name
-        parts.append(f"namespace variant_{number} {{\n{as_cpp(_plain(source))}\n}}")
+        # What TVM defines for half would hide those of other types in a namespace.
+        parts.append(f"namespace variant_{number} {{\nusing std::min;\nusing std::max;\n{as_cpp(_plain(source))}\n}}")
         call = f"emulated::call(variant_{number}::{symbol}, arguments);"
         entries.append(f'extern "C" void emulated_{number}(void **arguments) {{ {call} }}')
     text = "\n".join([*parts, *entries, '#include "threads.h"', ""])

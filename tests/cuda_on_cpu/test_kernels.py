@@ -10,15 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tvm.tirx.script import builder as T
 
 sys.path.insert(0, str(Path(__file__).parent))
 import kernels
 
 from graphwright.backends.gpu.attention import Plan, attention, plan_attention
-from graphwright.backends.gpu.matrix_product import MatrixTile, matrix_product
+from graphwright.backends.gpu.dots import Dots, dots
+from graphwright.backends.gpu.matrix_product import matrix_product
+from graphwright.backends.gpu.matrix_tile import MatrixTile
+from graphwright.backends.gpu.mfma import Mfma
 from graphwright.backends.gpu.product import Finish, product
+from graphwright.backends.gpu.product_call import as_weights, packed_shape, packed_weights
 from graphwright.backends.gpu.stage import Operand
 from graphwright.backends.gpu.tile import CANDIDATES, LANES, Tile, choose_tile
+from graphwright.backends.gpu.wmma import Wmma
 from graphwright.backends.kernels.attention_plan import Problem
 from graphwright.backends.kernels.loops import flat, span
 from graphwright.hwdb import lookup
@@ -28,10 +34,21 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emul
 # Rows, columns and sum of a product: whole tiles, tails everywhere, and what 128-bit accesses cannot have.
 SIZES = {"whole": (64, 64, 64), "ragged": (70, 44, 52), "odd": (33, 35, 37), "deep": (64, 64, 128)}
 NARROW = ("float16", "bfloat16")
-ROUNDED = ("deep", "ragged")  # on tensor cores
-# Barriers and shuffles of the kernels they are taken out of. On tensor cores: 3 in the loop, and those between the four
-# fragments of a warp on their way through shared memory.
-COUNTS = {"product_whole_32x32": (3, 0), "attention_causal": (4, 8), "rounded_deep_float16": (10, 0)}
+ROUNDED = ("deep", "ragged", "odd")  # on matrix units
+FORMS = ("wide", "carried", "copied")  # how their weights come in
+ROUNDINGS = [(case, dtype, form) for case in ROUNDED for dtype in NARROW for form in FORMS]
+# Barriers, shuffles and waits for copies of the kernels they are taken out of. On tensor cores: 3 in the loop, and
+# those between the four fragments of a warp on their way through shared memory.
+COUNTS = {
+    "product_whole_32x32": (3, 0, 0),
+    "attention_causal": (4, 8, 0),
+    "rounded_deep_float16_copied": (10, 0, 3),
+    "few_one_float16": (0, 5, 0),
+}
+BROKEN = ("sync", "shuffle", "wait")
+# Rows, columns, sum; a lane takes 8 (4) of the sum at a time.
+FEW = {"one": (1, 4, 512), "tail": (5, 37, 264)}
+FEW_DTYPES = ("float32", *NARROW)
 # Batch, heads, heads of keys, queries, keys, depth, depth of values.
 ATTENTIONS = {"plain": (2, 2, 2, 20, 70, 24, 24), "causal": (1, 4, 2, 37, 37, 16, 20), "odd": (1, 3, 1, 17, 33, 7, 5)}
 
@@ -48,25 +65,46 @@ def multiplication(tile: Tile, rows: int, columns: int, depth: int):
             Finish(lambda r, c: r * columns + c, wide, lambda r, c, n: bias[span(c, n)], residual, "relu"),
         )
 
-    shapes = [(rows, depth), (depth, columns), (columns,), (rows, columns)]
-    return product("product", tile, 1, rows, columns, shapes, (rows, columns), parts)
+    buffers = [(shape, "float32") for shape in ((rows, depth), (depth, columns), (columns,), (rows, columns))]
+    return product("product", tile, 1, rows, columns, buffers, (rows, columns), parts)
 
 
-def rounded(dtype: str, rows: int, columns: int, depth: int):
-    """a[rows, depth] b[depth, columns] + bias + residual on tensor cores, in the smallest tile."""
+def rounded(dtype: str, rows: int, columns: int, depth: int, form: str, units: type = Wmma):
+    """a[rows, depth] b[depth, columns] + bias + residual on matrix units, in the smallest tile.
+
+    `form`: b is float32 ("wide"), or weights in 16 bits, copied past the registers ("copied") or not ("carried").
+    """
+    tile = MatrixTile(64, 64, 32, 2, 2, warp_threads=64 if units is not Wmma else 32)
+    deep, wide = LANES if depth % LANES == 0 else 1, LANES if columns % LANES == 0 else 1
 
     def parts(buffers, out, number):
         a, b, bias, residual = (flat(buffer) for buffer in buffers)
+        right = Operand(lambda k, c: b[span(k * columns + c, wide)], depth, columns, "width", wide)
         return (
-            Operand(lambda k, r: a[span(r * depth + k, LANES)], depth, rows, "depth", LANES),
-            Operand(lambda k, c: b[span(k * columns + c, LANES)], depth, columns, "width", LANES),
-            Finish(lambda r, c: r * columns + c, LANES, lambda r, c, n: bias[span(c, n)], residual),
+            Operand(lambda k, r: a[span(r * depth + k, deep)], depth, rows, "depth", deep),
+            right if form == "wide" else as_weights(buffers[1]),
+            Finish(lambda r, c: r * columns + c, wide, lambda r, c, n: bias[span(c, n)], residual),
         )
 
-    shapes = [(rows, depth), (depth, columns), (columns,), (rows, columns)]
+    weights = ((depth, columns), "float32") if form == "wide" else packed_shape(columns, depth, tile)
+    buffers = [((rows, depth), "float32"), weights, ((columns,), "float32"), ((rows, columns), "float32")]
     return matrix_product(
-        "product", MatrixTile(64, 64, 32, 2, 2), 1, rows, columns, dtype, shapes, (rows, columns), parts
+        "product", tile, 1, rows, columns, dtype, buffers, (rows, columns), parts, units, form == "copied"
     )
+
+
+def few(case: str, dtype: str, warp_threads: int = 32):
+    """relu(x[rows, depth] w[columns, depth]^T + bias + residual)"""
+    rows, columns, depth = FEW[case]
+    plan = Dots(2 if case == "tail" else 1, dtype, -(-columns // (8 if case == "tail" else 4)), warp_threads)
+    words = ((columns, depth), "float32") if dtype == "float32" else ((columns, depth // 2), "int32")
+    buffers = [((rows, depth), "float32"), words, ((columns,), "float32"), ((rows, columns), "float32")]
+
+    def finish(buffers):
+        bias, residual = (flat(buffer) for buffer in buffers)
+        return Finish(lambda r, c: r * columns + c, 1, lambda r, c, n: bias[c], residual, "relu")
+
+    return dots(plan, (rows, columns, depth), buffers, (rows, columns), finish)
 
 
 def attended(name: str):
@@ -81,6 +119,29 @@ def attended(name: str):
     return attention(p, Plan(16, 32, 1), 0.3, shapes, causal=name == "causal", mask=mask)
 
 
+class EmulatedMfma(Mfma):
+    """MFMA by a function of include/mfma.h, which has the lanes of AMD's documentation."""
+
+    def add_product(self, columns, rows, sums):
+        parts = (T.address_of(part) for part in (self.y[columns], self.x[rows], self.sums[sums]))
+        T.evaluate(T.call_extern("void", "mfma", *parts))
+
+
+@functools.cache
+def on_waves():
+    """Kernels on AMD's matrix cores, for waves of 64, with the instruction emulated."""
+    functions = {
+        f"rounded_{case}_{dtype}_{form}": rounded(dtype, *SIZES[case], form, EmulatedMfma)
+        for case, dtype, form in ROUNDINGS
+        if form != "copied"
+    }
+    functions["product_ragged_64x64"] = multiplication(Tile(64, 64, 16, 4, 4), *SIZES["ragged"])
+    functions["attention_causal"] = attended("causal")
+    functions["few_tail_bfloat16"] = few("tail", "bfloat16", 64)
+    sources, launches = kernels.generated(functions, lookup("a100"))
+    return kernels.compiled(sources, launches, 64), tuple(functions)
+
+
 @functools.cache
 def everything():
     """All kernels with their variants, compiled once; and how many barriers and shuffles each has."""
@@ -89,12 +150,14 @@ def everything():
         for tile in CANDIDATES if name == "ragged" else CANDIDATES[-1:]:
             functions[f"product_{name}_{tile[0]}x{tile[1]}"] = multiplication(Tile(*tile), *sizes)
     functions |= {f"attention_{name}": attended(name) for name in ATTENTIONS}
-    functions |= {f"rounded_{case}_{dtype}": rounded(dtype, *SIZES[case]) for case in ROUNDED for dtype in NARROW}
+    for case, dtype, form in ROUNDINGS:
+        functions[f"rounded_{case}_{dtype}_{form}"] = rounded(dtype, *SIZES[case], form)
+    functions |= {f"few_{case}_{dtype}": few(case, dtype) for case in FEW for dtype in FEW_DTYPES}
     sources, launches = kernels.generated(functions, lookup("a100"))
     variants = dict(sources)
     counts = {}
     for name in COUNTS:
-        for what in ("sync", "shuffle"):
+        for what in BROKEN:
             broken = kernels.without(sources[name], what)
             counts[name, what] = len(broken)
             variants |= {f"{name}:{what} {number}": text for number, text in enumerate(broken)}
@@ -120,6 +183,17 @@ def arrays(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         dtype = getattr(torch, rest[0])
         a, b = (torch.from_numpy(x).to(dtype).double().numpy() for x in operands[:2])
         exact = a @ b + operands[2].astype(np.float64) + operands[3]
+        if rest[1] != "wide":
+            tile = MatrixTile(64, 64, 32, 2, 2)
+            pack = packed_weights(None, lambda w: w.t(), tile, rest[0]).pack
+            operands[1] = pack(torch.from_numpy(operands[1])).numpy()
+    elif kind == "few":
+        rows, columns, depth = FEW[case]
+        operands = [drawn(rows, depth), drawn(columns, depth), drawn(columns), drawn(rows, columns)]
+        weights = torch.from_numpy(operands[1]).to(getattr(torch, rest[0]))
+        operands[1] = (weights if rest[0] == "float32" else weights.view(torch.int32)).numpy()
+        x, bias, residual = (operands[i].astype(np.float64) for i in (0, 2, 3))
+        exact = np.maximum(x @ weights.double().numpy().T + bias + residual, 0)
     else:
         batch, heads, key_heads, queries, keys, depth, width = ATTENTIONS[case]
         operands = [drawn(batch, heads, queries, depth), drawn(batch, key_heads, keys, depth)]
@@ -139,9 +213,9 @@ def arrays(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return {**named, "out0": np.full(exact.shape, np.nan, np.float32)}, exact
 
 
-def error(name: str, reverse: bool) -> float:
+def error(name: str, reverse: bool, waves: bool = False) -> float:
     """The largest difference; infinite where the kernel did not end, or left something out."""
-    run, _ = everything()
+    run, _ = on_waves() if waves else everything()
     given, exact = arrays(name)
     if run(name, given, reverse) is not None:
         return np.inf
@@ -161,21 +235,31 @@ NAMES = [
     [
         *NAMES,
         *(f"attention_{name}" for name in ATTENTIONS),
-        *(f"rounded_{case}_{dtype}" for case in ROUNDED for dtype in NARROW),
+        *(f"rounded_{case}_{dtype}_{form}" for case, dtype, form in ROUNDINGS),
+        *(f"few_{case}_{dtype}" for case in FEW for dtype in FEW_DTYPES),
     ],
 )
 def test_kernels_keep_their_numbers_in_both_orders_of_lanes(name, reverse):
-    # Sums of up to 70 products of normal numbers in float32: 70 roundings of 2^-24 of some 20.
+    # Sums of up to 512 products of normal numbers in float32: roundings of 2^-24 of some 50.
     assert error(name, reverse) < 5e-5
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("reverse", [False, True], ids=["upwards", "downwards"])
+def test_kernels_for_waves_of_64_keep_their_numbers(reverse):
+    """Those on AMD's matrix cores with the instruction emulated by the documented lanes: all else is the same code."""
+    _, names = on_waves()
+    for name in names:
+        assert error(name, reverse, waves=True) < 5e-5, name
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
-def test_every_barrier_and_shuffle_is_needed(name):
+def test_every_barrier_shuffle_and_wait_is_needed(name):
     """Taken out alone, each makes the numbers wrong in one order of lanes or the other."""
     _, counts = everything()
-    assert (counts[name, "sync"], counts[name, "shuffle"]) == COUNTS[name]
-    for what in ("sync", "shuffle"):
+    assert tuple(counts[name, what] for what in BROKEN) == COUNTS[name]
+    for what in BROKEN:
         for number in range(counts[name, what]):
             variant = f"{name}:{what} {number}"
             assert max(error(variant, reverse) for reverse in (False, True)) > 1e-3, variant

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -19,7 +20,12 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
+#ifndef EMULATED_WARP
+#define EMULATED_WARP 32  // threads; 64 for waves of AMD's CDNA
+#endif
+
 namespace emulated {
+using Lanes = unsigned long long;  // a bit each
 struct Index { unsigned x, y, z; };
 enum class State : unsigned char { running, at_warp_barrier, at_block_barrier, done };
 
@@ -29,14 +35,16 @@ struct Thread {
   int lane, warp;
   State state;
   unsigned exchanges;  // shuffles so far: consecutive ones use different slots
-  unsigned together;   // the lanes that reached the last warp barrier with this one
+  Lanes together;      // the lanes that reached the last warp barrier with this one
+  std::vector<std::pair<void *, const void *>> copies;  // begun, of 16 bytes
 };
-struct Warp { unsigned char slots[2][32][16]; };
+struct Warp { unsigned char slots[2][EMULATED_WARP][16]; };
 
 extern Thread *current;
 extern Index grid_size, block_size, block_index;
 extern Warp *warps;
 extern unsigned char *dynamic_shared;
+extern bool copies_at_once;
 void wait(State state);  // until the warp, or the block, has come as far
 
 // The value that `lane` of this warp brought to the same shuffle; one's own where that lane did not come.
@@ -47,7 +55,7 @@ template <class T> T exchange(T value, int lane) {
   unsigned turn = self->exchanges++ & 1;
   std::memcpy(warp.slots[turn][self->lane], &value, sizeof value);
   wait(State::at_warp_barrier);
-  if (lane >= 0 && lane < 32 && (self->together >> lane & 1)) std::memcpy(&value, warp.slots[turn][lane], sizeof value);
+  if (lane >= 0 && lane < EMULATED_WARP && (self->together >> lane & 1)) std::memcpy(&value, warp.slots[turn][lane], sizeof value);
   return value;
 }
 
@@ -69,7 +77,7 @@ inline void __syncthreads() { emulated::wait(emulated::State::at_block_barrier);
 inline void __syncwarp(unsigned = ~0u) { emulated::wait(emulated::State::at_warp_barrier); }
 inline unsigned __activemask() {
   __syncwarp();
-  return emulated::current->together;
+  return static_cast<unsigned>(emulated::current->together);
 }
 template <class T> T __shfl_sync(unsigned, T value, int source, int width = 32) {
   int lane = emulated::current->lane;
@@ -85,6 +93,15 @@ template <class T> T __shfl_up_sync(unsigned, T value, unsigned delta, int width
 }
 template <class T> T __shfl_xor_sync(unsigned, T value, int mask, int = 32) {
   return emulated::exchange(value, emulated::current->lane ^ mask);
+}
+// cp.async: with lanes upwards a copy arrives when it is waited for, with lanes downwards at once.
+inline void copy_16_bytes(void *shared, const void *memory) {
+  if (emulated::copies_at_once) std::memcpy(shared, memory, 16);
+  else emulated::current->copies.emplace_back(shared, memory);
+}
+inline void wait_for_copies() {
+  for (auto &[shared, memory] : emulated::current->copies) std::memcpy(shared, memory, 16);
+  emulated::current->copies.clear();
 }
 template <class T> T __ldg(const T *address) { return *address; }
 
@@ -122,3 +139,4 @@ inline int __float_as_int(float value) {
 }
 
 #include "matrix.h"
+#include "mfma.h"

@@ -13,6 +13,7 @@ Thread *current;
 Index grid_size, block_size, block_index;
 Warp *warps;
 unsigned char *dynamic_shared;
+bool copies_at_once;
 
 extern "C" void emulated_switch(void **save, void *restore);
 #if defined(__x86_64__)
@@ -67,6 +68,7 @@ static void prepare(Thread &thread, unsigned char *stack) {
   thread.stack_pointer = top;
   thread.state = State::running;
   thread.exchanges = 0;
+  thread.copies.clear();
 }
 
 // Lets one warp run until all its threads are done or at the barrier of the block.
@@ -80,8 +82,8 @@ static bool run_warp(Thread *lanes, int count, bool reversed) {
       emulated_switch(&scheduler, thread.stack_pointer);
       moved = true;
     }
-    unsigned together = 0;
-    for (int i = 0; i < count; i++) together |= (lanes[i].state == State::at_warp_barrier) << i;
+    Lanes together = 0;
+    for (int i = 0; i < count; i++) together |= Lanes{lanes[i].state == State::at_warp_barrier} << i;
     if (!together) return moved;
     for (int i = 0; i < count; i++) {
       if (lanes[i].state != State::at_warp_barrier) continue;
@@ -92,12 +94,12 @@ static bool run_warp(Thread *lanes, int count, bool reversed) {
 }
 
 static const char *run_block(std::vector<Thread> &threads, bool reversed) {
-  int total = static_cast<int>(threads.size()), count = (total + 31) / 32;
+  int total = static_cast<int>(threads.size()), count = (total + EMULATED_WARP - 1) / EMULATED_WARP;
   for (;;) {
     bool moved = false;
     for (int i = 0; i < count; i++) {
-      int first = 32 * (reversed ? count - 1 - i : i);
-      moved |= run_warp(&threads[first], std::min(32, total - first), reversed);
+      int first = EMULATED_WARP * (reversed ? count - 1 - i : i);
+      moved |= run_warp(&threads[first], std::min(EMULATED_WARP, total - first), reversed);
     }
     int done = 0;
     for (Thread &thread : threads) done += thread.state == State::done;
@@ -113,10 +115,11 @@ extern "C" const char *emulated_launch(void (*kernel)(void **), void **arguments
                                        const unsigned *block, std::size_t shared_bytes, int reversed) {
   grid_size = {grid[0], grid[1], grid[2]};
   block_size = {block[0], block[1], block[2]};
+  copies_at_once = reversed;
   entry = kernel;
   entry_arguments = arguments;
   std::vector<Thread> threads(block[0] * block[1] * block[2]);
-  std::vector<Warp> storage((threads.size() + 31) / 32);
+  std::vector<Warp> storage((threads.size() + EMULATED_WARP - 1) / EMULATED_WARP);
   warps = storage.data();
   std::vector<double> shared(shared_bytes / sizeof(double) + 8);
   dynamic_shared = reinterpret_cast<unsigned char *>((reinterpret_cast<std::uintptr_t>(shared.data()) + 15) & ~15ul);
@@ -124,8 +127,8 @@ extern "C" const char *emulated_launch(void (*kernel)(void **), void **arguments
   while (stacks.size() < threads.size()) stacks.push_back(static_cast<unsigned char *>(std::aligned_alloc(64, stack_bytes)));
   for (unsigned i = 0; i < threads.size(); i++) {
     threads[i].index = {i % block[0], i / block[0] % block[1], i / (block[0] * block[1])};
-    threads[i].lane = i & 31;
-    threads[i].warp = i / 32;
+    threads[i].lane = i % EMULATED_WARP;
+    threads[i].warp = i / EMULATED_WARP;
   }
   for (unsigned z = 0; z < grid[2]; z++)
     for (unsigned y = 0; y < grid[1]; y++)

@@ -1,0 +1,160 @@
+"""What the operators with products on GPUs share: what follows a sum, and how a call of a kernel is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ...hwdb import Hardware
+from ...hwdb.accelerators import Gpu
+from ...hwdb.cost import Work
+from ...passes.rewrite import shape_of
+from ..kernels.loops import Shape, span
+from ..lowering.kernels_matmul import refuse_dtypes, refuse_large
+from ..lowering.registry import KernelCall, Packed, Refusal
+from .matrix_product import matrix_product
+from .matrix_tile import MatrixTile, choose_matrix_tile
+from .mfma import Mfma
+from .product import Finish, Parts, product
+from .stage import Weights
+from .tile import LANES, Tile, choose_tile
+from .wmma import Wmma
+
+FEWEST = 16  # rows and columns of a product that a tile pays for
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What follows the product."""
+
+    bias: fx.Node | None = None
+    residual: fx.Node | None = None
+    activation: str = "none"
+    args: Sequence[float] = field(default=())
+
+    @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        return tuple(operand for operand in (self.bias, self.residual) if operand is not None)
+
+    def refusal(self, out: Shape, length: int) -> Refusal | None:
+        """Why it is not that of a kernel whose result has shape `out` and whose bias `length` values, or None."""
+        if self.bias is not None and (prod(shape_of(self.bias)) != length or shape_of(self.bias)[-1:] != (length,)):
+            return Refusal(f"the bias has shape {shape_of(self.bias)}, not ({length},)")
+        if self.residual is not None and shape_of(self.residual) != out:
+            return Refusal(f"the residual has shape {shape_of(self.residual)}, the result {out}")
+        return None
+
+    def finish(self, buffers: Sequence[Any], place: Any, lanes: int, by_row: Any, first: Any = 0) -> Finish:
+        """With the buffers of `operands`; `by_row(row)` is the place in the bias, None for `first` and the column."""
+        bias = residual = None
+        if self.bias is not None:
+            line = flat(buffers[0])
+
+            def bias(row: Any, column: Any, lanes: int) -> Any:
+                if by_row is None:
+                    return line[span(first + column, lanes)]
+                value = line[by_row(row)]
+                return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+        if self.residual is not None:
+            residual = flat(buffers[-1])
+        return Finish(place, lanes, bias, residual, self.activation, tuple(self.args))
+
+
+def flat(buffer: Any) -> Any:
+    """The dense `buffer` as one dimension."""
+    return T.decl_buffer((prod(int(extent) for extent in buffer.shape),), buffer.dtype, data=buffer.data)
+
+
+def lanes(*extents: int) -> int:
+    """4 where all are multiples of it, or 1."""
+    return LANES if all(extent % LANES == 0 for extent in extents) else 1
+
+
+def refused(node: fx.Node, *read: fx.Node) -> Refusal | None:
+    """Why a kernel does not take these tensors, or None."""
+    return refuse_dtypes(node, *read) or refuse_large(node, *read)
+
+
+def narrow(rows: int, columns: int, depth: int) -> Refusal | None:
+    """Why a product of this size is none for a tile, or None."""
+    if min(rows, columns) < FEWEST or depth == 0:
+        return Refusal(f"a product {rows}x{columns}x{depth} is too narrow for a tile")
+    return None
+
+
+def tile_for(hw: Hardware, sizes: tuple[int, int, int, int], dtype: str) -> Tile | MatrixTile:
+    """The tile of products of batch, rows, columns and depth `sizes`, on matrix units where `dtype` is narrow."""
+    return choose_tile(hw, *sizes) if dtype == "float32" else choose_matrix_tile(hw, *sizes, dtype)
+
+
+def kernel_call(
+    name: str,
+    hw: Hardware,
+    sizes: tuple[int, int, int, int],
+    tile: Tile | MatrixTile,
+    dtype: str,
+    operands: Sequence[fx.Node | Packed],
+    buffers: Sequence[tuple[Shape, str]],
+    out: Shape,
+    algorithm: str,
+    parts: Parts,
+) -> KernelCall:
+    """The kernel of products of batch, rows, columns and depth `sizes` in a tile of `tile_for`.
+
+    `buffers` are shape and dtype of the operands as the kernel reads them.
+    """
+    batch, rows, columns, depth = sizes
+    if isinstance(tile, Tile):
+        func = product(name, tile, batch, rows, columns, buffers, out, parts)
+    else:
+        units = Mfma if hw.isa == "amdgcn" else Wmma
+        past = isinstance(hw, Gpu) and hw.copies_past_registers
+        func = matrix_product(name, tile, batch, rows, columns, dtype, buffers, out, parts, units, past)
+        algorithm = f"{dtype} {algorithm}"
+    right = 4.0 if dtype == "float32" else 2.0
+    work = Work(
+        flops={dtype: 2.0 * batch * rows * columns * depth},
+        bytes_read=batch * (4.0 * rows + right * columns) * depth,
+        bytes_written=4.0 * batch * rows * columns,
+        launches=1,
+        tasks=tile.blocks,
+    )
+    return KernelCall(func, tuple(operands), algorithm, tile.reason, work)
+
+
+def floats(*operands: fx.Node | None) -> list[tuple[Shape, str]]:
+    """Shape and dtype of those operands that there are."""
+    return [(shape_of(operand), "float32") for operand in operands if operand is not None]
+
+
+def packed_weights(
+    weight: fx.Node, matrix: Callable[[torch.Tensor], torch.Tensor], tile: MatrixTile, dtype: str
+) -> Packed:
+    """`matrix(weight)` [N, K] in 16 bits, two in an int32, with zeros up to whole tiles, of the sum an even number."""
+    depth = 2 * tile.depth
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        lines = matrix(tensor).float()
+        whole = torch.nn.functional.pad(lines, (0, -lines.shape[1] % depth, 0, -lines.shape[0] % tile.columns))
+        return whole.to(getattr(torch, dtype)).contiguous().view(torch.int32)
+
+    return Packed(weight, f"{dtype}_{tile.columns}x{depth}", pack)
+
+
+def packed_shape(columns: int, depth: int, tile: MatrixTile) -> tuple[Shape, str]:
+    """Shape and dtype of what `packed_weights` makes."""
+    down, across = columns + -columns % tile.columns, depth + -depth % (2 * tile.depth)
+    return (down, across // 2), "int32"
+
+
+def as_weights(buffer: Any) -> Weights:
+    """A buffer of `packed_weights` as an operand."""
+    return Weights(flat(buffer), 2 * int(buffer.shape[1]))
