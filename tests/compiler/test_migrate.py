@@ -115,8 +115,8 @@ def test_auto_takes_what_lowers_the_damage(hw: Hardware) -> None:
     flat = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 128))
     with torch.no_grad():
         flat[1].weight.copy_(flat[1].weight.sign() * 0.05)  # channels alike, read alike
-    even = wide(flat, rows(), hw)
-    same, (note,) = migrated(even, hw, method, [[rows()]])
+    even = wide(flat, rows().sign(), hw)
+    same, (note,) = migrated(even, hw, method, [[rows().sign()]])
     assert same is even
     assert note.startswith("migration none")
 
