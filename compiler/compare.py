@@ -73,12 +73,13 @@ class Chosen:
 class Reference:
     """Outputs of the captured graph in float64 and in plain PyTorch, for one set of inputs.
 
-    `chosen` tells, for outputs that hold positions, what they point into.
+    `chosen` tells, for outputs that hold positions, what they point into; `no_float64`, why `exact` is `eager`.
     """
 
     exact: list[torch.Tensor]
     eager: list[torch.Tensor]
     chosen: dict[int, Chosen] = field(default_factory=dict)
+    no_float64: str | None = None
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ def reference(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Referenc
     eager, values = run_eager_keeping(graph, inputs, {source for source, _ in sources.values()})
     chosen = {output: Chosen(values[source], dim) for output, (source, dim) in sources.items()}
     try:
-        exact = run_float64(graph, inputs)
+        return Reference(run_float64(graph, inputs), eager, chosen)
     except Exception as error:
         log.warning("the model does not run in float64, so that PyTorch's own numbers are the reference: %s", error)
-        exact = [widen(x) for x in eager]
-    return Reference(exact, eager, chosen)
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return Reference([widen(x) for x in eager], eager, chosen, reason)
 
 
 def _sources(graph: fx.GraphModule) -> dict[int, tuple[fx.Node, int | None]]:
@@ -191,7 +192,7 @@ def _overflowing(eager: torch.Tensor, exact: torch.Tensor, result: torch.Tensor,
 
 
 def errors(names: Sequence[str], results: Sequence[torch.Tensor], expected: Reference) -> tuple[ErrorRow, ...]:
-    """The error of every floating point output against float64, beside eager's own."""
+    """The error of every floating point output against the reference, beside eager's own."""
     rows = []
     for name, result, exact, eager in zip(names, results, expected.exact, expected.eager, strict=True):
         if result.is_floating_point():
@@ -202,6 +203,7 @@ def errors(names: Sequence[str], results: Sequence[torch.Tensor], expected: Refe
                     max_absolute(result, exact),
                     relative_l2(eager, exact),
                     max_absolute(eager, exact),
+                    expected.no_float64,
                 )
             )
     return tuple(rows)

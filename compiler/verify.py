@@ -41,6 +41,8 @@ class VerifyResult:
                     f"{stage:28s} {row.output:24s} relative L2 {row.relative_l2:.2e}  max {row.max_absolute:.2e}"
                     f"  (PyTorch eager {row.eager_relative_l2:.2e}, {row.eager_max_absolute:.2e})"
                 )
+        if reasons := {row.no_float64 for _, rows in self.stages for row in rows if row.no_float64 is not None}:
+            lines.append(f"compared with PyTorch eager, not with float64: {'; '.join(sorted(reasons))}")
         return "\n".join(lines)
 
 

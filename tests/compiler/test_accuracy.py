@@ -86,3 +86,8 @@ def test_an_operator_that_float64_does_not_have_is_compared_with_pytorch(caplog:
     compiled = graphwright.compile(lambda x: single_only(x + 1) - 1, (x,))
     torch.testing.assert_close(compiled(x), (x + 1) * 2 - 1)
     assert "does not run in float64" in caplog.text
+    (row,) = compiled.report().errors
+    assert row.no_float64 is not None
+    assert "float32 only" in row.no_float64
+    assert "against PyTorch eager" in compiled.report().text()
+    assert "not in float64: " in compiled.report().text()
