@@ -135,7 +135,7 @@ def why_not(node: fx.Node, hw: Hardware) -> str | None:
         refused = call.reason
     if target in LOWERINGS:
         return LOWERINGS[target].can(node)
-    return f"{target}: {refused}"
+    return refused
 
 
 def has_kernels(hw: Hardware) -> bool:

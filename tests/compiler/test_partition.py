@@ -104,3 +104,17 @@ def test_lowering_that_fails_for_a_constant_leaves_the_model_to_pytorch(monkeypa
     compiled = graphwright.compile(net, (x,), cache=False)
     torch.testing.assert_close(compiled(x), net(x).detach())
     assert {row.reason[:44] for row in compiled.report().eager} == {"code generation failed: lowering fails again"}
+
+
+def test_an_operator_that_writes_to_its_arguments_is_reported_by_its_own_name() -> None:
+    @torch.library.custom_op("graphwright_tests::add_one", mutates_args=("x",))
+    def add_one(x: torch.Tensor) -> None:
+        x.add_(1)
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        add_one(y)
+        return y + 1
+
+    (row,) = graphwright.compile(model, torch.randn(4), cache=False).report().eager
+    assert (row.operator, row.reason) == ("graphwright_tests.add_one.default", "no lowering")
