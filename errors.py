@@ -28,10 +28,13 @@ class UnsupportedOp(GraphwrightError):
 class PassError(GraphwrightError):
     """A pass failed or left a malformed graph; names the pass."""
 
+    rewrite: str | None = None  # the pass, where it is one of this package and can be left out
+
 
 class NumericMismatch(GraphwrightError):
     """The compiled numbers differ from PyTorch's; names the guilty pass and node."""
 
+    rewrite: str | None = None  # the pass to blame, where it is one of this package and can be left out
     in_machine_code: bool = False
     node: str | None = None  # of the rewritten graph, whose machine code is to blame; None where it is not one alone
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from ..backends.choices import Choices
 from ..backends.gpu.identity import gpu_compiler
-from ..errors import InputError
+from ..errors import InputError, NumericMismatch, PassError
 from ..passes.families import restrict
 from . import artifact, calibration, compare, fingerprint, loading, tune, twins, verify
 from .build import Built, build
@@ -28,13 +28,13 @@ from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
 from .compiled import Compiled
 from .obstacle import obstacle
+from .pass_checks import Pass, name_of
 from .precision import FP32, Precision, Sample, check_tolerance
 from .report import ErrorRow, Report
 from .rewriting import rewrite_again
 from .selection import identities
 
 if TYPE_CHECKING:
-    from ..passes.assign_precision import Choice
     from .api import Options
     from .calibration import Example
 
@@ -129,12 +129,13 @@ class _Graph:
         assert call is not None
         return replace(saved, in_spec=call.in_spec, out_spec=call.out_spec, parameters=self.parameters)
 
-    def rewritten(self, precisions: Sequence[Choice], example: Example | None) -> fx.GraphModule:
-        """The graph after all passes, every operator in the precision decided for it."""
+    def rewritten(self, report: Report, example: Example | None) -> fx.GraphModule:
+        """The graph after the passes that the report does not leave out, in the precisions decided for it."""
         options = self.options
         observed = calibration.inputs_of(example, options.calibration, self.captured.signature).calibration
         precision = Precision(options.precision, observed=observed, method=options.method)
-        return rewrite_again(self.captured.graph, options.hw, options.passes, precision, precisions)
+        passes = _remaining(options.passes, report.left_out)
+        return rewrite_again(self.captured.graph, options.hw, passes, precision, report.precisions)
 
 
 def _write(
@@ -155,12 +156,13 @@ def _write(
     precision = Precision(
         options.precision, options.tolerance, samples, observed=inputs.calibration, method=options.method
     )
-    built = _build(directory, captured, options, precision)
+    attempt = _Attempt(options)
+    built = _build(directory, captured, attempt, precision)
     built_at = time.perf_counter()
     errors: tuple[ErrorRow, ...] = ()
     if _can_verify(captured, inputs, options):
-        built, errors = _verify(directory, captured, built, inputs.example or [], options, precision)
-    build_twin = partial(_build_float32, captured, options, inputs)
+        built, errors = _verify(directory, captured, built, inputs.example or [], attempt, precision)
+    build_twin = partial(_build_float32, captured, attempt, inputs)
     built, twin, notes = twins.beside(directory, captured, built, inputs, options, build_twin)
     report = Report(
         options.hw.id,
@@ -179,6 +181,7 @@ def _write(
             "verify": time.perf_counter() - built_at,
         },
         fusions=None if options.fusions is None else tuple(sorted(options.fusions)),
+        left_out=attempt.left_out,
         notes=(*built.notes, *notes),
         caution=options.hw.caution,
         **built.sizes,
@@ -187,31 +190,58 @@ def _write(
     artifact.seal(directory, options.hw, loading.to_data(described))
 
 
+@dataclass
+class _Attempt:
+    """The options of a build, and the passes of ours that it does without because they failed."""
+
+    options: Options
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, error: PassError | NumericMismatch) -> None:
+        """Go on without the pass to blame; raises `error` where that is none of ours, or it is gone already."""
+        if error.rewrite is None or error.rewrite in self.left_out:
+            raise error
+        log.warning("%s\nUntil then it is left out.", error)
+        self.left_out[error.rewrite] = str(error).splitlines()[0]
+        self.options = replace(self.options, passes=_remaining(self.options.passes, self.left_out))
+
+
+def _remaining(passes: Sequence[Pass], left_out: Mapping[str, str]) -> tuple[Pass, ...]:
+    return tuple(one for one in passes if name_of(one) not in left_out)
+
+
 def _build(
     directory: Path,
     captured: Captured,
-    options: Options,
+    attempt: _Attempt,
     precision: Precision,
     left_out: Mapping[str, str] | None = None,
 ) -> Built:
-    choices = Choices(options.preferred)
-    return build(
-        captured.graph,
-        options.hw,
-        directory,
-        options.passes,
-        choices,
-        precision,
-        memory_limit=options.memory_limit,
-        left_out=left_out,
-    )
+    """Build with the passes of the attempt, without those of ours that fail; `left_out` are nodes left to PyTorch."""
+    while True:
+        options = attempt.options
+        choices = Choices(options.preferred)
+        try:
+            return build(
+                captured.graph,
+                options.hw,
+                directory,
+                options.passes,
+                choices,
+                precision,
+                memory_limit=options.memory_limit,
+                left_out=left_out,
+            )
+        except PassError as error:
+            attempt.leave_out(error)
 
 
-def _build_float32(captured: Captured, options: Options, inputs: calibration.Inputs, directory: Path) -> Built:
+def _build_float32(captured: Captured, attempt: _Attempt, inputs: calibration.Inputs, directory: Path) -> Built:
     """The twin of a reduced build, verified like it."""
-    built = _build(directory, captured, options, FP32)
-    if _can_verify(captured, inputs, options):
-        _verify(directory, captured, built, inputs.example or [], replace(options, tolerance=None), FP32)
+    built = _build(directory, captured, attempt, FP32)
+    if _can_verify(captured, inputs, attempt.options):
+        own = _Attempt(replace(attempt.options, tolerance=None), attempt.left_out)
+        built, _ = _verify(directory, captured, built, inputs.example or [], own, FP32)
     return built
 
 
@@ -225,14 +255,16 @@ def _verify(
     captured: Captured,
     built: Built,
     inputs: Sequence[torch.Tensor],
-    options: Options,
+    attempt: _Attempt,
     precision: Precision,
 ) -> tuple[Built, tuple[ErrorRow, ...]]:
     """Run the machine code on the inputs; raises NumericMismatch with the pass or the operator to blame.
 
     Where reduced precision costs too much after all, it is decided again for less error, and the model built again;
-    where machine code is to blame, PyTorch runs that operator, and the report says so.
+    where machine code is to blame, PyTorch runs that operator; where a pass of ours is, the model is built without it.
+    The report says both.
     """
+    options = attempt.options
     left_out: dict[str, str] = {}
     samples = precision.samples or ((inputs, compare.reference(captured.graph, inputs)),)
     names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
@@ -253,7 +285,12 @@ def _verify(
         )
         if not precision.strictness or all(choice.dtype == "float32" for choice in built.precisions):
             check_tolerance(samples, options.tolerance)
-            error = verify.blame(captured.graph, options.hw, inputs, options.tolerance, options.threads, options.passes)
+            passes = attempt.options.passes
+            error = verify.blame(captured.graph, options.hw, inputs, options.tolerance, options.threads, passes)
+            if error.rewrite is not None:
+                attempt.leave_out(error)
+                built = _build_again(directory, captured, attempt, precision, left_out)
+                continue
             known = {node.name for node in built.graph.graph.nodes}
             if not error.in_machine_code or known <= left_out.keys():
                 raise error
@@ -261,11 +298,11 @@ def _verify(
             found_one = error.node in known - left_out.keys() and len(left_out) < MOST_LEFT_OUT
             reason = f"off by {difference.error:.1e} in machine code, {difference.allowed:.1e} is allowed"
             left_out |= dict.fromkeys([str(error.node)] if found_one else sorted(known), reason)
-            built = _build_again(directory, captured, options, precision, left_out)
+            built = _build_again(directory, captured, attempt, precision, left_out)
             continue
         precision = precision.stricter(difference.error, difference.allowed)
         log.warning("operators go back to float32: %.2f of the tolerance is aimed for", precision.strictness)
-        built = _build_again(directory, captured, options, precision)
+        built = _build_again(directory, captured, attempt, precision)
 
 
 def _results(directory: Path, built: Built, samples: Sequence[Sample], threads: int) -> list[list[torch.Tensor]]:
@@ -277,13 +314,13 @@ def _results(directory: Path, built: Built, samples: Sequence[Sample], threads: 
 def _build_again(
     directory: Path,
     captured: Captured,
-    options: Options,
+    attempt: _Attempt,
     precision: Precision,
     left_out: Mapping[str, str] | None = None,
 ) -> Built:
     """Build beside `directory` and move the files there: what lies there may be mapped."""
     with tempfile.TemporaryDirectory(dir=directory.parent) as other:
-        built = _build(Path(other), captured, options, precision, left_out)
+        built = _build(Path(other), captured, attempt, precision, left_out)
         for old in directory.iterdir():
             if old.is_file():
                 old.unlink()
@@ -301,5 +338,5 @@ def _load(path: Path, graph: _Graph, options: Options, example: Example | None, 
         path,
         loading.Description(described.plan, signature, report, described.twin),
         options.threads,
-        lambda: graph.rewritten(report.precisions, example),
+        lambda: graph.rewritten(report, example),
     )

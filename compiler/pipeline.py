@@ -117,6 +117,12 @@ class _Entry:
         return PassRun(name_of(self.rewrite), self.rewrites, self.seconds, self.runs, unfinished)
 
 
+def _failure(rewrite: Pass, message: str) -> PassError:
+    error = PassError(message)
+    error.rewrite = name_of(rewrite) if is_ours(rewrite) else None
+    return error
+
+
 def _stopped(entries: Sequence[_Entry], spent: str) -> tuple[PassRun, ...]:
     """The runs where the budget ended them."""
     names = ", ".join(dict.fromkeys(name_of(entry.rewrite) for entry in entries if entry.last))
@@ -146,9 +152,9 @@ class _Work:
         try:
             count = entry.rewrite(self.graph, self.hw)
         except Exception as error:
-            raise PassError(f"pass {name} failed after {self._before()}: {error}") from error
+            raise _failure(entry.rewrite, f"pass {name} failed after {self._before()}: {error}") from error
         if (broken := watch.broken(count)) is not None:
-            raise PassError(f"pass {name}, after {self._before()}, {broken}")
+            raise _failure(entry.rewrite, f"pass {name}, after {self._before()}, {broken}")
         self.ran[name] = None
         entry.last = count
         entry.rewrites += count

@@ -60,6 +60,7 @@ class Report:
     activations_bytes: int = 0  # what the activations would take without sharing
     stages: dict[str, float] = field(default_factory=dict)  # seconds by stage
     fusions: tuple[str, ...] | None = None  # families that kernel_fusion chose; None: all
+    left_out: dict[str, str] = field(default_factory=dict)  # passes of ours that failed on this model, and how
     notes: tuple[str, ...] = ()  # how precisions were decided, and what was measured
     caution: str | None = None  # what is uncertain about the target
     calls: dict[str, int] | None = None  # of each build since loading, where there are two: variants.Counts
@@ -100,6 +101,7 @@ class Report:
         if self.stages:
             lines.append("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in self.stages.items()))
         lines += passes_lines(self.passes)
+        lines += [f"  {name} left out: {reason}" for name, reason in self.left_out.items()]
         if self.fusions is not None:
             lines.append(f"fusions: {', '.join(self.fusions) or 'none'}, as kernel_fusion chose")
         if self.precision != "fp32":

@@ -116,10 +116,12 @@ def blame(
     if guilty:
         name, before, after = guilty[0]
         node = _first_changed(before, after, inputs)
-        return NumericMismatch(
+        error = NumericMismatch(
             f"pass {name} changed the numbers, first at node {node.format_node() if node else 'of the output'}"
             f"{_where(node)}\n{_remedy(name, passes)}"
         )
+        error.rewrite = name if _is_ours(name, passes) else None
+        return error
     node = _first_wrong(rewritten, hw, inputs, tolerance, threads)
     found = node.format_node() if node is not None else "no single operator: they differ only together"
     error = NumericMismatch(
@@ -131,9 +133,13 @@ def blame(
     return error
 
 
+def _is_ours(name: str, passes: Sequence[Pass]) -> bool:
+    return all(is_ours(p) for p in passes if name_of(p) == name)
+
+
 def _remedy(name: str, passes: Sequence[Pass]) -> str:
     """What to do about a pass that changes numbers."""
-    if not all(is_ours(p) for p in passes if name_of(p) == name):
+    if not _is_ours(name, passes):
         return "The pass was given with passes=[...]: mend it, or leave it out."
     return (
         "This is a bug of graphwright: report it, and leave the pass out meanwhile: "

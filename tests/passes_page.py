@@ -85,6 +85,7 @@ without = [p for p in PASSES if p.__name__ != "fuse_matmul_bias"]  # and this is
 A pass must be deterministic and find nothing on a second run. Where it raises, returns something else than a count,
 leaves a malformed graph, other inputs or outputs, or a node whose `meta["val"]` is missing or wrong, `compile` raises
 PassError with the pass and the remedy; wrong numbers raise NumericMismatch with the pass and the node.
+A pass of this package that does any of it is left out instead, which a warning and the report say.
 
 In the cache a pass is known by its module, its qualified name, its code and the file that holds it. What those do not
 tell (closures, functions typed into a shell, objects) is compiled without the cache, and a warning says so.

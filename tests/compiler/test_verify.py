@@ -47,6 +47,32 @@ def test_a_wrong_pass_is_named_with_its_node() -> None:
         verify.verify_model(Gate().eval(), torch.randn(3, 6), passes=passes)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_wrong_pass_of_ours_is_left_out_and_reported(
+    cached: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(confuse_sines, "__module__", "graphwright.passes.confuse_sines")
+    model, x = Gate().eval(), torch.randn(3, 6)
+    compiled = graphwright.compile(model, (x,), cache=cached, passes=[*PASSES, confuse_sines])
+    torch.testing.assert_close(compiled(x), model(x).detach())
+    assert "This is a bug of graphwright" in caplog.text
+    report = compiled.report()
+    assert "confuse_sines" not in [run.name for run in report.passes]
+    assert "confuse_sines left out: pass confuse_sines changed the numbers, first at node" in report.text()
+    assert not any(node.target is aten.cos.default for node in compiled.graph.graph.nodes)
+
+
+def test_a_pass_of_ours_that_fails_is_left_out_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(graph: fx.GraphModule, hw: Hardware) -> int:
+        raise ValueError("boom")
+
+    monkeypatch.setattr(fail, "__module__", "graphwright.passes.fail")
+    model, x = Gate().eval(), torch.randn(3, 6)
+    compiled = graphwright.compile(model, (x,), cache=False, passes=[fail, *PASSES])
+    torch.testing.assert_close(compiled(x), model(x).detach())
+    assert compiled.report().left_out == {"fail": "pass fail failed after no other pass: boom"}
+
+
 @pytest.fixture
 def wrong_sine(monkeypatch: pytest.MonkeyPatch) -> None:
     right = operators.LOWERINGS[aten.sin.default]
