@@ -4,7 +4,7 @@
     a lane       4 (weights in float32) or 8 (in 16 bits) neighbours of the sum, then those a warp further on
 
     for every piece of the sum:   the weights of the columns; for every row: x, and its products with them
-    sums over the lanes by shuffles; lane i finishes element i
+    sums over the lanes by shuffles; lane r finishes row r
 
 Registers: rows x columns sums, columns x 8 weights, 8 of x: 15 x 4 + 32 + 8 at most.
 """
@@ -152,11 +152,16 @@ class _Warp:
             distance //= 2
 
     def _store(self, finish: Finish) -> None:
+        """Lane r finishes row r, whose sums it has like all the others."""
+        columns, lanes = self.plan.columns, finish.lanes
         held = T.alloc_buffer((LANES,), "float32", scope="local")
+        mine = T.alloc_buffer((columns,), "float32", scope="local")
         for r in range(self.rows):
-            for c in range(self.plan.columns):
-                at, column = r * self.plan.columns + c, self.first + c
-                mine = self.lane == at % self.plan.warp_threads
-                conditions = [mine, column < self.columns] if self.columns % (_WARPS * self.plan.columns) else [mine]
-                with T.If(tirx.all(*conditions)), T.Then():
-                    finish_vector(finish, self.sums, at, held, self.out, r, column)
+            with T.If(self.lane == r), T.Then():
+                for c in range(columns):
+                    T.buffer_store(mine, self.sums[r * columns + c], [c])
+        for c in range(0, columns, lanes):
+            conditions = [self.lane < self.rows]
+            conditions += [self.first + c < self.columns] if self.columns % (_WARPS * columns) else []
+            with T.If(tirx.all(*conditions)), T.Then():
+                finish_vector(finish, mine, c, held, self.out, self.lane, self.first + c)

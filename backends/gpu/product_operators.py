@@ -121,7 +121,8 @@ def _few_rows(
         return Refusal(f"a sum of {depth} is no multiple of {plan.piece}")
 
     def finish(buffers: Sequence[Any]) -> Finish:
-        return extra.finish(buffers, lambda r, c: r * columns + c, 1, None)
+        wide = lanes(plan.columns, columns)
+        return extra.finish(buffers, lambda r, c: r * columns + c, wide, None)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         lines = (tensor if transposed else tensor.t()).to(getattr(torch, dtype)).contiguous()

@@ -133,12 +133,12 @@ class WeightStage:
     def __init__(
         self, weights: Weights, depth: int, width: int, threads: int, thread: Any, dtype: str, asynchronous: bool
     ) -> None:
-        """Declare registers and shared memory. `width` x `depth` is a multiple of 8 `threads`."""
+        """Declare registers and shared memory."""
         self.weights, self.depth, self.asynchronous = weights, depth, asynchronous
         self.stride = depth + PAD16
         self.threads, self.thread = threads, thread
-        self.turns, rest = divmod(depth * width // _PIECE, threads)
-        assert rest == 0, (depth, width, threads)
+        self.pieces = depth * width // _PIECE
+        self.turns = -(-self.pieces // threads)
         self.shared = _two_tiles(width * self.stride, dtype)
         if not asynchronous:
             self.registers = T.alloc_buffer((self.turns * _WORDS,), "int32", scope="local")
@@ -147,29 +147,40 @@ class WeightStage:
 
     def fetch(self, step: Any, first: Any, slot: int) -> None:
         """Load tile `step` of the sum at `first` of the width, or begin to copy it to `slot`."""
-        last = self.weights.depth // self.depth - 1
-        for turn in range(self.turns):
-            k, place = self._place(turn)
-            # One tile more than there are is fetched, and never read.
-            column = tirx.min(step, last) * self.depth + k
-            word = tirx.floordiv((first + place) * self.weights.depth + column, 2)
+        # One tile more than there are is fetched, and never read.
+        start = tirx.min(step, self.weights.depth // self.depth - 1) * self.depth
+
+        def move(turn: int, k: Any, place: Any) -> None:
+            word = tirx.floordiv((first + place) * self.weights.depth + start + k, 2)
             if self.asynchronous:
                 copy_16_bytes(self.shared[slot], place * self.stride + k, self.weights.words, word)
             else:
                 T.buffer_store(self.registers, self.weights.words[span(word, _WORDS)], [span(turn * _WORDS, _WORDS)])
 
+        self._every_piece(move)
+
     def put(self, slot: int) -> None:
         """Store what was fetched as tile `slot`; nothing where copies are on their way there."""
         if self.asynchronous:
             return
-        for turn in range(self.turns):
-            k, place = self._place(turn)
+
+        def store(turn: int, k: Any, place: Any) -> None:
             word = tirx.floordiv(place * self.stride + k, 2)
             T.buffer_store(self.views[slot], self.registers[span(turn * _WORDS, _WORDS)], [span(word, _WORDS)])
 
-    def _place(self, turn: int) -> tuple[Any, Any]:
-        piece, across = self.thread + turn * self.threads, self.depth // _PIECE
-        return tirx.floormod(piece, across) * _PIECE, tirx.floordiv(piece, across)
+        self._every_piece(store)
+
+    def _every_piece(self, action: Callable[[int, Any, Any], None]) -> None:
+        """`action(turn, k, place)` for the pieces of this thread."""
+        across = self.depth // _PIECE
+        for turn in range(self.turns):
+            piece = self.thread + turn * self.threads
+            k, place = tirx.floormod(piece, across) * _PIECE, tirx.floordiv(piece, across)
+            if (turn + 1) * self.threads > self.pieces:
+                with T.If(piece < self.pieces), T.Then():
+                    action(turn, k, place)
+            else:
+                action(turn, k, place)
 
 
 def _two_tiles(size: int, dtype: str) -> list[Any]:

@@ -46,8 +46,10 @@ COUNTS = {
     "few_one_float16": (0, 5, 0),
 }
 BROKEN = ("sync", "shuffle", "wait")
+# Of matrix units: with a thread for each piece of the weights, and on waves of 64 with more.
+TILES = (MatrixTile(64, 64, 32, 2, 2), MatrixTile(32, 32, 32, 2, 2, warp_threads=64))
 # Rows, columns, sum; a lane takes 8 (4) of the sum at a time.
-FEW = {"one": (1, 4, 512), "tail": (5, 37, 264)}
+FEW = {"one": (1, 4, 512), "tail": (5, 37, 264), "wide": (15, 20, 256)}
 FEW_DTYPES = ("float32", *NARROW)
 # Batch, heads, heads of keys, queries, keys, depth, depth of values.
 ATTENTIONS = {"plain": (2, 2, 2, 20, 70, 24, 24), "causal": (1, 4, 2, 37, 37, 16, 20), "odd": (1, 3, 1, 17, 33, 7, 5)}
@@ -74,7 +76,7 @@ def rounded(dtype: str, rows: int, columns: int, depth: int, form: str, units: t
 
     `form`: b is float32 ("wide"), or weights in 16 bits, copied past the registers ("copied") or not ("carried").
     """
-    tile = MatrixTile(64, 64, 32, 2, 2, warp_threads=64 if units is not Wmma else 32)
+    tile = TILES[units is not Wmma]
     deep, wide = LANES if depth % LANES == 0 else 1, LANES if columns % LANES == 0 else 1
 
     def parts(buffers, out, number):
@@ -96,13 +98,15 @@ def rounded(dtype: str, rows: int, columns: int, depth: int, form: str, units: t
 def few(case: str, dtype: str, warp_threads: int = 32):
     """relu(x[rows, depth] w[columns, depth]^T + bias + residual)"""
     rows, columns, depth = FEW[case]
-    plan = Dots(2 if case == "tail" else 1, dtype, -(-columns // (8 if case == "tail" else 4)), warp_threads)
+    count = {"one": 1, "tail": 2, "wide": 4}[case]
+    plan = Dots(count, dtype, -(-columns // (4 * count)), warp_threads)
+    lanes = LANES if count == LANES else 1
     words = ((columns, depth), "float32") if dtype == "float32" else ((columns, depth // 2), "int32")
     buffers = [((rows, depth), "float32"), words, ((columns,), "float32"), ((rows, columns), "float32")]
 
     def finish(buffers):
         bias, residual = (flat(buffer) for buffer in buffers)
-        return Finish(lambda r, c: r * columns + c, 1, lambda r, c, n: bias[c], residual, "relu")
+        return Finish(lambda r, c: r * columns + c, lanes, lambda r, c, n: bias[span(c, n)], residual, "relu")
 
     return dots(plan, (rows, columns, depth), buffers, (rows, columns), finish)
 
@@ -164,7 +168,7 @@ def everything():
     return kernels.compiled(variants, launches), counts
 
 
-def arrays(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def arrays(name: str, waves: bool = False) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Operands, an output of NaN, and the result in float64."""
     random = np.random.default_rng(0)
 
@@ -184,7 +188,7 @@ def arrays(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         a, b = (torch.from_numpy(x).to(dtype).double().numpy() for x in operands[:2])
         exact = a @ b + operands[2].astype(np.float64) + operands[3]
         if rest[1] != "wide":
-            tile = MatrixTile(64, 64, 32, 2, 2)
+            tile = TILES[waves]
             pack = packed_weights(None, lambda w: w.t(), tile, rest[0]).pack
             operands[1] = pack(torch.from_numpy(operands[1])).numpy()
     elif kind == "few":
@@ -216,7 +220,7 @@ def arrays(name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
 def error(name: str, reverse: bool, waves: bool = False) -> float:
     """The largest difference; infinite where the kernel did not end, or left something out."""
     run, _ = on_waves() if waves else everything()
-    given, exact = arrays(name)
+    given, exact = arrays(name, waves)
     if run(name, given, reverse) is not None:
         return np.inf
     difference = np.abs(given["out0"] - exact).max()
