@@ -64,6 +64,7 @@ def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
     """
     compiler = find_compiler()
     check_architecture(compiler, arch)
+    arch = _common(arch)
     if compiler.name == "nvcc":
         return _with_nvcc(compiler, source, arch), "fatbin"
     return _with_nvrtc(compiler, source, arch), "cubin"
@@ -72,11 +73,16 @@ def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
 def check_architecture(compiler: Compiler, arch: str) -> None:
     """Raise GraphwrightError where the compiler makes no code for `arch`."""
     known = architectures(compiler)
-    if arch not in known:
+    if _common(arch) not in known:
         raise GraphwrightError(
             f"{compiler.name} at {compiler.path} makes no code for {arch}, it knows {', '.join(known)}; choose a "
             "target among these, or another release of CUDA"
         )
+
+
+def _common(arch: str) -> str:
+    """`arch` without what its suffix adds (sm_90a: wgmma), which no kernel uses and later devices do not run."""
+    return arch.rstrip("af")
 
 
 @functools.lru_cache(maxsize=4)

@@ -163,6 +163,16 @@ def test_an_architecture_the_compiler_does_not_know():
         cuda.check_architecture(cuda.find_compiler(), "sm_35")
 
 
+def test_an_architecture_with_a_suffix_is_compiled_without():
+    """nvcc lists sm_90 and not sm_90a, which is what the database calls an H100."""
+    compiler = cuda.find_compiler()
+    hw = graphwright.hwdb.lookup("h100")
+    assert hw.llvm_cpu == "sm_90a"
+    cuda.check_architecture(compiler, hw.llvm_cpu)
+    image, _ = cuda.compile_cuda('extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2.0f; }', hw.llvm_cpu)
+    assert b".text.twice\0" in image
+
+
 def test_functions_of_device_libraries_that_are_not_here(monkeypatch, tmp_path):
     monkeypatch.setattr(rocm, "_places", lambda: iter([tmp_path]))
     assert doctor._rocm().status == "missing"
