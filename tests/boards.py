@@ -9,11 +9,16 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+
+from graphwright.backends.aot import toolchain
+from graphwright.backends.aot.codegen import compile_object
+from graphwright.hwdb import Hardware
 
 EMULATORS = {"aarch64": "qemu-aarch64-static", "armv7": "qemu-arm-static"}
 # Where Debian's libc6-arm64-cross and libc6-armhf-cross put a glibc for programs that are not static.
@@ -78,3 +83,64 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
     assert done.stderr.startswith("run: ") or "\nrun: " in done.stderr
     for part in parts:
         assert part in done.stderr, done.stderr
+
+
+KERNEL_CALLER = """
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+typedef int (*task_function)(int, void *, void *);
+static int launch(task_function f, void *data, int tasks) {
+    struct { void *sync; int32_t count; } environment = { 0, tasks ? tasks : 1 };
+    for (int i = 0; i < environment.count; ++i) { int failed = f(i, &environment, data); if (failed) return failed; }
+    return 0;
+}
+static void *take(int a, int b, uint64_t bytes, int c, int d) {
+    void *p = aligned_alloc(64, (bytes + 127) / 64 * 64);
+    memset(p, 0x5A, bytes);
+    return p;
+}
+static int give(int a, int b, void *p) { free(p); return 0; }
+void gw_extent(int32_t iterations) {}
+int (*__TVMBackendParallelLaunch)(task_function, void *, int) = launch;
+void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int) = take;
+int (*__TVMBackendFreeWorkspace)(int, int, void *) = give;
+int kernel(PARAMETERS);
+int main(int argc, char **argv) {
+    static const size_t sizes[] = { SIZES };
+    void *at[COUNT];
+    FILE *file = fopen(argv[1], "r+b");
+    for (int i = 0; i < COUNT; i++) {
+        at[i] = aligned_alloc(64, (sizes[i] + 127) / 64 * 64);
+        if (fread(at[i], 1, sizes[i], file) != sizes[i]) return 2;
+    }
+    int failed = kernel(ARGUMENTS);
+    rewind(file);
+    for (int i = 0; i < COUNT; i++) fwrite(at[i], 1, sizes[i], file);
+    return fclose(file) || failed;
+}
+"""
+
+
+def run_kernel_on(func: Any, hw: Hardware, cpu: str, work: Path, *tensors: torch.Tensor) -> None:
+    """Compile a kernel for the 64-bit Arm machine `hw` and run it on `cpu`, its tasks one after another; tensors are
+    changed in place. Scratch memory is filled with noise first."""
+    (work / "kernel.o").write_bytes(compile_object({"kernel": func}, hw.tvm_target()))
+    count = len(tensors)
+    text = KERNEL_CALLER.replace("PARAMETERS", ", ".join(["void *"] * count)).replace("COUNT", str(count))
+    text = text.replace("SIZES", ", ".join(str(t.numel() * t.element_size()) for t in tensors))
+    (work / "caller.c").write_text(text.replace("ARGUMENTS", ", ".join(f"at[{i}]" for i in range(count))))
+    target = ("cc", "-target", "aarch64-linux-musl")
+    toolchain.zig(*target, "-O2", "-c", str(work / "caller.c"), "-o", str(work / "caller.o"))
+    made = [str(work / name) for name in ("caller.o", "kernel.o")]
+    toolchain.zig(*target, "-static", "-s", *made, "-o", str(work / "caller"))  # as a bundle's, whose musl is there
+    flat = [t.reshape(-1).view(torch.uint8) for t in tensors]
+    (work / "tensors").write_bytes(b"".join(t.numpy().tobytes() for t in flat))
+    command = [emulator("aarch64"), "-cpu", cpu, str(work / "caller"), str(work / "tensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    content = (work / "tensors").read_bytes()
+    for tensor in flat:
+        tensor.copy_(torch.frombuffer(bytearray(content[: tensor.numel()]), dtype=torch.uint8))
+        content = content[tensor.numel() :]

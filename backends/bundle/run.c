@@ -10,12 +10,14 @@
 #include <unistd.h>
 
 static const char USAGE[] =
-    "usage: run [--input [NAME=]FILE]... [--output [NAME=]FILE]... [--repeat N] [--threads N] [--weights FILE]\n"
+    "usage: run [--input [NAME=]FILE]... [--output [NAME=]FILE]... [--repeat N] [--threads N] [--pause N]\n"
+    "           [--weights FILE]\n"
     "\n"
     "  --input    a .npy file, or the bare bytes of a tensor; in the model's order, or by name. Without any: noise\n"
     "  --output   where a result goes: .npy, or the bare bytes under any other name\n"
     "  --repeat   calls to time, after one that warms up (default: one call in all)\n"
     "  --threads  threads of a call (default: all cores)\n"
+    "  --pause    milliseconds between timed calls, in which the other threads go to sleep (default: none)\n"
     "  --weights  the weights file (default: weights.safetensors beside this program)\n"
     "  --describe print what goes in and what comes out, and stop\n";
 
@@ -85,7 +87,7 @@ int main(int argc, char **argv) {
     int input_count = graphwright_inputs(&inputs), output_count = graphwright_outputs(&outputs);
     const char **files = calloc((size_t)(input_count + output_count) + 1, sizeof *files);
     const char **results = files + input_count, *weights = NULL;
-    int repeat = 0, threads = 0, next_input = 0, next_output = 0;
+    int repeat = 0, threads = 0, pause = 0, next_input = 0, next_output = 0;
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
             fputs(USAGE, stdout);
@@ -99,7 +101,7 @@ int main(int argc, char **argv) {
         }
         const char *option = argv[i], *value = i + 1 < argc ? argv[++i] : NULL;
         int known = !strcmp(option, "--input") || !strcmp(option, "--output") || !strcmp(option, "--repeat") ||
-                    !strcmp(option, "--threads") || !strcmp(option, "--weights");
+                    !strcmp(option, "--threads") || !strcmp(option, "--pause") || !strcmp(option, "--weights");
         if (!known || !value) {
             fputs(USAGE, stderr);
             die(known ? "%s needs a value" : "there is no option %s", option);
@@ -114,6 +116,8 @@ int main(int argc, char **argv) {
             repeat = number(option, value);
         } else if (!strcmp(option, "--threads")) {
             threads = number(option, value);
+        } else if (!strcmp(option, "--pause")) {
+            pause = number(option, value);
         } else {
             weights = value;
         }
@@ -141,6 +145,7 @@ int main(int argc, char **argv) {
     if (graphwright_run(model, sources, targets)) die("%s", graphwright_error());
     double first = seconds() - started, total = 0;
     for (int i = 0; i < repeat; i++) {
+        for (double until = seconds() + 1e-3 * pause; pause && seconds() < until;) continue;
         started = seconds();
         if (graphwright_run(model, sources, targets)) die("%s", graphwright_error());
         total += times[i] = seconds() - started;

@@ -3,6 +3,7 @@
     bfloat16   group 2, float32 sums     vdpbf16ps; without it two shifts and two float32 multiply-adds
     int8       group 4, int32 sums       vpdpbusd and usdot, unsigned left and signed right bytes, never saturate
                group 4, int32 sums       sdot, signed bytes on both sides
+               group 8, int32 sums       smmla and usmmla, two rows by two columns: mmla.py
                group 2, int32 sums       vpmaddwd on bytes widened to 16 bits: two exact products and their sum
                                          (vpmaddubsw would take four bytes, but saturates at 16 bits: 255*127*2 > 32767)
     weights    group 2, float32 sums     float32 left, bfloat16 weights widened by a shift: half the bytes to stream
@@ -327,6 +328,20 @@ def _neon_instruction(name: str, lanes: int, intrinsic: str, features: str) -> s
   %x = bitcast {i} %a to {b}
   %y = bitcast {i} %b to {b}
   %r = call {i} @{intrinsic}({i} %c, {factors})
+  ret {i} %r
+}}
+declare {i} @{intrinsic}({i}, {b}, {b})
+"""
+
+
+def matrix_text(name: str, what: str) -> str:
+    """A function behind smmla or usmmla of words: 2 rows of 8 bytes by 2 columns of 8, sums of four products each."""
+    i, b, intrinsic = "<4 x i32>", "<16 x i8>", f"llvm.aarch64.neon.{what}.v4i32.v16i8"
+    return f"""
+{_HEAD} {i} @{name}({i} %c, {i} %a, {i} %b) {_attributes("+neon,+i8mm")} {{
+  %x = bitcast {i} %a to {b}
+  %y = bitcast {i} %b to {b}
+  %r = call {i} @{intrinsic}({i} %c, {b} %x, {b} %y)
   ret {i} %r
 }}
 declare {i} @{intrinsic}({i}, {b}, {b})

@@ -261,8 +261,24 @@ def store_tile(
     if not dot.block:
         for i in range(0, tile.rows * columns, lanes):
             T.buffer_store(spill, acc[span(i, lanes)], [span(i, lanes)])
+    finish_rows(spill, tile.rows, columns, lanes, row, column, width, finish, read, out)
+
+
+def finish_rows(
+    spill: Any,
+    rows: Any,
+    columns: int,
+    lanes: int,
+    row: Any,
+    column: Any,
+    width: int,
+    finish: Finish,
+    read: Sequence[Any],
+    out: Any,
+) -> None:
+    """Finish and store the first `width` sums of `rows` rows of `columns` that lie in scratch."""
     whole = width // lanes
-    with T.serial(0, tile.rows) as r:
+    with T.serial(0, rows) as r:
         if whole:
             with T.serial(0, whole) as v:
                 value = T.bind(spill[span(r * columns + v * lanes, lanes)])

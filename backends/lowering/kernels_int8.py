@@ -26,6 +26,7 @@ from ..kernels.dot_depthwise_plan import DotDepthwisePlan, choose_dot_depthwise,
 from ..kernels.dot_matmul import pack_for
 from ..kernels.dot_product import Dot, choose_dot_tiling, int8_dot
 from ..kernels.int8_product import Requantize, Residual, int8_conv, int8_matmul, offsets
+from ..kernels.mmla import FEWEST_ROWS, MmlaPlan, choose_mmla, mmla_conv, mmla_dot, pack_mmla
 from .kernels_matmul import refuse_large
 from .registry import KernelCall, Packed, Refusal, kernel_for
 
@@ -67,6 +68,8 @@ def qconv2d(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         return Refusal(f"{problem.groups} groups")
     if problem.pointwise:
         return _matmul(node, given, (prod(problem.output_shape[:3]), problem.channels, problem.filters), hw)
+    if (by_matrices := _by_matrices(node, given, problem, hw)) is not None:
+        return by_matrices
     dot = int8_dot(hw)
     plan = choose_dot_conv(problem, dot, hw)
     finish = _finish(node, given, problem.filters)
@@ -118,6 +121,8 @@ def _refusal(node: fx.Node, given: dict[str, Any]) -> Refusal | None:
 
 def _matmul(node: fx.Node, given: dict[str, Any], extents: tuple[int, int, int], hw: Hardware) -> KernelCall:
     M, K, N = extents
+    if (by_matrices := _by_matrices(node, given, Conv(1, 1, M, K, N, (1, 1)), hw)) is not None:
+        return by_matrices
     x, dot = given["input"], int8_dot(hw)
     tiling = choose_dot_tiling(hw, dot, M, N, K)
     finish = _finish(node, given, N)
@@ -126,6 +131,26 @@ def _matmul(node: fx.Node, given: dict[str, Any], extents: tuple[int, int, int],
     packed = Packed(given["weight"], layout, partial(_pack, dot=dot, columns=tiling.columns))
     work = _work(node, 2.0 * M * N * K, tiling.panels * tiling.row_chunks, tiling.efficiency)
     return KernelCall(func, _read(given, packed, dot), "int8 matmul", f"{dot.name}, {tiling.reason}", work)
+
+
+def _by_matrices(node: fx.Node, given: dict[str, Any], problem: Conv, hw: Hardware) -> KernelCall | None:
+    """By instructions that multiply small matrices; None where there are none, or too few rows for them."""
+    x = given["input"]
+    dot = mmla_dot(hw, _dtype(x))
+    if dot is None or prod(problem.output_shape[:3]) < FEWEST_ROWS:
+        return None
+    plan = choose_mmla(problem, hw)
+    finish = _finish(node, given, problem.filters)
+    func = mmla_conv(problem, _dtype(x), dot, plan, finish, shape_of(x), shape_of(node), given["input_zero"])
+    packed = Packed(given["weight"], f"int8_mmla_{plan.columns}", partial(_pack_matrices, plan=plan))
+    work = _work(node, float(problem.flops), plan.tasks, plan.efficiency)
+    tile = f"{2 * plan.pairs}x{plan.columns}, {plan.panels} {'panel' if plan.panels == 1 else 'panels'}"
+    name = "int8 matmul" if problem.pointwise else "int8 conv"
+    return KernelCall(func, _read(given, packed, dot), name, f"{dot.name}, {tile}, {plan.tasks} tasks", work)
+
+
+def _pack_matrices(weight: torch.Tensor, plan: MmlaPlan) -> torch.Tensor:
+    return pack_mmla(weight, plan)
 
 
 def _pack(weight: torch.Tensor, dot: Dot, columns: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tvm.tirx.script import builder as T
@@ -50,49 +50,81 @@ class _Probe:
         code.run(self.region, [x.data_ptr() for x in self.inputs], [y.data_ptr() for y in self.outputs])
 
 
+class Timer(Protocol):
+    """Runs the programs of `programs` by their number and says how many seconds a run takes."""
+
+    def best(self, program: int, paused: bool = False) -> float:
+        """Of the shortest run, on all cores; `paused`: its threads had gone to sleep."""
+
+    def typical(self, program: int, threads: int) -> float:
+        """Of the median run: what threads wait for each other is no disturbance."""
+
+
 def measure(hw: Hardware, seconds: float = SECONDS, say: Callable[[str], None] = log.info) -> Measured:
     """Measure this machine, which `hw` describes; about `seconds` for each figure. `say` is told what comes next."""
-    footprints = level_footprints(hw)
-    chains, steps = _chains(hw), _steps(hw)
-    lanes = hw.lanes("float32")
-    tasks = _TASKS_PER_CORE * hw.cores
-    programs = [_multiply_adds(hw, chains, steps, tasks), _regions(hw, chains)]
-    factor, filled = torch.full((lanes,), 0.5), (chains * lanes,)
-    buffers: list[tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]] = [
-        ((factor,), (torch.empty(tasks, *filled),)),
-        ((factor,), tuple(torch.empty(hw.cores, *filled) for _ in range(_REGIONS))),
-    ]
-    for level, floats in footprints.items():
-        programs.append(_sums(hw, f"level_{level}", floats, _passes(hw, level, floats)))
-        buffers.append(((_zeros(hw.cores, floats),), (torch.empty(hw.cores, _SUMS * lanes),)))
     with tempfile.TemporaryDirectory(prefix="graphwright-calibrate-") as scratch:
         say("building the kernels")
-        info = library.build(programs, hw, Path(scratch))
+        made = programs(hw)
+        info = library.build(made, hw, Path(scratch))
         weights.write(Path(scratch, library.WEIGHTS_NAME), info.weights, {})
         code = Library(info.library, threads=hw.cores)
-        probes = [_Probe(i, tuple(given), tuple(taken)) for i, (given, taken) in enumerate(buffers)]
         try:
-            say("multiply-adds")
-            busy = _best(lambda: probes[0].run(code), seconds)
-            flops = 2.0 * lanes * chains * steps * tasks / busy
-            say("parallel regions")
-            together = _typical(lambda: probes[1].run(code), seconds)
-            code.threads = 1
-            alone = _typical(lambda: probes[1].run(code), seconds)
-            code.threads = hw.cores
-            launch = (together - alone / hw.cores) / _REGIONS
-            woken = _best(lambda: probes[0].run(code), seconds, before=_idle)
-            rates = {}
-            for (level, floats), probe in zip(footprints.items(), probes[2:], strict=True):
-                say(f"bytes from level {level}" if level else "bytes from memory")
-                moved = 4.0 * floats * hw.cores * _passes(hw, level, floats)
-                rates[level] = moved / _best(lambda probe=probe: probe.run(code), seconds) / 1e9  # type: ignore[misc]
+            return figures(hw, _Here(code, [_probe(i, program) for i, program in enumerate(made)], seconds), say)
         finally:
             code.close()
+
+
+def programs(hw: Hardware) -> list[Program]:
+    """Multiply-adds, parallel regions, and the bytes of each level of `level_footprints`."""
+    chains = _chains(hw)
+    made = [_multiply_adds(hw, chains, _steps(hw), _TASKS_PER_CORE * hw.cores), _regions(hw, chains)]
+    for level, floats in level_footprints(hw).items():
+        made.append(_sums(hw, f"level_{level}", floats, _passes(hw, level, floats)))
+    return made
+
+
+def figures(hw: Hardware, timer: Timer, say: Callable[[str], None]) -> Measured:
+    """What the times of `programs(hw)` say of a machine that `hw` describes. `say` is told what comes next."""
+    say("multiply-adds")
+    busy = timer.best(0)
+    flops = 2.0 * hw.lanes("float32") * _chains(hw) * _steps(hw) * _TASKS_PER_CORE * hw.cores / busy
+    say("parallel regions")
+    together, alone = timer.typical(1, hw.cores), timer.typical(1, 1)
+    launch = (together - alone / hw.cores) / _REGIONS
+    woken = timer.best(0, paused=True)
+    rates = {}
+    for number, (level, floats) in enumerate(level_footprints(hw).items()):
+        say(f"bytes from level {level}" if level else "bytes from memory")
+        rates[level] = 4.0 * floats * hw.cores * _passes(hw, level, floats) / timer.best(2 + number) / 1e9
     # Of the work of all cores the caller does w seconds alone, and the rest is shared: lowering/waking.py.
     waking = (woken - busy) / (1 - 1 / hw.cores) if hw.cores > 1 else 0.0
     today = datetime.date.today().isoformat()
     return Measured(identity(hw), today, flops, rates, max(launch, 1e-8) * 1e6, max(waking, 1e-6) * 1e6)
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Times programs in this process."""
+
+    code: Library
+    probes: Sequence[_Probe]
+    seconds: float
+
+    def best(self, program: int, paused: bool = False) -> float:
+        return min(_runs(lambda: self.probes[program].run(self.code), self.seconds, _idle if paused else None))
+
+    def typical(self, program: int, threads: int) -> float:
+        before, self.code.threads = self.code.threads, threads
+        found = statistics.median(_runs(lambda: self.probes[program].run(self.code), self.seconds, None))
+        self.code.threads = before
+        return found
+
+
+def _probe(number: int, program: Program) -> _Probe:
+    shapes = [program.buffers[name].shape for name in program.outputs]
+    rows, *columns = program.buffers["x"].shape
+    given = _zeros(rows, columns[0]) if columns else torch.full((rows,), 0.5)
+    return _Probe(number, (given,), tuple(torch.empty(shape) for shape in shapes))
 
 
 def level_footprints(hw: Hardware) -> dict[int, int]:
@@ -221,16 +253,6 @@ def _regions(hw: Hardware, chains: int) -> Program:
 def _alone(name: str, kernel: Any, given: tuple[int, ...], result: tuple[int, ...]) -> Program:
     buffers = {"x": Buffer("x", given, "float32", "input"), "y": Buffer("y", result, "float32", "output")}
     return Program(name, {name: kernel}, buffers, (Step(name, ("x", "y")),), ("x",), ("y",), {})
-
-
-def _best(run: Callable[[], None], seconds: float, before: Callable[[], None] | None = None) -> float:
-    """The shortest of the runs that fit into `seconds`, with `before` called before each."""
-    return min(_runs(run, seconds, before))
-
-
-def _typical(run: Callable[[], None], seconds: float) -> float:
-    """The median of the runs that fit into `seconds`: what threads wait for each other is no disturbance."""
-    return statistics.median(_runs(run, seconds, None))
 
 
 def _runs(run: Callable[[], None], seconds: float, before: Callable[[], None] | None) -> list[float]:

@@ -62,7 +62,7 @@ def run_remote(
     signature = from_data(manifest["description"]).signature
     given = {} if inputs is None else _checked(inputs, [spec.name for spec in signature.tensors])
     names = [spec.name for spec in signature.outputs if hasattr(spec, "name")]
-    _check_machine(host, manifest)
+    check_machine(host, manifest)
     directory = f".cache/graphwright/{manifest['digest'][:24]}"
     copied = _copy(host, bundle, manifest, directory)
     command = [f"../{PROGRAM_NAME}"]
@@ -73,7 +73,7 @@ def run_remote(
     for option, value in (("--repeat", repeat), ("--threads", threads)):
         command += [option, str(value)] if value is not None else []
     files = {f"input{i}.npy": _npy(array) for i, array in enumerate(given.values())}
-    answer = _ssh(host, _SCRIPT.format(directory=directory, command=shlex.join(command)), _archive(files))
+    answer = ssh(host, _SCRIPT.format(directory=directory, command=shlex.join(command)), archive(files))
     found = _unpacked(answer)
     if found["status"].strip() != b"0":
         complaint = found["complaint"].decode(errors="replace").strip()
@@ -91,8 +91,8 @@ def _checked(file: Path, names: list[str]) -> dict[str, Any]:
     return given
 
 
-def _check_machine(host: str, manifest: dict[str, Any]) -> None:
-    machine = _ssh(host, "uname -m").decode(errors="replace").strip()
+def check_machine(host: str, manifest: dict[str, Any]) -> None:
+    machine = ssh(host, "uname -m").decode(errors="replace").strip()
     target = manifest["target"]
     if machine not in _MACHINES[target["isa"]]:
         raise InputError(f"{host} is {machine} and the bundle is for {target['id']}, {target['isa']}: compile it again")
@@ -101,11 +101,11 @@ def _check_machine(host: str, manifest: dict[str, Any]) -> None:
 def _copy(host: str, bundle: Path, manifest: dict[str, Any], directory: str) -> int:
     """Copy what runs, unless it is there; returns the bytes."""
     asked = f"mkdir -p {directory} && if test -f {directory}/whole; then echo whole; fi"
-    if _ssh(host, asked).strip() == b"whole":
+    if ssh(host, asked).strip() == b"whole":
         return 0
     names = [name for name in manifest["files"] if name == PROGRAM_NAME or name.endswith(".safetensors")]
-    content = _archive({name: (bundle / name).read_bytes() for name in names})
-    _ssh(host, f"cd {directory} && tar xf - && chmod +x {PROGRAM_NAME} && touch whole", content)
+    content = archive({name: (bundle / name).read_bytes() for name in names})
+    ssh(host, f"cd {directory} && tar xf - && chmod +x {PROGRAM_NAME} && touch whole", content)
     return len(content)
 
 
@@ -115,7 +115,7 @@ def _npy(array: Any) -> bytes:
     return file.getvalue()
 
 
-def _archive(files: dict[str, bytes]) -> bytes:
+def archive(files: dict[str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in files.items():
@@ -131,7 +131,7 @@ def _unpacked(content: bytes) -> dict[str, bytes]:
         return {name: file.read() for name, file in files.items() if file is not None}
 
 
-def _ssh(host: str, script: str, content: bytes = b"") -> bytes:
+def ssh(host: str, script: str, content: bytes = b"") -> bytes:
     """What `script` writes on `host` to standard output, given `content` on standard input."""
     command = ["ssh", "-o", "BatchMode=yes", host, script]
     try:

@@ -17,6 +17,7 @@ import graphwright
 from graphwright.compiler.cli import app
 from graphwright.compiler.commands.run_remote import run_remote
 from graphwright.errors import ArtifactError, GraphwrightError, InputError
+from graphwright.hwdb import lookup
 
 # ssh -o BatchMode=yes HOST SCRIPT: the script runs in a directory that is the board's home.
 SSH = """#!/bin/sh
@@ -120,3 +121,47 @@ def test_without_ssh(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent / "nowhere"))
     with pytest.raises(GraphwrightError, match="OpenSSH"):
         run_remote("pi@board", made)
+
+
+def emulated_programs(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the board run programs for ARM in its directories by QEMU."""
+    script = board.path.split(":")[0]
+    text = SSH.format(log=board.log, home=board.home, commands=board.home.parent / "commands")
+    Path(script, "ssh").write_text(
+        text.replace('sh -c "$4"', f'''sh -c "$(echo "$4" | sed 's#&& ./#\\&\\& {emulator("aarch64")} ./#')"''')
+    )
+
+
+def test_calibrating_a_board(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record that comes of it is a target; QEMU's times are none of a board, and only have to be times."""
+    emulated_programs(board, monkeypatch)
+    file = tmp_path / "records" / "my-pi.toml"
+    file.parent.mkdir()
+    arguments = ["hw", "calibrate", "--remote", "pi@board", "--target", "raspberry-pi-4b", "--seconds", "0.01"]
+    done = CliRunner().invoke(app, [*arguments, "--name", "my-pi", "-o", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "float32 GFLOP/s" in done.output
+    monkeypatch.setenv("GRAPHWRIGHT_HWDB", str(file.parent))
+    found, plain = lookup("my-pi"), lookup("raspberry-pi-4b")
+    assert (found.isa, found.features, found.caches) == (plain.isa, plain.features, plain.caches)
+    assert found.clock_mhz != plain.clock_mhz
+    assert 0 < found.dram_gbs < 1e3
+    assert 0 < found.launch_us < 1e6
+    assert not list((board.home / ".cache" / "graphwright").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--remote", "pi@board"], "go together"),
+        (["--target", "raspberry-pi-4b"], "go together"),
+        (["-o", "x.toml"], "for the record of a board"),
+        (["--remote", "pi@board", "--target", "znver4"], "boards are aarch64 and armv7"),
+        (["--remote", "pi@board", "--target", "raspberry-pi-2b", "--name", "a.b"], "letters, digits"),
+        (["--remote", "nobody@nowhere", "--target", "raspberry-pi-4b"], "Could not resolve hostname"),
+    ],
+)
+def test_calibrations_that_are_refused(board: Board, arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["hw", "calibrate", *arguments])
+    assert done.exit_code == 1
+    assert message in " ".join(done.output.split())
