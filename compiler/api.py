@@ -104,7 +104,7 @@ def compile(
         NaN for finite inputs; `report().calls` counts.
     calibration: inputs besides the example to keep the tolerance on: a list of them, each as example_inputs, or a
         mapping from input names to tensors with a leading axis of samples. "int8" and "adaptive" need it.
-    int8: how "int8" quantises: the options scheme, weight, activation, keep and migration of `graphwright.quantize`.
+    int8: how "int8" quantises: the options of `graphwright.quantize` from scheme to group, as a mapping.
 
     Raises CaptureError, UnknownTarget, InputError, PassError, MemoryLimit, UnsupportedOp (targets where PyTorch cannot
     take over) and NumericMismatch, which names the pass or the operator to blame.

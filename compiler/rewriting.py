@@ -77,7 +77,7 @@ def rewrite_again(
     early, late = divided(passes)
     wide, runs = pipeline.run(graph, hw, early)
     wide, _ = migrated(wide, hw, precision.method, precision.observed)
-    chosen = {choice.node for choice in precisions if choice.dtype == "int8"}
+    chosen = {choice.node: choice.form for choice in precisions if choice.dtype in int8_plan.NARROW}
     plan = int8_plan.plan_int8(wide, hw, precision.method, precision.observed, only=chosen)
     return _joined(wide, hw, late, runs, plan, ()).graph
 

@@ -60,7 +60,7 @@ class Choice:
 
     node: str
     operator: str
-    dtype: str  # "float32", "bfloat16", "float16" or "int8"
+    dtype: str  # "float32", "bfloat16", "float16", "int8" or "int4"
     reason: str
     round_input: bool = False
     error: float | None = None  # predicted at the outputs, of this operator alone

@@ -8,6 +8,7 @@ int8         both in 8 bits, exact sums      arithmetic at 4 times the rate (dep
                                              makes or reads it
 int8 weights float32 inputs and sums         the same arithmetic, a quarter of the bytes: linear layers whose few rows
                                              wait for weights. As fast as int8 there, and inputs are not rounded
+int4 weights inputs in int8, row by row      an eighth of the bytes, and scales: the same layers, where asked for
 
 Weights come from memory where all weights of the graph are more than the last cache.
 
@@ -41,6 +42,10 @@ RATE = 4.0  # products of bytes in the time of one of floats, by vector instruct
 # The same for depthwise convolutions, whose bytes are brought into words first, by stride: medians of
 # benchmarks/depthwise.py on Zen 4 with AVX-512 VNNI.
 DEPTHWISE_RATE = {1: 1.24, 2: 1.05}
+INT4_RATE = (
+    1.0  # products with weights of four bits in the time of one of floats: 190 GFLOP/s of one row, two Zen 4 cores
+)
+INT4_GAIN = 0.8  # of the time that weights of eight bits take: less is not worth their error
 ENTRY_SECONDS = 0.5e-6  # a kernel more, which rounds the input
 LEAST_TABLE = 1 << 16  # elements of an embedding: smaller ones are not worth a rounding
 NEARLY = 1.1  # weights alone are taken for as much more time: inputs keep their precision
@@ -54,7 +59,7 @@ class Int8Form:
     reason: str
     float32_seconds: float = 0.0
     seconds: float = 0.0
-    name: str = "int8"  # or "int8 weights"
+    name: str = "int8"  # or "int8 weights", "int4 weights"
     worth: float = GAIN  # of the float32 time, or less
 
     @property
@@ -64,11 +69,17 @@ class Int8Form:
 
 
 def int8_form(
-    graph: fx.GraphModule, node: fx.Node, hw: Hardware, shared: Collection[fx.Node] = (), streamed: int | None = None
+    graph: fx.GraphModule,
+    node: fx.Node,
+    hw: Hardware,
+    shared: Collection[fx.Node] = (),
+    streamed: int | None = None,
+    group: int = 0,
 ) -> Int8Form:
     """What 8 bits are for one product; values in `shared` are rounded for other products in any case.
 
-    `streamed`: bytes in float32 of all weights of the graph; None: of this product's.
+    `streamed`: bytes in float32 of all weights of the graph; None: of this product's. `group`: of the inputs that share
+    a scale, where weights may have four bits; 0: they may not.
     """
     why_not = _refusal(graph, node)
     if why_not is not None:
@@ -92,6 +103,10 @@ def int8_form(
         narrow += ENTRY_SECONDS
         narrow += predict_seconds(hw, Work({}, 4.0 * elements, 1.0 * elements, launches=0)) or 0.0
     if node.target is not dialect.conv2d and alone.pays and alone.seconds <= NEARLY * narrow:
+        if group and shape_of(weight)[1] % group == 0:
+            fewer = times.seconds(item_bytes=0.5 + 4 / group, rate=INT4_RATE)
+            if fewer <= INT4_GAIN * alone.seconds:
+                return Int8Form(True, _HALVES, wide, fewer, "int4 weights")
         return alone
     form = Int8Form(True, f"dot products of bytes ({family}), exact sums", wide, narrow, worth=worth)
     if form.pays:
@@ -101,6 +116,7 @@ def int8_form(
     return Int8Form(True, f"gains nothing: rounding its input and 8 bits take {share:.2f} of {what}", wide, narrow)
 
 
+_HALVES = "weights only, in 4 bits: its few rows wait for them; inputs are rounded to 8 bits row by row"
 _WEIGHTS = "weights only: its few rows wait for them, a quarter of the bytes; inputs are not rounded"
 
 

@@ -1,4 +1,4 @@
-"""Operators whose operands differ in precision: weights of 16 or 8 bits, float32 sums.
+"""Operators whose operands differ in precision: weights of 16, 8 or 4 bits, float32 sums.
 
 Each is the dialect's operator of the same name on widened operands. `round_input` rounds the input to the precision in
 the operator's name first (it may also come in it); `narrow` rounds the result. Bias and activation are float32, or
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dialect
+from .int4_groups import unpacked
 
 
 def _widened(tensors: Sequence[Tensor | None]) -> list[Any]:
@@ -82,6 +83,34 @@ def _linear_w8_fake(
     activation_args: Sequence[float],
 ) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+def _linear_w4(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    """act(y + bias + residual), y[n] = unit * sum over groups of (q . w4[n]) * scale[n]; weights as in int4_groups.py.
+
+    q is the row in steps of unit = max |x| / 127, to nearest; sums of a group are exact, and added up in their order.
+    """
+    x, s, b, r = _widened((input, scale, bias, residual))
+    largest = x.abs().amax(-1, keepdim=True)
+    inverse = 127.0 / torch.where(largest > 0.0, largest, torch.ones_like(largest))
+    q = (x * inverse).clamp(-127.0, 127.0).round().unflatten(-1, (s.shape[1], -1))
+    steps = unpacked(weight).to(x.dtype).unflatten(1, (s.shape[1], -1))
+    total = x.new_zeros((*x.shape[:-1], weight.shape[0]))
+    for group in range(s.shape[1]):
+        sums = torch.nn.functional.linear(q[..., group, :], steps[:, group])  # whole numbers below 2^24
+        total = (sums.double() * s[:, group].double() + total.double()).to(x.dtype)
+    unit = largest * torch.tensor(1 / 127, dtype=x.dtype)
+    addend = b if r is None else r if b is None else b + r
+    y = total * unit if addend is None else (total.double() * unit.double() + addend.double()).to(x.dtype)
+    return dialect.ACTIVATIONS[activation](y, list(activation_args)).contiguous()
 
 
 def _embedding_w8(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor:
@@ -161,6 +190,12 @@ linear_w8 = dialect.define(
     "linear_w8",
     f"(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
     _linear_w8,
+    _linear_w8_fake,
+)
+linear_w4 = dialect.define(
+    "linear_w4",
+    f"(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
+    _linear_w4,
     _linear_w8_fake,
 )
 embedding_w8 = dialect.define(

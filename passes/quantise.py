@@ -1,6 +1,7 @@
 """linear(x, w, b) -> qlinear(quantize(x), w8, scale, b'), conv2d likewise, for the products that were chosen.
 
     linear(x, w, b) -> linear_w8(x, w8, scale, b)        those in `weights_only`
+    linear(x, w, b) -> linear_w4(x, w4, scales, b)       those in `halved`: groups of so many inputs have a scale
     embedding(w, i) -> embedding_w8(w8, scale, i)        a scale a row
 
 x is rounded by its scale in the table, once for all products that read it; the result is float32 (`requantise` makes it
@@ -14,13 +15,14 @@ Refused by int8_forms.py, which decides what is chosen; names that are no such p
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx
 
-from . import dialect, dialect_int8, mixed, rewrite
+from . import dialect, dialect_int8, int4_groups, mixed, rewrite
 from .int8_forms import is_product, table_reason
 from .int8_scales import Scale, Table, corrected_bias, quantised_weight, weight_scales
 from .rewrite import arguments, constant
@@ -28,8 +30,17 @@ from .rewrite import arguments, constant
 log = logging.getLogger(__name__)
 
 
-def quantise(graph: fx.GraphModule, table: Table, chosen: Collection[str], weights_only: Collection[str] = ()) -> int:
-    """Rewrite the products named in `chosen`, those in `weights_only` with float32 inputs; returns how many."""
+def quantise(
+    graph: fx.GraphModule,
+    table: Table,
+    chosen: Collection[str],
+    weights_only: Collection[str] = (),
+    halved: Mapping[str, int] = MappingProxyType({}),
+) -> int:
+    """Rewrite the products named in `chosen`, those in `weights_only` with float32 inputs; returns how many.
+
+    `halved`: those whose weights alone are narrow, in four bits, and their groups.
+    """
     named = [n for n in graph.graph.nodes if n.name in chosen]
     tables = [n for n in named if table_reason(graph, n) is not None]
     nodes = [n for n in named if is_product(n)]
@@ -47,6 +58,9 @@ def quantise(graph: fx.GraphModule, table: Table, chosen: Collection[str], weigh
 
     for node in nodes:
         given = arguments(node)
+        if node.name in halved:
+            _halved(graph, node, halved[node.name])
+            continue
         if node.name in weights_only:
             _weights_only(graph, node, table.per_channel)
             continue
@@ -86,6 +100,19 @@ def _weights_only(graph: fx.GraphModule, node: fx.Node, per_channel: bool) -> No
     activation = (given.get("activation", "none"), list(given.get("activation_args", [])))
     operands = (given["input"], w, s, given["bias"], given.get("residual"), *activation)
     rewrite.replace(node, rewrite.call(graph, mixed.linear_w8, operands, before=node, value=node.meta["val"]))
+
+
+def _halved(graph: fx.GraphModule, node: fx.Node, group: int) -> None:
+    given = arguments(node)
+    weight = constant(graph, given["weight"])
+    assert weight is not None, node
+    steps, scales = int4_groups.rounded(weight, group)
+    name = str(given["weight"].target)
+    w = rewrite.add_constant(graph, f"{name}_int4", int4_groups.halves(steps), node)
+    s = rewrite.add_constant(graph, f"{name}_scales", scales, node)
+    activation = (given.get("activation", "none"), list(given.get("activation_args", [])))
+    operands = (given["input"], w, s, given["bias"], given.get("residual"), *activation)
+    rewrite.replace(node, rewrite.call(graph, mixed.linear_w4, operands, before=node, value=node.meta["val"]))
 
 
 def _behind(graph: fx.GraphModule, value: fx.Node, scale: Scale) -> fx.Node:

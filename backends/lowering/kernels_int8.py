@@ -17,14 +17,16 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
-from ...passes import dialect_int8
+from ...passes import dialect_int8, mixed
 from ...passes.rewrite import arguments, shape_of
+from ..kernels.bf16_matmul import FloatFinish
 from ..kernels.conv_plan import Conv, problem_of
 from ..kernels.dot_conv import DotConvPlan, choose_dot_conv, pack_conv
 from ..kernels.dot_depthwise import dot_depthwise
 from ..kernels.dot_depthwise_plan import DotDepthwisePlan, choose_dot_depthwise, pack_channels, pack_depthwise
 from ..kernels.dot_matmul import pack_for
 from ..kernels.dot_product import Dot, choose_dot_tiling, int8_dot
+from ..kernels.int4_product import choose_int4, int4_matmul, pack_halves, pack_scales
 from ..kernels.int8_product import Requantize, Residual, int8_conv, int8_matmul, offsets
 from ..kernels.mmla import FEWEST_ROWS, MmlaPlan, choose_mmla, mmla_conv, mmla_dot, pack_mmla
 from .kernels_matmul import refuse_large
@@ -33,6 +35,7 @@ from .registry import KernelCall, Packed, Refusal, kernel_for
 # Of peak dot products, by stride: most of its time goes into words, and into rounding results. Medians of
 # benchmarks/depthwise.py on Zen 4 with AVX-512 VNNI.
 DEPTHWISE_EFFICIENCY = {1: 0.32, 2: 0.20}
+INT4_EFFICIENCY = 0.3  # of peak dot products: half of the instructions unpack
 _NAMES = {torch.float32: "float32", torch.uint8: "uint8", torch.int8: "int8"}
 
 
@@ -108,6 +111,32 @@ def _ordered(
     weight: torch.Tensor, offsets: Callable[[torch.Tensor], torch.Tensor], plan: DotDepthwisePlan
 ) -> torch.Tensor:
     return pack_channels(offsets(weight), plan)
+
+
+@kernel_for(mixed.linear_w4)
+def linear_w4(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(y + bias + residual), y of x in bytes and w4[N, K / 2] in groups that share a scale."""
+    given = arguments(node)
+    x, weight, scale = given["input"], given["weight"], given["scale"]
+    if weight.op != "get_attr" or scale.op != "get_attr":
+        return Refusal("the weights are computed")
+    (N, half), groups, M = shape_of(weight), shape_of(scale)[1], prod(shape_of(node)[:-1])
+    plan = choose_int4(hw, M, 2 * half, N, 2 * half // groups)
+    bias, residual = given["bias"], given["residual"]
+    finish = FloatFinish(
+        *(M, N, bias is not None, None if residual is None else _dtype(residual)),
+        *(given["activation"], tuple(given["activation_args"]), "float32"),
+        bias_shape=None if bias is None else shape_of(bias),
+        output_shape=shape_of(node),
+    )
+    packed = (
+        Packed(weight, f"int4_panels_{plan.columns}", partial(pack_halves, columns=plan.columns)),
+        Packed(scale, f"int4_scales_{plan.columns}", partial(pack_scales, columns=plan.columns)),
+    )
+    work = _work(node, 4.0 * M * N * half, plan.tasks, INT4_EFFICIENCY)
+    choice = f"{plan.dot.name}, groups of {plan.group}, {plan.panels} panels, {plan.tasks} tasks"
+    extra = [operand for operand in (bias, residual) if operand is not None]
+    return KernelCall(int4_matmul(plan, finish, shape_of(x)), (x, *packed, *extra), "int4-weight matmul", choice, work)
 
 
 def _refusal(node: fx.Node, given: dict[str, Any]) -> Refusal | None:

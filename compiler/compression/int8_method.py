@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...errors import InputError, suggest
+from ...passes.int4_groups import GROUPS
 from .ranges import METHODS
 
 SCHEMES = ("affine", "symmetric")
 LEARNED = "learned"  # ranges that training found: `convert` alone asks for it
 WEIGHTS = ("per_channel", "per_tensor")
+WEIGHTS_ONLY = ("int8", "int4")  # of products that wait for their weights
 MIGRATIONS = ("none", "smooth", "equalise", "auto")  # of large channels into the weights: migrate.py
 
 
@@ -27,6 +29,8 @@ class Method:
     activation: str = "mse"
     keep: tuple[str, ...] = ()
     migration: str = "none"
+    weights_only: str = "int8"
+    group: int = 32  # inputs that share a scale of 4-bit weights
 
 
 DEFAULT = Method()
@@ -46,17 +50,23 @@ def int8_method(precision: str, options: Mapping[str, Any] | None) -> Method:
     return method_of(**{**defaults, **options})
 
 
-def method_of(scheme: Any, weight: Any, activation: Any, keep: Any, migration: Any) -> Method:
+def method_of(
+    scheme: Any, weight: Any, activation: Any, keep: Any, migration: Any, weights_only: Any, group: Any
+) -> Method:
     """The options as a Method. Raises InputError for a value that there is not, saying what there is."""
     for option, value, allowed in (
         ("scheme", scheme, SCHEMES),
         ("weight", weight, WEIGHTS),
         ("activation", activation, tuple(METHODS)),
         ("migration", migration, MIGRATIONS),
+        ("weights_only", weights_only, WEIGHTS_ONLY),
+        ("group", group, GROUPS),
     ):
         if value not in allowed:
             there = ", ".join(repr(a) for a in allowed)
-            raise InputError(f"{option}={value!r}{suggest(str(value), allowed)}: there are {there}")
+            raise InputError(
+                f"{option}={value!r}{suggest(value, allowed) if isinstance(value, str) else ''}: there are {there}"
+            )
     if isinstance(keep, str) or not isinstance(keep, Sequence) or not all(isinstance(k, str) for k in keep):
         raise InputError(f"keep is a list of names or patterns of products that stay float32, got {keep!r}")
-    return Method(scheme, weight, activation, tuple(keep), migration)
+    return Method(scheme, weight, activation, tuple(keep), migration, weights_only, group)

@@ -51,6 +51,8 @@ SECONDS_PER_BYTE = 1e-10  # that a table saves: as if it were read once, at 10 G
 TRIES = 6  # assignments measured
 ENOUGH = 0.85  # of the allowed error, after which no larger budget is tried
 LOOKED_AT = 4  # inputs whose damage is averaged
+NARROW = ("int8", "int4")
+HALVED = "int4 weights"
 _UNTRAINED = "training did not round its input and weights to 8 bits"
 # Behind `quantise`: rounding moves to the front, products give bytes, what came twice is merged.
 JOINING = (hoist_quantise, requantise, merge_duplicates, remove_dead)
@@ -67,6 +69,12 @@ class Int8Plan:
     forms: Mapping[str, Int8Form] = field(default_factory=dict)
     tables: Mapping[str, float] = field(default_factory=dict)  # embeddings: what their bytes count for, in seconds
     trained: bool = False  # for exactly these roundings, and no others
+    group: int = 0  # of 4-bit weights
+
+    @property
+    def halved(self) -> dict[str, int]:
+        """Those of the chosen whose weights have 4 bits, and their groups."""
+        return {choice.node: self.group for choice in self.choices if choice.form == HALVED}
 
     @property
     def weights_only(self) -> frozenset[str]:
@@ -75,12 +83,12 @@ class Int8Plan:
 
     def quantise(self, graph: fx.GraphModule, some: Collection[str] | None = None) -> int:
         """Rewrite the products in 8 bits, or those of `some`; returns how many."""
-        return quantise(graph, self.table, self.chosen if some is None else some, self.weights_only)
+        return quantise(graph, self.table, self.chosen if some is None else some, self.weights_only, self.halved)
 
     @property
     def chosen(self) -> frozenset[str]:
         """The products in 8 bits."""
-        return frozenset(choice.node for choice in self.choices if choice.dtype == "int8")
+        return frozenset(choice.node for choice in self.choices if choice.dtype in NARROW)
 
     def without(self, names: Collection[str], reason: str) -> Int8Plan:
         """The same with these products in float32."""
@@ -100,7 +108,8 @@ class Int8Plan:
         wide = sum(form.float32_seconds for form in self.forms.values())
         share = 1.0 - self.seconds_gained / wide if wide else 1.0
         count = len(self.chosen & set(self.forms))
-        return f"{count} products in 8 bits; the products are predicted to take {share:.2f} of float32"
+        fewer = f", {len(self.halved)} of them with weights of 4" if self.halved else ""
+        return f"{count} products in 8 bits{fewer}; the products are predicted to take {share:.2f} of float32"
 
 
 def plan_int8(
@@ -108,9 +117,9 @@ def plan_int8(
     hw: Hardware,
     method: Method,
     inputs: Sequence[Sequence[torch.Tensor]],
-    only: Collection[str] | None = None,
+    only: Mapping[str, str] | None = None,
 ) -> Int8Plan:
-    """Scales from `inputs`, and every product in 8 bits that the machine gains by; with `only`, those named.
+    """Scales from `inputs`, and every product in 8 bits that the machine gains by; with `only`, those named, as there.
 
     Raises InputError for a pattern of `method.keep` that fits no product.
     """
@@ -121,11 +130,12 @@ def plan_int8(
     if trained is not None:
         kept |= dict.fromkeys([n for n in products if n not in trained], _UNTRAINED)
     streamed = streamed_bytes(graph, products)
-    first = {n: int8_form(graph, n, hw, streamed=streamed) for n in products}
+    group = method.group if method.weights_only == "int4" else 0
+    first = {n: int8_form(graph, n, hw, streamed=streamed, group=group) for n in products}
     possible = [n for n in products if first[n].possible]
     paying = [n for n in possible if first[n].name == "int8" and n not in kept]
     while True:  # a product that does not pay rounds no input for others: until all that are left do
-        forms = {n: int8_form(graph, n, hw, _shared(paying), streamed) for n in possible}
+        forms = {n: int8_form(graph, n, hw, _shared(paying), streamed, group) for n in possible}
         before = len(paying)
         paying = [n for n in paying if forms[n].pays and forms[n].name == "int8"]
         if len(paying) == before:
@@ -151,13 +161,15 @@ def plan_int8(
             inputs_too = form.name == "int8"
             known = not inputs_too or source in table.scales
             if form.pays and known and (only is None or node.name in only):
-                choices.append(Choice(node.name, operator, "int8", reason, round_input=inputs_too, form=form.name))
+                name = form.name if only is None else only[node.name]
+                dtype = "int4" if name == HALVED else "int8"
+                choices.append(Choice(node.name, operator, dtype, reason, round_input=inputs_too, form=name))
                 continue
             if form.pays:
                 reason = observed.unknown.get(source, "it was decided so when the model was compiled")
         choices.append(Choice(node.name, operator, "float32", reason))
     saved = {n.name: 3.0 * prod(shape_of(n.args[0])) * SECONDS_PER_BYTE for n in tables}
-    plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()}, saved, trained is not None)
+    plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()}, saved, trained is not None, group)
     return plan if only is not None or not inputs else _with_damage(graph, plan, inputs[:LOOKED_AT])
 
 
@@ -291,8 +303,13 @@ def within_tolerance(
     measured = _measured(graph, hw, plan, samples)
     if measured <= wanted or not plan.chosen:
         return plan, measured, ()
+    if plan.halved:
+        wider, measured = _widened(graph, hw, plan, samples, wanted)
+        if measured <= wanted:
+            return wider, measured, (f"{len(plan.halved) - len(wider.halved)} products in 8 bits instead of 4",)
+        plan = wider
     started = time.perf_counter()
-    candidates = [c for c in plan.choices if c.dtype == "int8"]
+    candidates = [c for c in plan.choices if c.dtype in NARROW]
     found, method = sensitivities(
         graph, candidates, samples[:LOOKED_AT], lambda single, some: plan.quantise(single, {c.node for c in some})
     )
@@ -331,6 +348,32 @@ def within_tolerance(
     return nothing, _measured(graph, hw, nothing, samples), notes
 
 
+def _widened(
+    graph: fx.GraphModule, hw: Hardware, plan: Int8Plan, samples: Sequence[Sample], wanted: float
+) -> tuple[Int8Plan, float]:
+    """The plan with as few of its 4-bit weights in 8 bits as `wanted` needs, the most damaged first; and its error."""
+    ranked = sorted((c for c in plan.choices if c.form == HALVED), key=lambda c: c.sqnr_db or 0.0)
+    reason = "weights only, in 8 bits: in 4 it costs more accuracy than the tolerance leaves"
+
+    def with_wide(count: int) -> Int8Plan:
+        wide = {c.node for c in ranked[:count]}
+        new = {"dtype": "int8", "form": "int8 weights", "reason": reason}
+        return replace(plan, choices=tuple(replace(c, **new) if c.node in wide else c for c in plan.choices))
+
+    low, high = 0, len(ranked)  # `low` is too few
+    best = with_wide(high)
+    measured = _measured(graph, hw, best, samples)
+    while measured <= wanted and high - low > 1:
+        middle = (low + high) // 2
+        tried = with_wide(middle)
+        error = _measured(graph, hw, tried, samples)
+        if error <= wanted:
+            high, best, measured = middle, tried, error
+        else:
+            low = middle
+    return best, measured
+
+
 def _with_errors(plan: Int8Plan, errors: Mapping[str, float]) -> Int8Plan:
     return replace(plan, choices=tuple(replace(c, error=errors.get(c.node)) for c in plan.choices))
 
@@ -343,7 +386,7 @@ def _by_price(plan: Int8Plan) -> list[str]:
         gained = plan.tables[choice.node] if form is None else max(form.float32_seconds - form.seconds, 1e-12)
         return (choice.error or 0.0) ** 2 / gained
 
-    return [c.node for c in sorted((c for c in plan.choices if c.dtype == "int8"), key=price, reverse=True)]
+    return [c.node for c in sorted((c for c in plan.choices if c.dtype in NARROW), key=price, reverse=True)]
 
 
 def _over_budget(order: Sequence[str], errors: Mapping[str, float], budget: float) -> set[str]:

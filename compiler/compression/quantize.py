@@ -61,6 +61,8 @@ def quantize(
     activation: str = "mse",
     keep: Sequence[str] = (),
     migration: str = "none",
+    weights_only: str = "int8",
+    group: int = 32,
     tolerance: float | None = None,
     target: Target = "native",
 ) -> Quantized:
@@ -75,13 +77,15 @@ def quantize(
     keep: names of products, or of their weights, that stay float32; * and ? as in a shell.
     migration: channels that are much larger than others, scaled down into the weights that read them: "smooth" by
         calibrated maxima (for transformers), "equalise" by weights alone, "auto" whichever lowers the measured damage.
+    weights_only: what linear layers whose few rows wait for weights store those in: "int8", or "int4" with a scale for
+        each `group` (32, 64 or 128) inputs of an output.
     tolerance: the relative L2 error at the outputs against float64 that is allowed, 1e-1 unless given; what costs the
         most goes back to float32 until it is kept.
 
     Raises InputError for options and data that do not fit, CaptureError for a model that cannot be traced.
     """
     started = time.perf_counter()
-    method = method_of(scheme, weight, activation, keep, migration)
+    method = method_of(scheme, weight, activation, keep, migration, weights_only, group)
     hw = compile_target(target)
     data = list(calibration_data)
     calibration.check_options("int8", None, data, True)
