@@ -64,9 +64,8 @@ def method_of(
     ):
         if value not in allowed:
             there = ", ".join(repr(a) for a in allowed)
-            raise InputError(
-                f"{option}={value!r}{suggest(value, allowed) if isinstance(value, str) else ''}: there are {there}"
-            )
+            near = suggest(str(value), [str(a) for a in allowed])
+            raise InputError(f"{option}={value!r}{near}: there are {there}")
     if isinstance(keep, str) or not isinstance(keep, Sequence) or not all(isinstance(k, str) for k in keep):
         raise InputError(f"keep is a list of names or patterns of products that stay float32, got {keep!r}")
     return Method(scheme, weight, activation, tuple(keep), migration, weights_only, group)

@@ -357,8 +357,10 @@ def _widened(
 
     def with_wide(count: int) -> Int8Plan:
         wide = {c.node for c in ranked[:count]}
-        new = {"dtype": "int8", "form": "int8 weights", "reason": reason}
-        return replace(plan, choices=tuple(replace(c, **new) if c.node in wide else c for c in plan.choices))
+        choices = tuple(
+            replace(c, dtype="int8", form="int8 weights", reason=reason) if c.node in wide else c for c in plan.choices
+        )
+        return replace(plan, choices=choices)
 
     low, high = 0, len(ranked)  # `low` is too few
     best = with_wide(high)
