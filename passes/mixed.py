@@ -101,7 +101,7 @@ def _linear_w4(
     x, s, b, r = _widened((input, scale, bias, residual))
     largest = x.abs().amax(-1, keepdim=True)
     inverse = 127.0 / torch.where(largest > 0.0, largest, torch.ones_like(largest))
-    q = (x * inverse).clamp(-127.0, 127.0).round().view(*x.shape[:-1], s.shape[1], -1)
+    q = (x * inverse).clamp(-127.0, 127.0).round().reshape(*x.shape[:-1], s.shape[1], -1)
     steps = unpacked(weight).to(x.dtype).view(*s.shape, -1)
     total = x.new_zeros((*x.shape[:-1], weight.shape[0]))
     for group in range(s.shape[1]):
