@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import fx
 
 from ..hwdb import Hardware
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WHOLE_GAIN = 0.95  # of the model's float32 time: a twentieth less is within what the cost model errs by
+UNLIKE = 4.0  # times what calibration saw of an input: beyond it, ranges say little of the example
 NOTHING_GAINED = "the model as a whole gains nothing by 8 bits"
 
 
@@ -154,12 +156,34 @@ def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[
         return plan, (how, "everything stays float32: machine code erred by too much")
     if not precision.samples:
         return plan, (how, plan.text(), "errors were not measured")
+    how = "; ".join((how, *_unlike(graph, precision)))
     allowed = precision.allowed
     assert allowed is not None
     check_tolerance(precision.samples, precision.tolerance)
     wanted = MARGIN * allowed * precision.strictness
     plan, measured, found = int8_plan.within_tolerance(graph, hw, plan, precision.samples, wanted)
     return plan, (how, *found, plan.text(), kept(measured, allowed, precision.samples))
+
+
+def _unlike(graph: fx.GraphModule, precision: Precision) -> list[str]:
+    """Inputs that reach further where errors are measured than calibration saw."""
+    found = []
+    names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
+    for place, name in enumerate(names):
+        measured = _reach([inputs[place] for inputs, _ in precision.samples])
+        seen = _reach([inputs[place] for inputs in precision.observed])
+        if measured > UNLIKE * seen:
+            text = (
+                f"{name} reaches {measured:.3g} in the example and {seen:.3g} in calibration: its data are not like it"
+            )
+            log.warning("precision='int8': %s", text)
+            found.append(text)
+    return found
+
+
+def _reach(tensors: Sequence[torch.Tensor]) -> float:
+    floats = [t for t in tensors if t.is_floating_point() and t.numel()]
+    return max((float(t.abs().max()) for t in floats), default=0.0)
 
 
 def kept(measured: float, allowed: float, samples: Sequence[Sample]) -> str:

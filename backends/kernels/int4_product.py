@@ -152,7 +152,8 @@ class _Nest:
                 y = tirx.min(tirx.max(y, constant(-127.0, lanes)), constant(127.0, lanes))
                 q = T.bind(tirx.call_llvm_pure_intrin(integers, "llvm.lrint", y))  # to nearest, half to even
                 T.buffer_store(totals, totals[every] + q, [every])
-                packed = T.reinterpret(f"int32x{lanes // 4}", tirx.Cast(f"int8x{lanes}", q))
+                word = "int32" if lanes == 4 else f"int32x{lanes // 4}"
+                packed = T.reinterpret(word, tirx.Cast(f"int8x{lanes}", q))
                 T.buffer_store(words, packed, [row, span(at * (lanes // 4), lanes // 4)])
             T.buffer_store(begin, across([totals[every]], lambda a, b: a + b, lanes) * -8, [row, g])
 
