@@ -44,12 +44,14 @@ RESULT = HERE.parent / "docs" / "measurements" / "arm.json"
 # Cortex-A76: the Neoverse N1 is the same design.
 MODELS = {"cortex-a72": 1.0, "neoverse-n1": 2.0, "neoverse-n2": 2.0}
 BOARDS = {"raspberry-pi-4b": ("cortex-a72", "cortex-a72"), "raspberry-pi-5": ("cortex-a76", "neoverse-n1")}
+REDUCED = {"raspberry-pi-4b": ("int8",), "raspberry-pi-5": ("fp16", "int8")}  # what a board gains by
 FMLA = re.compile(r"^\s+fmla\s+v\d+\.4s", re.M)
 # Kernels judged alone: instruction, LLVM's model of a core, and the machine they are made for.
 ALONE = (
     ("fmla of floats", r"fmla\s+v\d+\.4s", "cortex-a72", "raspberry-pi-4b"),
     ("fmla of floats", r"fmla\s+v\d+\.4s", "neoverse-n1", "raspberry-pi-5"),
     ("fmla of halves", r"fmla\s+v\d+\.8h", "neoverse-n1", "raspberry-pi-5"),
+    ("smull and sadalp", r"smull2?\s", "cortex-a72", "raspberry-pi-4b"),
     ("sdot", r"sdot\s", "neoverse-n1", "raspberry-pi-5"),
     ("usmmla", r"usmmla\s", "neoverse-n2", "neoverse-n2"),
 )
@@ -90,10 +92,8 @@ def measured(name: str, board: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         texts, compiled = assembly(model, inputs, board)
         bundle = compiled.bundle(Path(directory, "out"))
-        sizes = {
-            name: (bundle / file).stat().st_size
-            for name, file in (("program_bytes", "run"), ("library_bytes", "model.so"))
-        }
+        sizes = {f"{file}_bytes": (bundle / file).stat().st_size for file in ("run", "model.so")}
+        loading = load_ms(bundle / "run", emulated)
         once, twice = (counts(bundle / "run", emulated, repeat) for repeat in (0, 1))
     one = {kind: twice[kind] - once[kind] for kind in once}
     return {
@@ -103,10 +103,10 @@ def measured(name: str, board: str) -> dict[str, Any]:
         "mca_core": core,
         **one,
         **sizes,
-        "load_ms_in_qemu": load_ms(bundle / "run", emulated),
+        "load_ms_in_qemu": loading,
         "instructions_per_fmla": one["instructions"] / one["fmla"],
         "predicted_ms": sum(k.predicted_us or 0.0 for k in compiled.report().kernels) / 1e3,
-        "predicted_reduced_ms": {name: reduced_ms(model, inputs, board, name) for name in ("fp16", "int8")},
+        "predicted_reduced_ms": {name: reduced_ms(model, inputs, board, name) for name in REDUCED[board]},
         "loops": [found for kernel, text in texts.items() if (found := hot_loop(kernel, text, core))],
     }
 
@@ -188,7 +188,7 @@ def _kernel(what: str, conv: Conv, hw: Hardware) -> Any:
             return bf16_matmul(M, K, N, hw, finish, dot=dot)
         return dot_conv("f16_conv", conv, "float32", dot, choose_dot_conv(conv, dot, hw), finish)
     finish = Requantize(M, N, "uint8", output_shape=conv.output_shape)
-    if what == "sdot":
+    if what in ("sdot", "smull and sadalp"):
         dot = int8_dot(hw)
         return (
             int8_matmul(M, K, N, hw, "int8", finish, dot=dot)

@@ -95,6 +95,8 @@ def _cpu(common: dict[str, Any], values: Mapping[str, Any], facts: dict[str, Any
     }
     if "wake_us" in values:
         result["wake_us"] = float(values["wake_us"])
+    if "byte_rate" in values:
+        result["byte_rate"] = float(values["byte_rate"])
     result |= {key: values[key] for key in ("in_order", "load_stall_cycles") if key in values}
     return Hardware(**{**result, **facts})
 

@@ -129,6 +129,7 @@ class Hardware:
     launch_us: float = 1.5  # starting and joining a parallel region
     wake_us: float = 50.0  # until a sleeping thread runs; measured on a virtual machine
     in_order: bool = False  # instructions start in the order of the program: none hides another's wait for memory
+    byte_rate: float = 1.0  # products of bytes by widening multiplies and pairwise sums in the time of one of floats
     load_stall_cycles: int = 0  # in which a vector that is loaded keeps multiply-adds from starting
     native: bool = False
     confidence: Literal["high", "medium", "low"] = "medium"

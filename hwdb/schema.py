@@ -214,6 +214,7 @@ CPU = {
     "fma_per_cycle": vector_rate,
     "fma_latency_cycles": whole,
     "in_order": truth,
+    "byte_rate": number,  # products of bytes by smull and sadalp in the time of one of floats
     "load_stall_cycles": whole,  # in which a vector that is loaded keeps multiply-adds from starting
     "cores": whole,
     "caches": caches,

@@ -14,10 +14,10 @@ Weights come from memory where all weights of the graph are more than the last c
 
 The rows of an embedding are stored in 8 bits too, with a scale a row: no faster, but a quarter of the bytes.
 
-Refused: a machine without dot products of bytes (pairs of 16 bits take as many instructions as float32), groups that
-are not depthwise, NCHW,
-weights that are computed or not finite, sums of more terms than 32 bits hold, values that calibration found no scale
-for, operators that are no products, and what gains nothing.
+Refused: a machine without dot products of bytes (pairs of 16 bits take as many instructions as float32; where products
+of bytes and sums of pairs have a pipe each, Hardware.byte_rate, they serve all but depthwise convolutions), groups that
+are not depthwise, NCHW, weights that are computed or not finite, sums of more terms than 32 bits hold, values that
+calibration found no scale for, operators that are no products, and what gains nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from .skip_zero_blocks import skipping_seconds
 GAIN = 0.9  # of the float32 time: less is not worth the rounding
 WINOGRAD_GAIN = 2.4  # times as fast as the direct float32 sum, where its tiles fit the image well
 RATE = 4.0  # products of bytes in the time of one of floats, by vector instructions
-# The same for depthwise convolutions, whose bytes are brought into words first, by stride: medians of
+LONG_EFFICIENCY = 0.9  # of Hardware.byte_rate: the same pipes bring a pair of bytes into all lanes
+# RATE for depthwise convolutions, whose bytes are brought into words first, by stride: medians of
 # benchmarks/depthwise.py on Zen 4 with AVX-512 VNNI.
 DEPTHWISE_RATE = {1: 1.24, 2: 1.05}
 INT4_RATE = (
@@ -91,11 +92,12 @@ def int8_form(
     wide = times.seconds(rate=_winograd(node)) if skipping is None else skipping
     alone = Int8Form(True, _WEIGHTS, wide, times.seconds(item_bytes=1), "int8 weights")
     family = hw.vector_dot_product("int8")
-    if family is None:
+    pairs = family is None and hw.byte_rate > 1 and not is_depthwise(node)
+    if family is None and not pairs:
         if node.target is not dialect.conv2d and alone.pays:
             return alone
         return Int8Form(False, f"{hw.id} has no dot product of bytes: pairs of 16 bits are as slow as float32")
-    narrow = times.seconds(item_bytes=1, rate=_rate(node))
+    narrow = times.seconds(item_bytes=1, rate=LONG_EFFICIENCY * hw.byte_rate if pairs else _rate(node))
     # Between products of 8 bits, a depthwise convolution that is no slower saves them the rounding.
     worth = 1.0 if x in shared and is_depthwise(node) else GAIN
     if x not in shared:
@@ -108,7 +110,8 @@ def int8_form(
             if fewer <= INT4_GAIN * alone.seconds:
                 return Int8Form(True, _HALVES, wide, fewer, "int4 weights")
         return alone
-    form = Int8Form(True, f"dot products of bytes ({family}), exact sums", wide, narrow, worth=worth)
+    how = "products of bytes (smull, sadalp)" if pairs else f"dot products of bytes ({family})"
+    form = Int8Form(True, f"{how}, exact sums", wide, narrow, worth=worth)
     if form.pays:
         return form
     share = narrow / wide if wide else 1.0

@@ -3,6 +3,7 @@
     bfloat16   group 2, float32 sums     vdpbf16ps; without it two shifts and two float32 multiply-adds
     int8       group 4, int32 sums       vpdpbusd and usdot, unsigned left and signed right bytes, never saturate
                group 4, int32 sums       sdot, signed bytes on both sides
+               group 2, int32 sums       smull and sadalp: signed bytes, products of 16 bits, their pairs added up
                group 8, int32 sums       smmla and usmmla, two rows by two columns: mmla.py
                group 2, int32 sums       vpmaddwd on bytes widened to 16 bits: two exact products and their sum
                                          (vpmaddubsw would take four bytes, but saturates at 16 bits: 255*127*2 > 32767)
@@ -59,6 +60,7 @@ class Dot:
     helpers: str
     multiply: Callable[[PrimExpr, Sequence[PrimExpr], PrimExpr], PrimExpr]
     at: Callable[[int], Dot] | None = field(default=None, compare=False)  # the same of fewer lanes, where there is one
+    vectors: int = 0  # of a tile's row: many where an instruction brings a word into all lanes; 0: the cost model's
     block: int = 0  # steps after which the accumulators are added to sums in float32; 0: never
 
     @property
@@ -68,8 +70,15 @@ class Dot:
 
     @property
     def word(self) -> str:
-        """The dtype of a word of the left operand: 32 bits of narrow elements, or one half."""
-        return "float16" if self.left == "float16" else "int32"
+        """The dtype of a word of the left operand: `group` narrow elements, or one half."""
+        if self.left == "float16":
+            return "float16"
+        return f"int{self.group * self.element_bits}"
+
+    @property
+    def element_bits(self) -> int:
+        """Bits of an element of a word."""
+        return 8 if self.left in ("int8", "uint8") else 16
 
 
 def _words(left: PrimExpr, lanes: int) -> PrimExpr:
@@ -158,6 +167,8 @@ def int8_dot(hw: Hardware, *, emulated: bool = False) -> Dot:
         return _vnni(hw, lanes, emulated)
     if hw.isa == "aarch64" and hw.vector_dot_product("int8") in ("sdot", "i8mm"):
         return _neon_bytes(hw, lanes)
+    if hw.isa == "aarch64" and "neon" in hw.features:
+        return _neon_long(lanes)
     name = f"gw_dot_i16_{lanes}"
     intrinsic = _PMADDWD.get(hw.vector_bits) if hw.isa == "x86_64" else None
 
@@ -194,6 +205,30 @@ def _neon_bytes(hw: Hardware, lanes: int) -> Dot:
     return Dot(what, lanes, 4, "int32", "uint8" if unsigned else "int8", "int32", 1, 0, text, multiply)
 
 
+def _neon_long(lanes: int) -> Dot:
+    """Two products of signed bytes a lane: smull gives them 16 bits, sadalp adds a pair to 32."""
+    name = f"gw_dot_long_{lanes}"
+    i, h, b = f"<{lanes} x i32>", f"<{2 * lanes} x i16>", f"<{2 * lanes} x i8>"
+    multiply_long = f"@llvm.aarch64.neon.smull.v{2 * lanes}i16"
+    add_pairs = f"@llvm.aarch64.neon.saddlp.v{lanes}i32.v{2 * lanes}i16"
+    text = f"""
+{_HEAD} {i} @{name}({i} %c, <{lanes} x i16> %a, {b} %b) {_attributes("+neon")} {{
+  %x = bitcast <{lanes} x i16> %a to {b}
+  %p = call {h} {multiply_long}({b} %b, {b} %x)
+  %s = call {i} {add_pairs}({h} %p)
+  %r = add {i} %c, %s
+  ret {i} %r
+}}
+declare {h} {multiply_long}({b}, {b})
+declare {i} {add_pairs}({h})
+"""
+
+    def multiply(acc: PrimExpr, left: Sequence[PrimExpr], weight: PrimExpr) -> PrimExpr:
+        return tirx.call_pure_extern(f"int32x{lanes}", name, acc, _words(left[0], lanes), weight)
+
+    return Dot("smull and sadalp", lanes, 2, "int32", "int8", "int8", 2, 4, text, multiply, vectors=4)
+
+
 def bytes_dot(hw: Hardware, lanes: int | None = None, *, emulated: bool = False) -> Dot:
     """Four exact products of bytes a lane, at any width: by instruction where there is one."""
     lanes = hw.lanes("float32") if lanes is None else lanes
@@ -210,7 +245,8 @@ def choose_dot_tiling(hw: Hardware, dot: Dot, rows: int, columns: int, depth: in
     if dot.word == "float16":  # as if registers of floats were twice as wide
         fewer = replace(fewer, vector_bits=2 * hw.vector_bits)
     steps = -(-depth // dot.group) if dot.by_word else depth
-    tiling = choose_tiling(fewer, rows, columns, steps, row_stride_bytes=4 * steps)
+    width = dot.vectors * dot.lanes if columns > dot.vectors * dot.lanes else 0
+    tiling = choose_tiling(fewer, rows, columns, steps, row_stride_bytes=4 * steps, fixed_columns=width or None)
     # The panel of a step is a word a column, so the blocks of k that float32 needs for L2 are not needed as early.
     return replace(tiling, depth_blocks=1)
 

@@ -91,10 +91,10 @@ def stage(
 
 def fill_word(source: str, dot: Dot, value: int = 0) -> int:
     """The word whose elements all stand for `value` of dtype `source`."""
-    bits = 32 // dot.group
+    bits, size = dot.element_bits, dot.element_bits * dot.group
     value += FLIP if flips(source, dot) else 0
     word = sum((value & ((1 << bits) - 1)) << (bits * j) for j in range(dot.group))
-    return word - (1 << 32) if word >> 31 else word
+    return word - (1 << size) if word >> (size - 1) else word
 
 
 def _words(value: Any, source: str, dot: Dot, words: int) -> Any:
@@ -106,9 +106,9 @@ def _words(value: Any, source: str, dot: Dot, words: int) -> Any:
         value = tirx.Cast(f"int16x{many}", value)
     elif dot.left == "float16":
         return value if source == "float16" else tirx.Cast(f"float16x{many}", value)
-    value = T.reinterpret(f"int32x{words}", value)
+    value = T.reinterpret(f"{dot.word}x{words}", value)
     if flips(source, dot):
-        value = tirx.bitwise_xor(value, tirx.Broadcast(tirx.const(fill_word(source, dot), "int32"), words))
+        value = tirx.bitwise_xor(value, tirx.Broadcast(tirx.const(fill_word(source, dot), dot.word), words))
     return value
 
 
@@ -116,7 +116,7 @@ def _word(elements: Sequence[Any], source: str, dot: Dot) -> Any:
     """Elements, low ones first, as one word; what is missing is zero."""
     if dot.left == "float16":
         return tirx.Cast("float16", elements[0])
-    bits = 32 // dot.group
+    bits = dot.element_bits
     word: Any = tirx.const(0, "uint32")
     for j, value in enumerate(elements):
         if source == "float32":
@@ -128,7 +128,7 @@ def _word(elements: Sequence[Any], source: str, dot: Dot) -> Any:
         elif dot.left == "int16":
             value = T.reinterpret("uint16", tirx.Cast("int16", value))
         word = tirx.bitwise_or(word, tirx.Cast("uint32", value) << tirx.const(bits * j, "uint32"))
-    return T.reinterpret("int32", word)
+    return T.reinterpret(dot.word, word if dot.word == "int32" else tirx.Cast(f"u{dot.word}", word))
 
 
 def clear(acc: Any, tile: Tile, dot: Dot) -> None:

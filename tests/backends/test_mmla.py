@@ -13,7 +13,9 @@ from kernel_harness import compile_kernel
 from narrow_harness import TORCH, integers, requantized
 
 from graphwright.backends.kernels.conv_plan import Conv
-from graphwright.backends.kernels.int8_product import Requantize, Residual, offsets
+from graphwright.backends.kernels.dot_conv import choose_dot_conv
+from graphwright.backends.kernels.dot_product import int8_dot
+from graphwright.backends.kernels.int8_product import Requantize, Residual, int8_conv, offsets, pack_conv
 from graphwright.backends.kernels.mmla import choose_mmla, mmla_conv, mmla_dot, pack_mmla
 from graphwright.hwdb import lookup
 from graphwright.passes import dialect
@@ -72,6 +74,31 @@ def test_its_inner_loop(source: str, instruction: str) -> None:
     assert products >= 24
     assert len(inner) <= 1.75 * products, inner
     assert not [line for line in inner if "[sp" in line or line.startswith(("mov\tv", "zip", "ext"))]
+
+
+LONG = [conv for conv in PRODUCTS if conv.dilation == (1, 1)][:5]
+
+
+@pytest.mark.parametrize("source", ["int8", "uint8"])
+@pytest.mark.parametrize("conv", LONG, ids=lambda conv: f"{conv.kernel}-{conv.channels}-{conv.filters}")
+def test_pairs_of_bytes_on_cores_without_dot_products(conv: Conv, source: str, tmp_path: Path) -> None:
+    """smull and sadalp, on the core that QEMU lets have nothing newer."""
+    hw, zero = lookup("raspberry-pi-4b"), 7 if source == "int8" else 131
+    dot = int8_dot(hw)
+    assert dot.name == "smull and sadalp"
+    x, w = integers(source, *conv.input_shape), integers("int8", conv.filters, conv.channels, *conv.kernel, seed=1)
+    w.clamp_(min=-127)
+    scale = torch.linspace(1e-4, 1e-3, conv.filters)
+    how = Requantize(prod(conv.output_shape[:3]), conv.filters, "uint8", 100, 5.0, output_shape=conv.output_shape)
+    plan = choose_dot_conv(conv, dot, hw)
+    out = torch.zeros(conv.output_shape, dtype=torch.uint8)
+    func = int8_conv(conv, hw, source, how, dot=dot, zero=zero, plan=plan)
+    run_kernel_on(
+        func, hw, "cortex-a72", tmp_path, x, pack_conv(w, dot, plan), offsets(w, zero, source, dot), scale, out
+    )
+    sizes = (list(conv.stride), list(conv.padding), list(conv.dilation), 1)
+    exact = dialect.conv2d((x.int() - zero).double(), w.double(), None, None, *sizes, "none", [], "NHWC")
+    assert torch.equal(out, requantized(exact.to(torch.int32), scale, None, None, how))
 
 
 def test_only_where_there_are_such_instructions() -> None:

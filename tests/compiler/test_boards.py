@@ -88,7 +88,11 @@ def test_a_model_on_a_board(name: str, board: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("board", "cpu", "instructions"),
-    [("raspberry-pi-5", "cortex-a76", ["sdot"] * 4), ("neoverse-v1", "max", ["usmmla"] * 3 + ["usdot"])],
+    [
+        ("raspberry-pi-4b", "cortex-a72", ["smull and sadalp"] * 4),
+        ("raspberry-pi-5", "cortex-a76", ["sdot"] * 4),
+        ("neoverse-v1", "max", ["usmmla"] * 3 + ["usdot"]),
+    ],
 )
 def test_products_of_bytes(board: str, cpu: str, instructions: list[str], tmp_path: Path) -> None:
     torch.manual_seed(0)

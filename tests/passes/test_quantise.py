@@ -239,6 +239,12 @@ def test_forms_that_pay_and_refusals_with_their_reasons() -> None:
     without = form(linears(256, 256), x, hw=lookup("x86-64-v3"))
     assert not without.possible
     assert "no dot product of bytes" in without.reason
+    pairs = form(linears(256, 256), x, hw=lookup("raspberry-pi-4b"))
+    assert pairs.pays
+    assert pairs.float32_seconds / pairs.seconds > 1.6
+    assert "smull" in pairs.reason
+    without = form(linears(256, 256), x, hw=lookup("raspberry-pi-3b"))  # products and sums share a pipe
+    assert "no dot product of bytes" in without.reason
     row = torch.randn(1, 256)
     small = dataclasses.replace(lookup("x86-64-v3"), caches=VNNI.caches[:1], dram_gbs=10.0, clock_mhz=3000.0)
     alone = form(linears(256, 256), row, hw=small)
