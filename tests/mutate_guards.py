@@ -1,8 +1,6 @@
 """Remove every guard of every pass, one at a time, and demand that a test fails: `make mutate`.
 
-A guard is an `if` that says why it refuses (`keep(...)`, or a reason that is returned) and leaves; each operand of an
-`or` is a guard of its own. A match is an `if` that leaves without a word, and each operand of an `and` that a function
-returns: of those the script says which survive, but does not insist.
+What guards and matches are, tests/guards.py says. Of the matches the script says which survive, but does not insist.
 
     python tests/mutate_guards.py                        all passes; docs/measurements/guards.json
     python tests/mutate_guards.py fuse_conv_activation   some, in the place of what the file says of them
@@ -10,14 +8,15 @@ returns: of those the script says which survive, but does not insist.
     python tests/mutate_guards.py --list                 what there is, without running anything
 
 Nothing is written to the sources: a forked process gives the module's functions the code of a changed syntax tree, and
-runs the tests of the pass, and those of the passes that import it, until one fails. Tests that
-draw examples do not count.
+runs tests until one fails. It runs those in which the condition refuses, for no other can tell; a run with every
+condition watched has found them. Tests that draw examples do not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import gc
 import importlib
 import json
@@ -29,138 +28,18 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from guards import PASSES, Guard, guards_of, mutated, watched
 
 ROOT = Path(__file__).resolve().parent.parent
-PASSES = ROOT / "passes"
 FILE = ROOT / "docs" / "measurements" / "guards.json"
 SECONDS = 120  # of processor time that the tests of one mutant may take
-NOT_CHANGED = 99  # the status of a process that could not take a guard away
 # What refuses nothing: the machinery, and the meaning of operators.
 EXCLUDED = {"__init__", "default", "printer", "refusals", "rewrite"}
-SAYING = {"keep", "_refuse", "_keep", "refuse"}
-
-
-@dataclass(frozen=True)
-class Guard:
-    """One condition that can be taken away."""
-
-    module: str
-    line: int
-    text: str
-    kind: str  # "guard" or "match"
-    place: int  # of the node that holds the condition, in the order of ast.walk
-    operand: int | None  # of an `or` or `and`; None: the whole condition
-
-    @property
-    def name(self) -> str:
-        """Where it stands, for people."""
-        return f"passes/{self.module}.py:{self.line}: {self.text}"
-
-
-def guards_of(module: str) -> list[Guard]:
-    """The guards and matches of a module, in the order of its lines."""
-    tree = ast.parse((PASSES / f"{module}.py").read_text())
-    found = []
-    for place, node in enumerate(ast.walk(tree)):
-        kind = _kind(node)
-        if kind is None:
-            continue
-        condition = _condition(node)
-        joint = ast.And if isinstance(node, ast.Return) and not isinstance(node.value, ast.IfExp) else ast.Or
-        if isinstance(condition, ast.BoolOp) and isinstance(condition.op, joint):
-            parts: list[tuple[int | None, ast.expr]] = list(enumerate(condition.values))
-        else:
-            parts = [(None, condition)]
-        for operand, part in parts:
-            found.append(Guard(module, part.lineno, ast.unparse(part), kind, place, operand))
-    return sorted(found, key=lambda g: (g.line, g.place, g.operand or 0))
-
-
-def mutated(guard: Guard) -> ast.Module:
-    """The module's syntax tree without the guard."""
-    tree = ast.parse((PASSES / f"{guard.module}.py").read_text())
-    for place, node in enumerate(ast.walk(tree)):
-        if place == guard.place:
-            _remove(node, guard.operand)
-    return ast.fix_missing_locations(tree)
-
-
-def _kind(node: ast.AST) -> str | None:
-    if (
-        isinstance(node, ast.If)
-        and not node.orelse
-        and isinstance(node.body[-1], (ast.Return, ast.Continue, ast.Break))
-    ):
-        if _says(node.body):
-            return "guard"
-        last = node.body[-1]
-        silent = len(node.body) == 1 and (not isinstance(last, ast.Return) or _is_nothing(last.value))
-        return "match" if silent else None
-    if isinstance(node, ast.Return) and isinstance(node.value, ast.IfExp):
-        first, second = _is_reason(node.value.body), _is_reason(node.value.orelse)
-        return "guard" if first != second else None
-    if isinstance(node, ast.Return) and isinstance(node.value, ast.BoolOp) and isinstance(node.value.op, ast.And):
-        return "match"
-    return None
-
-
-def _condition(node: ast.AST) -> ast.expr:
-    if isinstance(node, ast.If):
-        return node.test
-    assert isinstance(node, ast.Return)
-    assert node.value is not None
-    return node.value.test if isinstance(node.value, ast.IfExp) else node.value
-
-
-def _remove(node: ast.AST, operand: int | None) -> None:
-    """Let the condition be as if the guard were not there."""
-    if isinstance(node, ast.Return) and isinstance(node.value, ast.BoolOp):
-        assert operand is not None
-        node.value = _without(node.value, operand)
-        return
-    holder: Any = node if isinstance(node, ast.If) else node.value  # type: ignore[attr-defined]
-    if operand is not None:
-        holder.test = _without(holder.test, operand)
-        return
-    refuses = isinstance(node, ast.If) or _is_reason(holder.body)
-    holder.test = ast.copy_location(ast.Constant(not refuses), holder.test)
-
-
-def _without(condition: ast.BoolOp, operand: int) -> ast.expr:
-    """The condition without one operand."""
-    del condition.values[operand]
-    return condition if len(condition.values) > 1 else condition.values[0]
-
-
-def _says(body: Sequence[ast.stmt]) -> bool:
-    for statement in body:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in SAYING:
-                return True
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "log.debug":
-                return True
-        if isinstance(statement, ast.Return) and _is_reason(statement.value):
-            return True
-    return False
-
-
-def _is_reason(value: ast.expr | None) -> bool:
-    """Whether the value is a text, has one, or says one."""
-    if isinstance(value, ast.Tuple):
-        return any(_is_reason(v) for v in value.elts)
-    if isinstance(value, ast.Call):
-        return isinstance(value.func, ast.Name) and value.func.id in SAYING
-    if isinstance(value, ast.Constant):
-        return isinstance(value.value, str) and " " in value.value
-    return isinstance(value, ast.JoinedStr)
-
-
-def _is_nothing(value: ast.expr | None) -> bool:
-    return value is None or (isinstance(value, ast.Constant) and value.value in (None, False, 0, ""))
+_PACKAGE = "graphwright.passes"
 
 
 def modules() -> list[str]:
@@ -168,65 +47,129 @@ def modules() -> list[str]:
     return sorted(p.stem for p in PASSES.glob("*.py") if p.stem not in EXCLUDED)
 
 
-def tests_of(module: str) -> list[str]:
-    """The tests that tell whether a module is right: its own, then those of the passes that import it."""
-    importers: dict[str, set[str]] = {}
+def tests_of(module: str) -> tuple[list[str], list[str]]:
+    """The files of tests that can tell whether a module is right: those that import it, and those of passes that do."""
+    imported_by: dict[str, set[str]] = {}
     for path in PASSES.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 1:
-                names = [node.module] if node.module else [a.name for a in node.names]
-                for name in names:
-                    importers.setdefault(name, set()).add(path.stem)
+        for name in _imported(path) - {path.stem}:
+            imported_by.setdefault(name, set()).add(path.stem)
     order, waiting = [module], [module]
     while waiting:
-        for user in sorted(importers.get(waiting.pop(0), set()) - EXCLUDED):
-            if user not in order:
-                order.append(user)
-                waiting.append(user)
-    found = [ROOT / "tests" / "passes" / f"test_{name}.py" for name in (module, "refusing", *order[1:])]
-    return [str(p.relative_to(ROOT)) for p in found if p.exists()]
+        for user in sorted(imported_by.get(waiting.pop(0), set()) - EXCLUDED - set(order)):
+            order.append(user)
+            waiting.append(user)
+    near, far = [], []
+    for path in sorted((ROOT / "tests" / "passes").glob("test_*.py")):
+        names = _imported(path)
+        if not names.isdisjoint(order):
+            (near if module in names else far).append(str(path.relative_to(ROOT)))
+    return near, far
 
 
-def run_tests(tests: Sequence[str], guard: Guard | None) -> tuple[int, str]:
-    """The exit status of the tests in a process of its own without the guard, and the test that failed."""
+def _imported(path: Path) -> set[str]:
+    """The modules of passes that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith(_PACKAGE)):
+            module = (node.module or "").removeprefix(_PACKAGE).strip(".")
+            names |= {module.partition(".")[0]} if module else {alias.name for alias in node.names}
+    return names
+
+
+def run_tests(files: Sequence[str], guard: Guard, only: set[str] | None) -> tuple[str, str]:
+    """What becomes of the guard in a process of its own, and the test that failed; `only` these tests of the files."""
     with tempfile.NamedTemporaryFile("r") as log:
         child = os.fork()
         if not child:
-            _child(tests, guard, log.name)
+            _child(files, lambda: _change(guard.module, mutated(guard)), _Chosen(only), log.name)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
-            return 1, "timeout"
+            return "killed", "timeout"
         failed = [line for line in log.read().splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if os.waitstatus_to_exitcode(status) == NOT_CHANGED:
-        raise RuntimeError(f"{guard.name if guard else 'nothing'} cannot be taken away: {failed}")
-    name = failed[0].split(" ")[1] if failed else ""
-    return os.waitstatus_to_exitcode(status), name
+    code = os.waitstatus_to_exitcode(status)
+    # A name that only the guard defined says nothing about the guard; nor does pytest, where no test ran.
+    if code not in (0, 1) or any(_OF_THE_MUTANT.search(line) for line in failed):
+        return "no verdict", f"status {code}: {failed}"
+    return ("killed" if code else "survived"), failed[0].split(" ")[1] if failed else ""
 
 
-class _RefusingFirst:
-    """Order for pytest: the tests that a guard falls to, by their names, before the others."""
+def watch(files: Sequence[str], guards: Sequence[Guard]) -> dict[Guard, set[str]]:
+    """For each guard, the tests in which its condition is other than it would be without the guard; "": all.
+
+    No other test can tell the guard from nothing.
+    """
+    fired: dict[Guard, set[str]] = {guard: set() for guard in guards}
+    for file in files:
+        with tempfile.NamedTemporaryFile("r") as log:
+            child = os.fork()
+            if not child:
+                plugin = _Watching(guards)
+                _child([file], plugin.install, plugin, log.name)
+            os.waitpid(child, 0)
+            lines = log.read().splitlines()
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        if failed:
+            raise SystemExit("These fail while every guard is there:\n" + "\n".join(failed))
+        (seen,) = (line for line in lines if line.startswith(_Watching.MARK))
+        for place, tests in json.loads(seen.removeprefix(_Watching.MARK)).items():
+            fired[guards[int(place)]].update(f"{file}::" if test == "" else test for test in tests)
+    return fired
+
+
+class _Chosen:
+    """For pytest: the chosen tests, those first whose names say that something is refused; none that draw examples."""
+
+    def __init__(self, only: set[str] | None = None) -> None:
+        self.only = only
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items[:] = [item for item in items if not getattr(item.obj, "is_hypothesis_test", False)]
+        items[:] = [item for item in items if self.only is None or item.nodeid in self.only]
         items.sort(key=lambda item: not _REFUSING.search(item.name))
 
 
-def _child(tests: Sequence[str], guard: Guard | None, log: str) -> None:
+class _Watching(_Chosen):
+    """For pytest: which conditions of guards are met in which tests."""
+
+    MARK = "guards that refuse: "
+
+    def __init__(self, guards: Sequence[Guard]) -> None:
+        super().__init__()
+        self.guards = guards
+        self.test = ""  # none: what runs while tests are collected
+        self.fired: dict[int, set[str]] = {}
+
+    def install(self) -> None:
+        builtins.__dict__[_WATCHED] = self.note
+        numbers = {guard: number for number, guard in enumerate(self.guards)}
+        for module in {guard.module for guard in self.guards}:
+            _change(module, watched(module, numbers, _WATCHED))
+
+    def note(self, number: int, value: Any) -> Any:
+        if bool(value) != self.guards[number].instead:
+            self.fired.setdefault(number, set()).add(self.test)
+        return value
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.test = nodeid
+
+    def pytest_unconfigure(self) -> None:
+        print(self.MARK + json.dumps({n: sorted(tests) for n, tests in self.fired.items()}))
+
+
+def _child(files: Sequence[str], change: Callable[[], None], plugin: _Chosen, log: str) -> NoReturn:
     output = os.open(log, os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, resource.RLIM_INFINITY))
     try:
-        if guard is not None:
-            _change(guard)
-    except BaseException as error:
-        print("ERROR", repr(error))
-        sys.stdout.flush()
-        os._exit(NOT_CHANGED)
-    try:
         import pytest
 
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not hypothesis", "--no-header"]
-        status = int(pytest.main([*options, "--rootdir", str(ROOT), *tests], plugins=[_RefusingFirst()]))
+        change()
+        options = ["-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception", "--no-header"]
+        if not isinstance(plugin, _Watching):
+            options.append("-x")
+        status = int(pytest.main([*options, "--rootdir", str(ROOT), *files], plugins=[plugin]))
     except BaseException as error:
         print("ERROR", repr(error))
         status = 9
@@ -234,43 +177,46 @@ def _child(tests: Sequence[str], guard: Guard | None, log: str) -> None:
     os._exit(status)
 
 
-def _change(guard: Guard) -> None:
-    """Give the functions of the guard's module, wherever they are referred to, the code without the guard."""
-    path = PASSES / f"{guard.module}.py"
-    waiting, codes = [compile(mutated(guard), str(path), "exec")], {}
+def _change(module: str, tree: ast.Module) -> None:
+    """Give the functions of a module, wherever they are referred to, the code of a changed syntax tree."""
+    waiting = [compile(tree, str(PASSES / f"{module}.py"), "exec")]
+    codes: dict[tuple[str, int], list[types.CodeType]] = {}
     while waiting:
         code = waiting.pop()
-        codes[code.co_qualname, code.co_firstlineno] = code
+        codes.setdefault((code.co_qualname, code.co_firstlineno), []).append(code)
         waiting += [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    for function in _FUNCTIONS[guard.module]:
+    for function in _FUNCTIONS[module]:
         # Lines are as they were: a name and a line are one function.
-        code = codes[function.__code__.co_qualname, function.__code__.co_firstlineno]
-        function.__code__ = code.replace(co_freevars=function.__code__.co_freevars)
+        (code,) = codes[function.__code__.co_qualname, function.__code__.co_firstlineno]
+        assert code.co_freevars == function.__code__.co_freevars, code
+        function.__code__ = code
 
 
-def examine(names: Sequence[str], kinds: set[str]) -> Iterator[tuple[Guard, str, str]]:
-    """Every guard with "killed", "survived" or "no verdict", and by which test."""
-    sound = _SOUND
-    for module in names:
-        wanted = [g for g in guards_of(module) if g.kind in kinds]
-        # One file after the other: most guards fall to the first.
-        for guard in wanted:
-            outcome, by = "survived", ""
-            for test in tests_of(module):
-                if test not in sound:
-                    sound[test] = not run_tests([test], None)[0]
-                if not sound[test]:
-                    outcome = "no verdict"
-                    continue
-                changed, by = run_tests([test], guard)
-                if changed:
-                    outcome = "killed"
-                    break
-            yield guard, outcome, by
+def examine(module: str, kinds: set[str]) -> dict[Guard, tuple[str, str]]:
+    """For each guard of a module "killed", "survived" or "no verdict", and by which test, or why not."""
+    left = [g for g in guards_of(module) if g.kind in kinds]
+    found = dict.fromkeys(left, ("survived", ""))
+    for files in tests_of(module):
+        fired = watch(files, left) if left else {}
+        found |= {guard: _verdict(guard, tests) for guard, tests in fired.items()}
+        left = [guard for guard in left if found[guard][0] == "survived"]
+    return found
+
+
+def _verdict(guard: Guard, fired: set[str]) -> tuple[str, str]:
+    if not fired:
+        return "survived", "it refuses in no test"
+    files = list(dict.fromkeys(test.partition("::")[0] for test in sorted(fired)))
+    outcome = "survived", ""
+    if not any(test.endswith("::") for test in fired):
+        outcome = run_tests(files, guard, fired)
+    # What a test keeps for those behind it, they fail by.
+    return run_tests(files, guard, None) if outcome[0] == "survived" else outcome
 
 
 _REFUSING = re.compile(r"refus|kept|keep|stay|left|leave|not_|only|other|stop")
-_SOUND: dict[str, bool] = {}  # test -> whether it passes as long as nothing is changed
+_OF_THE_MUTANT = re.compile(r"NameError|UnboundLocalError|SyntaxError")
+_WATCHED = "__watched__"
 _FUNCTIONS: dict[str, list[types.FunctionType]] = {}
 
 
@@ -279,6 +225,7 @@ def _prepare() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "tests"))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # Hypothesis' reads all sources in every process
     import conftest  # noqa: F401
     import pytest  # noqa: F401
     import torch
@@ -315,9 +262,8 @@ def main() -> int:
     _prepare()
     results: list[tuple[Guard, str, str]] = []
     for module in names:
-        of_module = []
-        for guard, outcome, by in examine([module], kinds):
-            of_module.append((guard, outcome, by))
+        of_module = [(guard, *found) for guard, found in examine(module, kinds).items()]
+        for guard, outcome, by in of_module:
             print(f"{outcome:10s} {guard.kind} {guard.name}   {by.rpartition('/')[2]}", flush=True)
         if of_module:
             _store(module, of_module)
