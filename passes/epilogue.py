@@ -3,7 +3,8 @@ have them.
 
     activation(add(add(product, bias), residual))
 
-Each step is taken only where the value before it is read by nobody else and keeps its shape and dtype.
+Each step is taken only where the value before it is read by nobody else and keeps its shape and dtype; one bias, then
+one residual, none of them scaled; and only where `kernel_fusion` has it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 All kernels, layouts and fusions of images then serve volumes as well. What it costs is a copy of x for every tap in
 depth, none for a depth of one. Channels lie (channel, tap), so that groups and the weight's order stay as they are.
 
-Refused for unbatched input, dtypes that are not floating point, and convolutions of each channel by itself: their taps
-would become channels that no other filter reads.
+Refused for unbatched input, dtypes that are not floating point, results without elements, and convolutions of each
+channel by itself: their taps would become channels that no other filter reads.
 """
 
 from __future__ import annotations

@@ -42,37 +42,36 @@ def fold_batch_norm(graph: fx.GraphModule, hw: Hardware) -> int:
         if product.target not in _PRODUCTS:
             keep(log, node, "it does not follow a product")
             continue
-        reason, folded = _fold(graph, product, node)
-        if folded is None:
-            keep(log, node, "%s", reason)
+        folded = _fold(graph, product, node)
+        if isinstance(folded, str):
+            keep(log, node, "%s", folded)
             continue
         _rewrite(graph, product, node, *folded)
         count += 1
     return rewrite.finish(graph, count)
 
 
-def _fold(
-    graph: fx.GraphModule, product: fx.Node, norm: fx.Node
-) -> tuple[str, tuple[torch.Tensor, torch.Tensor] | None]:
+def _fold(graph: fx.GraphModule, product: fx.Node, norm: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | str:
     """The new weight and bias, or why there are none."""
     p = rewrite.arguments(product)
     if rewrite.sole_user(product) is not norm:
-        return f"{product} is read by {len(product.users)} nodes", None
-    scale, shift, reason = batch_norm_factors(graph, norm)
-    if scale is None or shift is None:
-        return reason, None
+        return f"{product} is read by {len(product.users)} nodes"
+    factors = batch_norm_factors(graph, norm)
+    if isinstance(factors, str):
+        return factors
+    scale, shift = factors
     weight, bias = rewrite.constant(graph, p["weight"]), rewrite.constant(graph, p["bias"])
     if weight is None or (bias is None and p["bias"] is not None):
-        return "the weights it follows are not constants", None
+        return "the weights it follows are not constants"
     if len(rewrite.shape_of(product)) != (2 if product.target is aten.linear.default else weight.dim()):
         # An unbatched image, and a linear over sequences, have their channels elsewhere than in dim 1.
-        return f"the channels of {product} are not its dim 1", None
+        return f"the channels of {product} are not its dim 1"
     groups = p["groups"] if product.target in _TRANSPOSED else None
     new_weight = _scaled(weight.double(), scale, groups).to(weight.dtype)
     new_bias = (shift if bias is None else shift + bias.double() * scale).to(weight.dtype)
     if not (new_weight.isfinite().all() and new_bias.isfinite().all()):
-        return "the folded weights are not finite", None
-    return "", (new_weight, new_bias)
+        return "the folded weights are not finite"
+    return new_weight, new_bias
 
 
 def _scaled(weight: torch.Tensor, scale: torch.Tensor, transposed_groups: int | None) -> torch.Tensor:

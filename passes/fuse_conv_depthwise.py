@@ -8,9 +8,9 @@ and the image never leaves its caches.
 
 Refused when the image in between has another reader or a residual; for other layouts and dtypes than NHWC in float32;
 when a weight is computed; when the first convolution is grouped, or is neither 1 x 1 nor one of few channels (kernels
-for such choose their own order); where the image in between and the result stay in the cores' L2 anyway; and where the
-predicted time does not fall. The permute is taken up only in front of
-a window of few channels, which reads single values of its input, in any order.
+for such choose their own order); where the image in between and the result stay in the cores' L2 anyway; where the
+predicted time does not fall; and for images that are empty, or have more elements than 32 bits count. The permute is
+taken up only in front of a window of few channels, which reads single values of its input, in any order.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _refuse(first: fx.Node, second: fx.Node, a: dict[str, Any], b: dict[str, Any
     constants = [t for t in (a["weight"], a["bias"], b["weight"], b["bias"]) if t is not None]
     if any(t.op != "get_attr" for t in constants):
         return "a weight is computed"
-    if not rewrite.is_float(*tensors, *constants) or second.meta["val"].dtype != torch.float32:
+    if second.meta["val"].dtype != torch.float32:  # and so are the operands: torch convolves no two dtypes
         return "not in float32"
     if any(not 0 < prod(rewrite.shape_of(t)) < 2**31 for t in tensors):
         return "an image is empty, or has more elements than a 32-bit index counts"

@@ -69,7 +69,7 @@ def _rewrite(graph: fx.GraphModule, node: fx.Node) -> bool:
     a = rewrite.arguments(node)
     operands = [a[name] for name in ("q", "k", "v")]
     shapes = [rewrite.shape_of(operand) for operand in operands]
-    if any(len(shape) != 4 or not math.prod(shape) for shape in shapes):
+    if any(not math.prod(shape) for shape in shapes):
         keep(log, node, "no heads with elements in operands of shapes %s", shapes)
         return False
     if rewrite.packed(node.meta["val"]).dtype != torch.float32:

@@ -4,7 +4,8 @@ move       reshape, view, permute, transpose, slice, expand, cat, max pooling: r
            element, so both orders give the same bits
            cat([x, y]) rounds x and y by the scale of the whole
 
-Refused: moves that somebody else reads in float32 (they would be computed twice), operands that are not float32.
+Refused: moves that somebody else reads in float32 or by another scale (they would be computed twice), operands that are
+not float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, dialect_int8, rewrite
 from .refusals import keep
-from .rewrite import calls, value_of
+from .rewrite import calls
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -70,10 +71,10 @@ def _hoist(graph: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
     how = node.args[1:]
     if not operands:
         return []
-    if any(not calls(user, dialect_int8.quantize) or user.args[1:] != how for user in move.users):
+    if any((user.target, user.args[1:]) != (dialect_int8.quantize, how) for user in move.users):
         keep(log, move, "others read it in float32, or rounded by another scale")
         return []
-    if any((value := value_of(n)) is None or value.dtype != torch.float32 for n in operands):
+    if any(n.meta["val"].dtype != torch.float32 for n in operands):
         keep(log, move, "it moves something else than float32")
         return []
     rounded = {n: rewrite.call(graph, dialect_int8.quantize, (n, *how), before=move, source=node) for n in operands}

@@ -16,8 +16,9 @@ The rows of an embedding are stored in 8 bits too, with a scale a row: no faster
 
 Refused: a machine without dot products of bytes (pairs of 16 bits take as many instructions as float32; where products
 of bytes and sums of pairs have a pipe each, Hardware.byte_rate, they serve all but depthwise convolutions), groups that
-are not depthwise, NCHW, weights that are computed or not finite, sums of more terms than 32 bits hold, values that
-calibration found no scale for, operators that are no products, and what gains nothing.
+are not depthwise, NCHW, weights that are computed or not finite, biases that are computed, biases and residuals that
+broadcast, sums of more terms than 32 bits hold, values that calibration found no scale for, operators that are no
+products, and what gains nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ..hwdb import Hardware
 from ..hwdb.cost import Work, predict_seconds
 from . import dialect, dialect_int8
 from .precision_forms import PRODUCTS, WINOGRAD_CHANNELS, Times
-from .rewrite import arguments, constant, shape_of, value_of
+from .rewrite import arguments, constant, other_than, shape_of
 from .skip_zero_blocks import skipping_seconds
 
 GAIN = 0.9  # of the float32 time: less is not worth the rounding
@@ -128,11 +129,9 @@ def _refusal(graph: fx.GraphModule, node: fx.Node) -> str | None:
     weight = constant(graph, given["weight"])
     if weight is None:
         return "its weights are computed"
-    for operand in (node, *node.all_input_nodes):
-        value = value_of(operand)
-        if value is None or value.dtype != torch.float32:
-            return f"{operand.name} is not float32"
-    if not prod(shape_of(node)) or not shape_of(given["input"]):
+    if (operand := other_than(torch.float32, node, *node.all_input_nodes)) is not None:
+        return f"{operand.name} is not float32"
+    if not prod(shape_of(node)):
         return "the result has no elements"
     if not bool(weight.isfinite().all()):
         return f"the weights {given['weight'].target} hold infinities or NaN"

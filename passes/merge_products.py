@@ -9,9 +9,9 @@ elementwise operators or a concat read them, which read a slice where it lies; a
 of its own for an activation or an addition that a product alone would have done as it stores. The products whose
 saving is the largest are merged, the others stay.
 
-Refused: weights that are computed, or that anybody else reads (they would be stored twice), grouped convolutions,
-mixed dtypes; products that wait for weights from memory, which merging does not shorten (a decoder's step: 1.005 of the
-time before).
+Refused: weights that are computed, or that anybody else reads (they would be stored twice), grouped convolutions, mixed
+dtypes, vectors of weights, results without elements; products that wait for weights from memory, which merging does not
+shorten (a decoder's step: 1.005 of the time before).
 """
 
 from __future__ import annotations

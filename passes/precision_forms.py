@@ -34,7 +34,7 @@ from ..hwdb.cost import Work, memory_bandwidth_gbs, predict_seconds
 from . import dialect
 from .dialect_joined import joined_rows
 from .mixed_half import BLOCK
-from .rewrite import Operator, arguments, constant, shape_of, value_of
+from .rewrite import Operator, arguments, constant, other_than, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -241,11 +241,9 @@ def _on_matrix_units(node: fx.Node, hw: Hardware, asked: Collection[str], times:
 def _refusal(graph: fx.GraphModule, node: fx.Node, hw: Hardware) -> str | None:
     if weight_of(graph, node) is None:
         return _COMPUTED_REASON
-    for operand in (node, *node.all_input_nodes):
-        value = value_of(operand)
-        if value is None or value.dtype != torch.float32:
-            return f"{operand.name} is not float32"
-    if not prod(shape_of(node)) or not shape_of(node.all_input_nodes[0]):
+    if (operand := other_than(torch.float32, node, *node.all_input_nodes)) is not None:
+        return f"{operand.name} is not float32"
+    if not prod(shape_of(node)):
         return "the result has no elements"
     given = arguments(node)
     if node.target is dialect.conv2d:

@@ -5,10 +5,10 @@
 With fewer channels than a vector has lanes the kernel reads single values of its image and runs over output channels,
 so that it may find them anywhere; the permuted copy of the largest image of a network is never made.
 
-Kept: permutes that somebody else reads as well, images of more channels, grouped convolutions, computed weights, and
-windows wider than MOST_TAPS. Reading planes costs a wide window more than the permute: of 224 x 224 x 3, a 3 x 3 or
-4 x 4 convolution takes 0 to 5 us longer (of 109 to 184) and saves a permute of 66; 7 x 7 x 64 takes 135 us longer (of
-1394).
+Kept: permutes that somebody else reads as well, images of more channels or in another dtype than float32, convolutions
+that are grouped or not in NHWC, computed weights, and windows wider than MOST_TAPS. Reading planes costs a wide window
+more than the permute: of 224 x 224 x 3, a 3 x 3 or 4 x 4 convolution takes 0 to 5 us longer (of 109 to 184) and saves a
+permute of 66; 7 x 7 x 64 takes 135 us longer (of 1394).
 """
 
 from __future__ import annotations

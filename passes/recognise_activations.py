@@ -182,7 +182,7 @@ def _clamps(node: fx.Node) -> Spelling | None:
         return None
     a, b = rewrite.arguments(inner), rewrite.arguments(node)
     low, high = a["min"], b["max"]
-    if a["max"] is not None or b["min"] is not None or not _number(low) or not _number(high) or not low <= high:
+    if a["max"] is not None or b["min"] is not None or not low <= high:
         keep(log, node, "%s and it do not make one range", inner)
         return None
     if not rewrite.is_float(inner, node, a["self"]):

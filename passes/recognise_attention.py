@@ -9,9 +9,9 @@ stand before or behind the product, on q, on k, or behind a mask. Several masks 
 fill of -inf or the least number, beside which any score below 1e30 vanishes. Otherwise numbers are those of the
 operators in their order up to rounding, in rows that a mask hides as well: see `fill` of the dialect's attention.
 
-Refused where anybody else reads the weights or a value in between, where the dtype changes on the way, for several
-masks of which one hides with another number, for masks whose leading dims are not batch and heads, for operands whose
-shapes do not make heads, and after 32 steps between product and softmax.
+Refused for a softmax over another dim than the last; where anybody else reads the weights or a value in between, where
+the dtype changes on the way, for several masks of which one hides with another number, for masks whose leading dims are
+not batch and heads, for operands whose shapes do not make heads, and after 32 steps between product and softmax.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def recognise_attention(graph: fx.GraphModule, hw: Hardware) -> int:
 def _rewrite(graph: fx.GraphModule, softmax: fx.Node) -> str:
     """Rewrite the attention around a softmax, or say why not."""
     a = rewrite.arguments(softmax)
-    if not rewrite.is_float(softmax, a["self"]) or len(rewrite.shape_of(softmax)) < 2:
-        return "not a matrix of floating point in one dtype"
+    if len(rewrite.shape_of(softmax)) < 2:
+        return "not a matrix"
     if a["dim"] % len(rewrite.shape_of(softmax)) != len(rewrite.shape_of(softmax)) - 1:
         return "not along the last dim"
     product = _weighted(softmax)
@@ -108,14 +108,15 @@ def _weighted(softmax: fx.Node) -> fx.Node | str:
     if user.target not in _PRODUCTS - {aten.baddbmm.default} or user.args[0] is not weights:
         return f"its weights are read by {user}, which is no product with values"
     values = user.args[1]
-    if not isinstance(values, fx.Node) or rewrite.shape_of(values)[:-2] != moved.shape[:-2]:
+    assert isinstance(values, fx.Node)
+    if rewrite.shape_of(values)[:-2] != moved.shape[:-2]:
         return "the values are not as many matrices as the weights"
     return user
 
 
-def _scores(node: object, depth: int = 0) -> _Scores | str:
+def _scores(node: fx.Node, depth: int = 0) -> _Scores | str:
     """Read scores upwards from the softmax, as far as the product."""
-    if not isinstance(node, fx.Node) or not isinstance(node.target, rewrite.Operator):
+    if not isinstance(node.target, rewrite.Operator):
         return "the scores are no product"
     if len(node.users) != 1:
         return f"{node}, a value in between, is read by {len(node.users)} nodes"
@@ -139,7 +140,7 @@ def _product(node: fx.Node) -> _Scores | str:
     names = ("batch1", "batch2") if node.target is aten.baddbmm.default else ("self", "mat2")
     left, right = a[names[0]], a[names[1]] if names[1] in a else a["other"]
     shapes = rewrite.shape_of(left), rewrite.shape_of(right)
-    if min(len(shape) for shape in shapes) < 2 or shapes[0][:-2] != shapes[1][:-2]:
+    if shapes[0][:-2] != shapes[1][:-2]:
         return f"a product of shapes {shapes[0]} and {shapes[1]}"
     if node.target is not aten.baddbmm.default:
         return _Scores(left, right)
@@ -151,9 +152,10 @@ def _scaled(node: fx.Node, depth: int) -> _Scores | str:
     factor, scores = one_number(node.args[1]), node.args[0]
     if factor is None and node.target is aten.mul.Tensor:
         factor, scores = one_number(node.args[0]), node.args[1]
-    if factor is None or not factor or not math.isfinite(factor):
+    if not factor or not math.isfinite(factor):
         return f"{node} is not scaled by a number"
     factor = 1 / factor if node.target is aten.div.Tensor else factor
+    assert isinstance(scores, fx.Node)
     found = _scores(scores, depth + 1)
     if isinstance(found, str):
         return found
@@ -193,9 +195,11 @@ def _hidden(node: fx.Node, depth: int) -> _Scores | str:
         seen, kept, hides = kept, seen, True
     if fill is None and not hides:
         kept, fill, hides = other, one_number(kept), True
-    if fill is None or math.isnan(fill) or not isinstance(seen, fx.Node):
+    if fill is None or math.isnan(fill):
         return f"{node} does not put one number in the place of scores"
-    if not isinstance(kept, fx.Node) or rewrite.shape_of(kept) != rewrite.shape_of(node):
+    assert isinstance(seen, fx.Node)
+    assert isinstance(kept, fx.Node)
+    if rewrite.shape_of(kept) != rewrite.shape_of(node):
         return f"{node} broadcasts the scores"
     found = _scores(kept, depth + 1)
     if isinstance(found, str):
@@ -214,7 +218,8 @@ def _moved(node: fx.Node, depth: int) -> _Scores | str:
         return found if old[-2:] == new[-2:] else f"{node} reshapes queries and keys"
     rank = len(old)
     swapped = identity(old).permute([*range(rank - 2), rank - 1, rank - 2])
-    if found.masks or swapped is None or moved != swapped.reshape(new) or new[-2:] != old[:-3:-1]:
+    assert swapped is not None
+    if found.masks or moved != swapped.reshape(new) or new[-2:] != old[:-3:-1]:
         return f"{node} moves more than queries and keys, or a mask with them"
     return replace(found, transposed=not found.transposed)
 

@@ -140,7 +140,7 @@ def _mean(node: object) -> tuple[fx.Node, tuple[int, ...], list[fx.Node]] | None
     if not rewrite.calls(node, aten.mean.dim):
         return None
     a = rewrite.arguments(node)
-    if not a["keepdim"] or not a["dim"] or not rewrite.is_float(node, a["self"]):
+    if not a["keepdim"] or not a["dim"]:
         return None
     rank = len(rewrite.shape_of(node))
     return a["self"], tuple(sorted(d % rank for d in a["dim"])), [node]
@@ -158,7 +158,7 @@ def _variance_of(node: object) -> tuple[fx.Node, tuple[int, ...]] | None:
     if not rewrite.calls(node, aten.var.correction, aten.var_mean.correction):
         return None
     a = rewrite.arguments(node)
-    if not rewrite.is_float(a["self"]) or not a["keepdim"] or not a["dim"]:
+    if not a["keepdim"] or not a["dim"]:
         return None
     if a["correction"] != 0:
         keep(log, node, "the variance of a sample: its correction is %s", a["correction"])
@@ -262,10 +262,10 @@ def _group(graph: fx.GraphModule, norm: fx.Node) -> bool:
         return False
     shape = rewrite.shape_of(x)
     rows = math.prod(rewrite.shape_of(inside)[: -len(a["normalized_shape"])])
-    if len(shape) < 3 or rewrite.shape_of(behind) != shape or rows % shape[0]:
+    if len(shape) < 3 or rewrite.shape_of(behind) != shape or not rows or rows % shape[0]:
         return False
     groups = rows // shape[0]
-    if not groups or shape[1] % groups:
+    if shape[1] % groups:
         keep(log, norm, "%d rows of an image of shape %s are no groups of channels", rows, shape)
         return False
     channels = [shape[1], *[1] * (len(shape) - 2)]

@@ -47,6 +47,15 @@ def is_float(*nodes: object) -> bool:
     return first is not None and first.dtype in FLOATS and all(v is not None and v.dtype == first.dtype for v in values)
 
 
+def other_than(dtype: torch.dtype, *nodes: fx.Node) -> fx.Node | None:
+    """The first of the nodes that is no tensor of `dtype` and known shape."""
+    for node in nodes:
+        value = value_of(node)
+        if value is None or value.dtype != dtype:
+            return node
+    return None
+
+
 def sole_user(node: fx.Node) -> fx.Node | None:
     """The one node that reads this one; None where there are several, or where that is the output."""
     if len(node.users) != 1:

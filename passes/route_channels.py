@@ -11,7 +11,8 @@ order where all who read it are products with constant weights.
 
 Results are sums of the same terms in another order. More than MOST_PIECES pieces are put side by side first, in one
 copy whatever they came through. Refused: weights that are computed, readers of a list of channels that want it as it
-is, other dtypes than float32.
+is (windows, sums and products with it among them), depthwise convolutions that add a residual or a computed bias, other
+dtypes than float32.
 """
 
 from __future__ import annotations
@@ -77,10 +78,10 @@ def _computing(node: fx.Node) -> list[fx.Node]:
 
 def _refused(graph: fx.GraphModule, reader: fx.Node, value: fx.Node) -> str | None:
     """Why the reader cannot take the channels of `value` in another order."""
-    if not rewrite.calls(reader, dialect.conv2d, dialect.linear) or reader.args[0] is not value:
+    if not rewrite.calls(reader, dialect.conv2d, dialect.linear):
         return f"{reader.name} reads it as it is"
-    if value in reader.args[1:]:
-        return f"{reader.name} adds it as well"
+    if _reads_elsewhere(reader, value):
+        return f"{reader.name} reads it as more than its input"
     if rewrite.constant(graph, reader.args[1]) is None:
         return f"the weight of {reader.name} is computed"
     if rewrite.calls(reader, dialect.linear) or _is_pointwise(reader):
@@ -93,11 +94,16 @@ def _refused(graph: fx.GraphModule, reader: fx.Node, value: fx.Node) -> str | No
     if a["bias"] is not None and rewrite.constant(graph, a["bias"]) is None:
         return f"the bias of {reader.name} is computed"
     for user in reader.users:
-        if not (rewrite.calls(user, dialect.conv2d) and _is_pointwise(user) and user.args[0] is reader):
+        if not (rewrite.calls(user, dialect.conv2d) and _is_pointwise(user)):
             return f"what {reader.name} computes is read by {user.name} as it is"
-        if reader in user.args[1:] or rewrite.constant(graph, user.args[1]) is None:
-            return f"{user.name} adds it as well, or its weight is computed"
+        if _reads_elsewhere(user, reader) or rewrite.constant(graph, user.args[1]) is None:
+            return f"{user.name} reads it as more than its input, or its weight is computed"
     return None
+
+
+def _reads_elsewhere(product: fx.Node, value: fx.Node) -> bool:
+    """Whether the product adds the value, or multiplies by it."""
+    return any(operand is value for name, operand in rewrite.arguments(product).items() if name != "input")
 
 
 def _is_pointwise(node: fx.Node) -> bool:

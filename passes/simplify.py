@@ -97,7 +97,8 @@ def _refusal(node: fx.Node, new: fx.Node) -> str:
     """Why the readers of `node` may not read `new`; empty where they may."""
     old_value, value = rewrite.value_of(node), rewrite.value_of(new)
     assert old_value is not None
-    if value is None or (old_value.shape, old_value.dtype) != (value.shape, value.dtype):
+    assert value is not None
+    if (old_value.shape, old_value.dtype) != (value.shape, value.dtype):
         return "the dtype or shape would change"
     if any(user.target in memory.READS_STRIDES for user in node.users) and old_value.stride() != value.stride():
         return "a reader looks at its strides"

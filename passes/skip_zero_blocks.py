@@ -6,8 +6,9 @@ W is looked at, not asked about: any model with zeros has them skipped, whoever 
 whole number of vectors) times 16, 4 or 1 inputs, whichever is predicted to cost least (zero_blocks.py). A few thousand
 weights of each product are sampled first, so that a dense model takes microseconds a product.
 
-Refused: zeros in other places, N:M patterns among them; inputs that no block divides; fewer outputs than a block has;
-weights that are computed or not float32; products that take nearly as long by blocks (GAIN).
+Refused: zeros in other places, N:M patterns among them; fewer outputs than a block has; weights that are computed or
+not float32; biases and residuals that broadcast; windows, strides, padding and groups of convolutions, and NCHW;
+vectors and nothing; products that take nearly as long by blocks (GAIN).
 """
 
 from __future__ import annotations
@@ -72,10 +73,8 @@ def skipping_seconds(graph: fx.GraphModule, node: fx.Node, hw: Hardware, streame
 
 def _refused(node: fx.Node, a: dict[str, object], hw: Hardware) -> str | None:
     weight, bias, residual = a["weight"], a["bias"], a.get("residual")
-    for operand in (node, *node.all_input_nodes):
-        value = rewrite.value_of(operand)
-        if value is None or value.dtype != torch.float32:
-            return f"{operand.name} is not float32, and the kernel is"
+    if (operand := rewrite.other_than(torch.float32, node, *node.all_input_nodes)) is not None:
+        return f"{operand.name} is not float32, and the kernel is"
     assert isinstance(weight, fx.Node)
     shape = rewrite.shape_of(weight)
     if node.target is dialect.conv2d and (reason := _not_pointwise(a, shape)) is not None:
@@ -101,15 +100,11 @@ def _not_pointwise(a: dict[str, object], shape: tuple[int, ...]) -> str | None:
 
 def _paying(node: fx.Node, weight: torch.Tensor, hw: Hardware, streamed: int) -> tuple[Blocks, float] | str:
     """The blocks to skip zeros by and the seconds predicted, or why none pays."""
-    if (pattern := neighbours(weight)) is not None:
-        found = best_blocks(weight, hw, 1)
-        if found is None or found[0].density > GAIN:
-            return f"in a {pattern} pattern: no vector instruction of a CPU leaves out single weights"
+    pattern = neighbours(weight)
+    if pattern is not None and best_blocks(weight, hw, 1)[0].density > GAIN:
+        return f"in a {pattern} pattern: no vector instruction of a CPU leaves out single weights"
     times = Times(node, hw, streamed)
-    found = best_blocks(weight, hw, times.rows)
-    if found is None:
-        return f"blocks of no size divide its {weight.shape[1]} inputs"
-    blocks, cost = found
+    blocks, cost = best_blocks(weight, hw, times.rows)
     dense, sparse = times.seconds(), times.seconds(item_bytes=4 * blocks.density, rate=1 / max(cost, 1e-9))
     share = sparse / dense if dense else 1.0
     if share > GAIN:

@@ -5,8 +5,8 @@
 which is the form PyTorch computes in. Pointwise operations fuse with their neighbours and go along into any layout.
 The factors are computed in float64 and rounded once.
 
-Refused when statistics are those of the batch (training) or no constants, for dtypes that are not floating point or
-change, and when a factor would not be finite.
+Refused when statistics are those of the batch (training), when they or the factors are no constants, and when a factor
+would not be finite.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def split_batch_norm(graph: fx.GraphModule, hw: Hardware) -> int:
     for node in list(graph.graph.nodes):
         if not rewrite.calls(node, aten.batch_norm.default):
             continue
-        scale, shift, reason = batch_norm_factors(graph, node)
-        if scale is None or shift is None:
-            keep(log, node, "%s", reason)
+        found = batch_norm_factors(graph, node)
+        if isinstance(found, str):
+            keep(log, node, "%s", found)
             continue
         source = node.args[0]
         assert isinstance(source, fx.Node)
         value = node.meta["val"]
         shape = (-1, *[1] * (value.dim() - 2))
         stem = f"{node.name}_split"
-        factors = [t.to(value.dtype).reshape(shape) for t in (scale, shift)]
+        factors = [t.to(value.dtype).reshape(shape) for t in found]
         if not all(f.isfinite().all() for f in factors):
             keep(log, node, "its factors are not finite")
             continue
@@ -53,19 +53,17 @@ def split_batch_norm(graph: fx.GraphModule, hw: Hardware) -> int:
     return rewrite.finish(graph, count)
 
 
-def batch_norm_factors(graph: fx.GraphModule, norm: fx.Node) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
-    """The float64 factors s and t such that batch_norm(x) is x * s + t a channel, or None and why there are none."""
+def batch_norm_factors(graph: fx.GraphModule, norm: fx.Node) -> tuple[torch.Tensor, torch.Tensor] | str:
+    """The float64 factors s and t such that batch_norm(x) is x * s + t a channel, or why there are none."""
     a = rewrite.arguments(norm)
     if a["training"]:
-        return None, None, "it is in training mode"
-    if not rewrite.is_float(norm, a["input"]):
-        return None, None, "its result has another dtype than its input"
+        return "it is in training mode"
     tensors: dict[str, torch.Tensor] = {}
     for name in ("running_mean", "running_var", "weight", "bias"):
         tensor = rewrite.constant(graph, a[name])
         if tensor is not None:
             tensors[name] = tensor.double()
-        elif a[name] is not None or name.startswith("running"):
-            return None, None, "its statistics are not constants"
+        elif a[name] is not None:
+            return "its statistics are not constants"
     scale = torch.rsqrt(tensors["running_var"] + a["eps"]) * tensors.get("weight", 1.0)
-    return scale, tensors.get("bias", 0.0) - tensors["running_mean"] * scale, ""
+    return scale, tensors.get("bias", 0.0) - tensors["running_mean"] * scale

@@ -96,15 +96,13 @@ def cost(hw: Hardware, rows: int, blocks: Blocks) -> float:
     return blocks.density * (1.0 + BLOCK_CYCLES / (blocks.depth * step))
 
 
-def best_blocks(weight: torch.Tensor, hw: Hardware, rows: int) -> tuple[Blocks, float] | None:
-    """The blocks of weight[N, K] that cost the least, and that cost; None where no block divides K.
+def best_blocks(weight: torch.Tensor, hw: Hardware, rows: int) -> tuple[Blocks, float]:
+    """The blocks of weight[N, K] that cost the least, and that cost; those of one input divide any K.
 
     Looks at some rows of blocks first, and at all of them for the shape that promises most.
     """
     columns = columns_of(hw)
     depths = [depth for depth in DEPTHS if weight.shape[1] % depth == 0]
-    if not depths:
-        return None
     some = _spread(weight, columns)
     tried = [(cost(hw, rows, blocks_of(some, columns, depth)), depth) for depth in depths]
     best, depth = min(tried)

@@ -7,8 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rewriting import trace_core
 from torch import fx, nn
 
 from graphwright.compiler import pipeline
@@ -18,6 +20,7 @@ from graphwright.compiler.reference import relative_l2, run_eager, run_float64
 from graphwright.hwdb import Hardware, lookup
 from graphwright.passes import dialect, mixed
 from graphwright.passes.assign_precision import Choice, assign_precision, plan_precisions
+from graphwright.passes.precision_forms import ASKED, PRODUCTS, forms
 
 DOTS, PLAIN = "znver4", "x86-64-v3"
 
@@ -120,6 +123,70 @@ def test_refusals_say_why() -> None:
     assert "computed" in reason(Product(), torch.randn(4, 5), torch.randn(5, 6))
     assert "stay in its cache" in reason(nn.Linear(64, 8), row, machine="zen3")
     assert "uses each weight for many pixels" in reason(nn.Conv2d(64, 64, 1), image, machine="zen3")
+
+
+def by_hand(body, *inputs: torch.Tensor, machine: str = DOTS, hw: Hardware | None = None) -> str:
+    """Why the one product of a graph is float32, the graph being as it was written."""
+    hw = hw or lookup(machine)
+    graph = trace_core(body, inputs, pre_dispatch=True)
+    (node,) = [n for n in graph.graph.nodes if n.target in PRODUCTS]
+    (choice,) = [c for c in choose_precisions(graph, hw, "bf16") if c.node == node.name]
+    assert choice.dtype == "float32"
+    return choice.reason
+
+
+MATRIX, COLUMN, KERNEL = torch.randn(64, 32), torch.randn(64), torch.randn(64, 32, 1, 1)
+
+
+def test_products_that_no_narrow_kernel_takes() -> None:
+    x = torch.randn(16, 32)
+
+    def linear(x, b=None, r=None):
+        return dialect.linear(x, MATRIX, b, r, "none", [])
+
+    def conv(x, b=None, layout="NCHW"):
+        return dialect.conv2d(x, KERNEL, b, None, [1, 1], [0] * 4, [1, 1], 1, "none", [], layout)
+
+    assert "no elements" in by_hand(linear, x[:0])
+    assert "the bias has shape (1,)" in by_hand(lambda x: linear(x, COLUMN[:1]), x)
+    assert "the residual has shape (64,)" in by_hand(lambda x, r: linear(x, None, r), x, COLUMN)
+    image = torch.randn(1, 32, 8, 8)
+    assert "the layout is NCHW" in by_hand(conv, image)
+    assert "not one value a column" in by_hand(lambda x: conv(x, COLUMN[:1]), image, machine="a100")
+    narrow = MATRIX[:8]
+    assert "16 rows and 8 columns is too narrow" in by_hand(lambda x: F.linear(x, narrow), x, machine="a100")
+    odd = torch.randn(64, 33)
+    assert "3 rows and 64 columns is too narrow" in by_hand(
+        lambda x: F.linear(x, odd), x.new_ones(3, 33), machine="a100"
+    )
+    few = trace_core(linear, [x[:3]], pre_dispatch=True)
+    (node,) = [n for n in few.graph.nodes if n.target in PRODUCTS]
+    found, reason = forms(few, node, lookup("a100"), ASKED["bf16"], 1 << 40)
+    assert "bfloat16 weights" in found
+    assert reason == "3 rows are too few for matrix units"
+    assert "no kernel uses the matrix units of" in by_hand(linear, x, machine="gfx1100")
+    unknown = dataclasses.replace(starved(), clock_mhz=None)
+    large = torch.randn(256, 256)
+    assert "bandwidth is not known" in by_hand(lambda x: F.linear(x, large), torch.randn(4, 256), hw=unknown)
+
+
+def test_few_columns_are_not_summed_in_float16() -> None:
+    x, narrow = torch.randn(64, 512), torch.randn(8, 512)
+    graph = trace_core(lambda x: F.linear(x, narrow), [x], pre_dispatch=True)
+    (choice,) = choose_precisions(graph, lookup("raspberry-pi-5"), "fp16")
+    assert (choice.dtype, choice.reason) == (
+        "float32",
+        "a product of 8 columns is too narrow for rounding its input first",
+    )
+
+
+def test_operators_of_the_dialect_stay_float32() -> None:
+    def pool(x):
+        return dialect.max_pool2d(x, [2, 2], [2, 2], [0] * 4, [1, 1], False, "NCHW")
+
+    graph = trace_core(pool, [torch.randn(2, 3, 8, 8)], pre_dispatch=True)
+    (choice,) = choose_precisions(graph, lookup(DOTS), "bf16")
+    assert "no kernel of this fused operator" in choice.reason
 
 
 def test_winograd_keeps_a_convolution_only_where_its_tiles_fill_the_image() -> None:

@@ -20,6 +20,7 @@ aten = torch.ops.aten
 # Bias and padding enter the sum at another place: a rounding or two of sums of up to 72 terms.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 X, W, B = torch.randn(2, 4, 6, 7), torch.randn(8, 4, 3, 3), torch.randn(8)
+COLUMN = torch.randn(8, 1, 1)
 PLAIN = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
 
 
@@ -145,6 +146,14 @@ def test_families_that_are_left_out(family, model, caplog):
         assert "kernel_fusion leaves activations out" in caplog.text
 
 
+@pytest.mark.parametrize("families", [[], ["conv+bias"]])
+def test_a_bias_that_is_left_out(families):
+    graph = trace(lambda x, w: F.conv2d(x, w, padding=1) + COLUMN, [X, W])
+    restrict(graph, families)
+    fuse_conv_activation(graph, HW)
+    assert any(n.target is aten.add.Tensor for n in graph.graph.nodes) == (not families)
+
+
 REFUSED = [
     (lambda c, y: [c, torch.relu(c)], "read by 2 nodes"),
     (lambda c, y: torch.add(c, y, alpha=2), "scales what it adds"),
@@ -174,6 +183,26 @@ def test_what_is_not_taken_up(behind, reason, caplog):
     assert node.args[8] == "none"
     assert_same_numbers(before, graph, [X, W, y], **CLOSE)
     assert fuse_conv_activation(graph, HW) == 0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x, w, y: F.conv2d(x, w, B, padding=1) + COLUMN,
+        lambda x, w, y: F.conv2d(x, w, padding=1) + y + COLUMN,
+        lambda x, w, y: F.conv2d(x, w, padding=1) + y + y.sin(),
+    ],
+    ids=["two biases", "a bias behind a residual", "two residuals"],
+)
+def test_a_second_addition_stays(model, caplog):
+    inputs = [X, W, torch.randn(2, 8, 6, 7)]
+    graph = trace_core(model, inputs)
+    before = copy_graph(graph)
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert fuse_conv_activation(graph, HW) == 1
+    assert "no free bias or residual" in caplog.text
+    assert [n.target for n in graph.graph.nodes].count(aten.add.Tensor) == 1
+    assert_same_numbers(before, graph, inputs, **CLOSE)
 
 
 def test_nothing_follows_an_activation():

@@ -19,6 +19,7 @@ from graphwright.passes.fuse_head_moves import fuse_head_moves
 from graphwright.passes.fuse_reshape_transpose import fuse_reshape_transpose
 from graphwright.passes.remove_dead import remove_dead
 
+aten = torch.ops.aten
 B, S, H, D = 2, 5, 3, 4
 ROWS = [torch.randn(B, S, H * D) for _ in range(3)]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # torch has another attention kernel for strided operands
@@ -154,6 +155,31 @@ def test_what_is_kept(model, inputs, reason, caplog):
         assert fuse_head_moves(graph, HW) == 0
     assert reason in caplog.text
     assert text_of(graph) == text
+
+
+ROLLS = [torch.arange(B * S).roll(n) for n in (1, 1, 2)]
+BACKWARD = torch.arange(B * S * H).flip(0)
+
+
+def gathered(x, table):
+    return x.view(len(table), -1).index_select(0, table).view(B, S, H * D)
+
+
+@pytest.mark.parametrize(
+    ("tables", "reason"),
+    [(ROLLS, "gathered by several tables"), ([BACKWARD] * 3, "the gathers of its operands cut heads")],
+)
+def test_gathers_that_stay(tables, reason, caplog):
+    """The heads are read where they lie in the gathered rows."""
+
+    def model(*operands):
+        return sdpa(*[heads(gathered(x, table)) for x, table in zip(operands, tables, strict=True)])
+
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        graph = rewritten(model, ROWS)
+    assert reason in caplog.text
+    assert operators(graph).count(aten.index_select.default) == 3
+    assert places(graph)[:3] == [[0, S * H * D, D, H * D]] * 3
 
 
 def test_a_result_that_no_strides_reach_keeps_its_move(caplog):

@@ -95,7 +95,10 @@ def test_pools_pad():
     [
         lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2),
         lambda x: F.avg_pool2d(F.pad(x, (1, 0, 1, 1)), 3, 2),
+        lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 0)), 3, 2),
+        lambda x: F.avg_pool2d(F.pad(x, (-1, -1, -1, -1)), 3, 2),
         lambda x: F.avg_pool2d(F.pad(x, (2, 2, 1, 1)), 3, 2),
+        lambda x: F.avg_pool2d(F.pad(x, (1, 1, 2, 2)), 3, 2),
         lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2, ceil_mode=True),
         lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2, count_include_pad=False),
         lambda x: F.avg_pool2d(F.pad(x, (0, 0, 0, 0, 1, 1)), 3, 2),
@@ -138,6 +141,8 @@ def read_twice(x, w):
         lambda x, w: F.conv2d(x, w, padding=1)[:, :, :-2] + 1,
         lambda x, w: F.conv2d(x, w, padding=1)[:, :2] + 1,
         lambda x, w: F.conv2d(x, w, padding=1)[:, :, 3:3] + 1,
+        lambda x, w: F.conv2d(x[:, :, :2], w, padding=2)[:, :, ::2] + 1,
+        lambda x, w: F.conv2d(x[:, :, :1], w, padding=2)[:, :, 2:2] + 1,
     ],
 )
 def test_cuts_that_stay(model):

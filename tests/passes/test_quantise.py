@@ -19,9 +19,10 @@ from graphwright.compiler.pipeline import copy_graph
 from graphwright.compiler.reference import run_eager
 from graphwright.hwdb import Hardware, lookup
 from graphwright.passes import dialect, dialect_int8
+from graphwright.passes.fold_constants import fold_constants
 from graphwright.passes.fuse_matmul_bias import fuse_matmul_bias
 from graphwright.passes.hoist_quantise import hoist_quantise
-from graphwright.passes.int8_forms import int8_form, is_product
+from graphwright.passes.int8_forms import int8_form, is_product, table_reason
 from graphwright.passes.int8_scales import Scale, Table, corrected_bias, quantised_weight, scale_between, weight_scales
 from graphwright.passes.precision_forms import PRODUCTS
 from graphwright.passes.quantise import quantise
@@ -266,12 +267,38 @@ def test_forms_that_pay_and_refusals_with_their_reasons() -> None:
     assert form(linears(256, 256), x, hw=unknown).pays
 
 
+W8, B8, R8 = torch.randn(24, 32), torch.randn(24), torch.randn(4, 24)
+REFUSED = {
+    "the result has no elements": (lambda x: F.linear(x[:0], W8), ()),
+    "its bias is computed": (lambda x, b: F.linear(x, W8, b), (B8,)),
+    "the bias has shape (1,)": (lambda x: dialect.linear(x, W8, B8[:1], None, "none", []), ()),
+    "the residual has shape (24,)": (lambda x, r: dialect.linear(x, W8, None, r, "none", []), (B8,)),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_products_that_kernels_of_8_bits_do_not_take(reason: str) -> None:
+    model, others = REFUSED[reason]
+    graph = trace_core(model, [torch.randn(4, 32), *others], pre_dispatch=True)
+    fold_constants(graph, VNNI)
+    found = int8_form(graph, next(n for n in graph.graph.nodes if n.target in PRODUCTS), VNNI)
+    assert not found.possible
+    assert reason in found.reason
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_tables_are_stored_in_8_bits_where_they_are_finite(broken: bool) -> None:
+    table = torch.randn(4096, 16)
+    table[7, 3] = torch.inf if broken else 0.0
+    graph = trace_core(lambda i: F.embedding(i, table), [torch.arange(5)], pre_dispatch=True)
+    (node,) = [n for n in graph.graph.nodes if n.op == "call_function"]
+    assert (table_reason(graph, node) is None) == broken
+
+
 @pytest.mark.parametrize(("layout", "groups", "reason"), [("NCHW", 1, "layout"), ("NHWC", 4, "4 groups")])
 def test_convolutions_that_have_no_form(layout: str, groups: int, reason: str) -> None:
     def body(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return conv2d(x, w[:, : 16 // groups], None, None, [1, 1], [1, 1, 1, 1], [1, 1], groups, "none", [], layout)
-
-    from graphwright.passes.fold_constants import fold_constants
 
     x = torch.randn(1, 16, 16, 16)
     graph = trace(Block(body), [x])

@@ -231,6 +231,20 @@ REFUSED = [
     (lambda q, k, v: torch.softmax(scores(q, k).reshape(2, 4, 5, 3), -1) @ v[:, :, :3], "reshapes queries and keys"),
     (lambda q, k, v: torch.softmax(scores(q, k).transpose(1, 2), -1) @ v[:, :3], "moves more than"),
     (lambda q, k, v: torch.softmax((scores(k, q) + BIAS.mT).mT, -1) @ v, "or a mask with them"),
+    (lambda q, k, v: torch.softmax(scores(k, q).permute(1, 0, 3, 2), -1) @ v.transpose(0, 1), "moves more than"),
+    (lambda q, k, v: torch.softmax(scores(k, q).mT.reshape(2, 4, 5, 3), -1) @ v[:, :, :3], "moves more than"),
+    (lambda q, k, v: torch.softmax(scores(q, k) * torch.inf, -1) @ v, "is not scaled by a number"),
+    (lambda q, k, v: torch.softmax(torch.where(SEEN, scores(q, k), torch.nan), -1) @ v, "in the place of scores"),
+    (lambda q, k, v: torch.softmax(torch.where(SEEN, scores(q, k)[:, :, :1], -9.0), -1) @ v, "broadcasts the scores"),
+    (
+        lambda q, k, v: (
+            scores(q, k).softmax(-1).transpose(1, 2).reshape(8, 3, 5).transpose(0, 1) @ v.reshape(8, 5, 6)[:3]
+        ),
+        "moves its weights",
+    ),
+    (lambda q, k, v: scores(q, k).softmax(-1).reshape(2, 12, 5) @ v[:, 0], "moves its weights"),
+    (lambda q, k, v: v.mT[..., :3] @ scores(q, k).softmax(-1), "which is no product with values"),
+    (lambda q, k, v: torch.softmax(q.sum() * k.sum(), 0) * v, "not a matrix"),
     (lambda q, k, v: torch.softmax(q, -1) @ v[:, :, :1].expand(2, 4, 8, 6), "the scores are no product"),
     (
         lambda q, k, v: (
@@ -251,6 +265,16 @@ def test_what_is_kept(model, reason, caplog):
         assert recognise_attention(graph, HW) == 0
     assert reason in caplog.text
     assert text_of(graph) == text
+
+
+def test_a_softmax_that_widens_is_kept(caplog):
+    def model(q, k, v):
+        return torch.softmax(scores(q, k), -1, dtype=torch.float64) @ v.double()
+
+    graph = trace_core(model, [Q, K, V], pre_dispatch=True)
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        assert recognise_attention(graph, HW) == 0
+    assert "the dtype changes between the products" in caplog.text
 
 
 def test_a_mask_of_another_dtype_is_kept(caplog):

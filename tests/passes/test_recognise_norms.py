@@ -161,6 +161,14 @@ def test_a_gain_of_another_kind_stays_behind(other):
     assert aten.mul.Tensor in [n.target for n in nodes]
 
 
+def test_groups_of_no_images_stay_rows():
+    def model(x):
+        return torch.nn.functional.layer_norm(x.reshape(0, 2, 12), [12]).reshape(0, 4, 2, 3)
+
+    graph = trace_core(model, [torch.randn(0, 4, 2, 3)], pre_dispatch=True)
+    assert recognise_norms(graph, HW) == 0
+
+
 def test_rows_that_are_no_groups_stay_rows(caplog):
     def model(x):
         rows = x.reshape(-1, 5)

@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
 import torch.nn.functional as F
-from rewriting import check_graph, check_values, trace
+from rewriting import assert_same_numbers, check_graph, check_values, trace, trace_core
 from torch import fx, nn
 
 from graphwright.compiler.pipeline import copy_graph, run
 from graphwright.compiler.reference import run_eager
 from graphwright.hwdb import lookup
+from graphwright.passes import dialect, dialect_int8
 from graphwright.passes.default import PASSES
 from graphwright.passes.recognise_quantised import recognise_quantised
 from graphwright.passes.refusals import recording
@@ -229,6 +230,62 @@ def test_zero_points_beyond_int8_keep_float32() -> None:
     found, why = refused(nn.Sequential(Rounded(x), stored).eval(), x)
     assert "qlinear" not in found
     assert "beyond int8" in why
+
+
+W8, SCALES = torch.randint(-128, 128, (24, 32), dtype=torch.int8), torch.rand(24) / 64
+FULL_W8, LONG = torch.full((24, 32), 127, dtype=torch.int8), torch.ones(2, 70000, dtype=torch.int8)
+MINUS, INFINITE, COLUMNS = torch.full((24,), -1, dtype=torch.int32), torch.full((24,), torch.inf), torch.rand(32)
+KERNEL, BIAS = torch.randint(-128, 128, (8, 4, 1, 1), dtype=torch.int8), torch.randn(24)
+rows, whole = dialect_int8.dequantize_rows, dialect_int8.dequantize
+
+
+def linear(x: Any, w: Any, b: Any = None, r: Any = None) -> Any:
+    return dialect.linear(x, w, b, r, "none", [])
+
+
+ON_ITS_OWN = {
+    "its scales are no constants": (lambda x, s: F.linear(x, rows(W8, s, None, 0)), (SCALES,)),
+    "no constants, one a row": (lambda x, z: F.linear(x, rows(W8, SCALES, z, 0)), (MINUS,)),
+    "constants, one a row": (lambda x: F.linear(x, rows(W8, COLUMNS, None, 1)), ()),
+    "its zero points take the weights beyond int8": (lambda x: F.linear(x, rows(FULL_W8, SCALES, MINUS, 0)), ()),
+    "or scales are not finite": (lambda x: F.linear(x, rows(W8, INFINITE, None, 0)), ()),
+    "no product that takes weights": (lambda x: whole(W8, 0.1, 0).sin() + x.sum(), ()),
+    "takes weights of 8 bits": (lambda x, w: F.linear(whole(W8, 0.1, 0), w), (torch.randn(5, 32),)),
+    "the result has no elements": (lambda x: F.linear(x[:0], whole(W8, 0.1, 0)), ()),
+    "terms do not fit 32 bits": (lambda x: F.linear(x[:, :1].expand(4, 70000), whole(LONG, 0.1, 0)), ()),
+    "the layout is NCHW": (
+        lambda x: dialect.conv2d(
+            x.view(1, 4, 4, 8), whole(KERNEL, 0.1, 0), None, None, [1, 1], [0] * 4, [1, 1], 1, "none", [], "NCHW"
+        ),
+        (),
+    ),
+    "the bias has shape (1,)": (lambda x: linear(x, whole(W8, 0.1, 0), BIAS[:1]), ()),
+    "the residual has shape (24,)": (lambda x, r: linear(x, whole(W8, 0.1, 0), None, r), (BIAS,)),
+}
+
+
+@pytest.mark.parametrize("reason", ON_ITS_OWN)
+def test_readers_that_stay_in_float32(reason: str) -> None:
+    model, others = ON_ITS_OWN[reason]
+    inputs = [noise(4, 32), *others]
+    graph = trace_core(model, inputs, pre_dispatch=True)
+    before = copy_graph(graph)
+    with recording() as found:
+        recognise_quantised(graph, VNNI)
+    assert any(reason in r.reason for r in found), list(found)
+    assert not {"qlinear", "qconv2d", "linear_w8", "embedding_w8"} & set(names(graph))
+    assert_same_numbers(before, graph, inputs, rtol=1e-6, atol=1e-6)
+
+
+def test_gpus_read_weights_in_float32() -> None:
+    x = noise(4, 32)
+    graph = trace_core(lambda x: F.linear(x, whole(W8, 0.1, 0)), [x], pre_dispatch=True)
+    before = copy_graph(graph)
+    with recording() as found:
+        recognise_quantised(graph, lookup("a100"))
+    assert [r.reason for r in found] == ["8 bits have no kernel on a GPU"]
+    assert "linear_w8" not in names(graph)
+    assert_same_numbers(before, graph, [x], rtol=1e-6, atol=1e-6)
 
 
 def test_a_second_run_finds_nothing() -> None:

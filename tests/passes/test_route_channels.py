@@ -25,6 +25,7 @@ MATRIX = {(n, k): torch.randn(n, k) / 3 for n in (3, 4, 5, 12) for k in range(1,
 BIAS, BIAS12, DEPTH = torch.randn(5), torch.randn(12), torch.randn(12, 1, 3, 3)
 POINT = {(n, k): torch.randn(n, k, 1, 1) / 3 for n in (4, 5) for k in (4, 6, 8, 12)}
 WIDE, MATRIX64 = torch.randn(5, 12, 3, 3), MATRIX[5, 12].double()
+SQUARE = torch.randn(12, 12, 1, 1)
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # the same terms, added in another order
 
 
@@ -162,7 +163,7 @@ def test_a_product_keeps_its_residual():
 
 REASONS = {
     "reads it as it is": lambda a, b: torch.cat([a, b], -1).sin(),
-    "adds it as well": lambda a, b: linear(y := torch.cat([a, b], -1), MATRIX[12, 12], None, y),
+    "reads it as more than its input": lambda a, b: linear(y := torch.cat([a, b], -1), MATRIX[12, 12], None, y),
     "is computed": lambda a, b: linear(torch.cat([a, b], -1), b.reshape(12, 12)),
     "neither 1x1 nor depthwise": lambda a, b: conv(torch.cat([a, b], -1), WIDE),
     "adds a residual": lambda a, b: conv(
@@ -174,6 +175,10 @@ REASONS = {
         POINT[5, 12],
     ),
     "is read by": lambda a, b: conv(shuffled(torch.cat([a, b], -1)), DEPTH, groups=12).sin(),
+    "as it is": lambda a, b: conv(conv(shuffled(torch.cat([a, b], -1)), DEPTH, groups=12), WIDE),
+    "conv2d_1 reads it as more than its input": lambda a, b: conv(
+        y := conv(shuffled(torch.cat([a, b], -1)), DEPTH, groups=12), SQUARE, None, y
+    ),
     "or its weight is computed": lambda a, b: conv(
         conv(shuffled(torch.cat([a, b], -1)), DEPTH, groups=12), b.reshape(12, 12, 1, 1)
     ),
