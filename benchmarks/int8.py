@@ -31,6 +31,12 @@ import graphwright
 from graphwright.compiler.benchmarking import zoo
 from graphwright.compiler.benchmarking.bench import Runner, interleave, onnxruntime, openvino
 
+# Builds of ours, and of some models others besides.
+BUILDS: dict[str, dict[str, Any]] = {"fp32": {}, "int8": {"precision": "int8"}}
+MORE: dict[str, dict[str, dict[str, Any]]] = {
+    "mobilenetv2": {"int8-all": {"precision": "int8", "tolerance": 0.3}},
+    "gpt2-decode": {"int4": {"precision": "int8", "tolerance": 0.7, "int8": {"weights_only": "int4"}}},
+}
 SAMPLES = 8
 ROUNDS = 15
 THREADS = torch.get_num_threads()
@@ -68,10 +74,11 @@ def prepare(name: str, work: Path, peers: bool) -> None:
 
     model, inputs = zoo.build(name)
     given = samples(inputs)
-    for precision, options in (("fp32", {}), ("int8", {"calibration": given})):
-        compiled = graphwright.compile(model, inputs, precision=precision, threads=THREADS, **options)
-        compiled.save(work / f"{name}-{precision}.gw")
-        (work / f"{name}-{precision}.txt").write_text(compiled.report().text())
+    for build, options in (BUILDS | MORE.get(name, {})).items():
+        calibration = {"calibration": given} if "precision" in options else {}
+        compiled = graphwright.compile(model, inputs, threads=THREADS, **calibration, **options)
+        compiled.save(work / f"{name}-{build}.gw")
+        (work / f"{name}-{build}.txt").write_text(compiled.report().text())
     if not peers:
         return
     plain = work / f"{name}.onnx"
@@ -93,19 +100,17 @@ def prepare(name: str, work: Path, peers: bool) -> None:
 def measure(name: str, work: Path) -> dict[str, Any]:
     """One row."""
     model, inputs = zoo.build(name)
-    ours = {p: graphwright.load(work / f"{name}-{p}.gw", threads=THREADS) for p in ("fp32", "int8")}
+    files = {build: work / f"{name}-{build}.gw" for build in (BUILDS | MORE.get(name, {}))}
+    ours = {build: graphwright.load(file, threads=THREADS) for build, file in files.items() if file.exists()}
     with torch.no_grad():
         exact = first(model(*inputs))
 
-    def run(precision: str) -> Runner:
-        args, kwargs = ours[precision].arguments(list(inputs))
-        return lambda: ours[precision](*args, **kwargs)
+    def run(build: str) -> Runner:
+        args, kwargs = ours[build].arguments(list(inputs))
+        return lambda: ours[build](*args, **kwargs)
 
     file = work / f"{name}-int8.onnx"  # stands at its place already: nothing is exported again
-    runners: dict[str, Runner] = {
-        "fp32": run("fp32"),
-        "int8": run("int8"),
-    }
+    runners: dict[str, Runner] = {build: run(build) for build in ours}
     if file.exists():
         runners["onnxruntime int8"] = onnxruntime(model, inputs, THREADS, file)
         runners["openvino int8"] = openvino(model, inputs, THREADS, file)

@@ -63,6 +63,10 @@ Inputs = Annotated[
     typer.Option("--input", metavar="SHAPE[:DTYPE]", help="1x3x224x224 or 1x128:int64; once per input tensor."),
 ]
 Calibration = Annotated[Path | None, typer.Option(help="Inputs by name in a .npz file, several along a leading axis.")]
+Int8 = Annotated[
+    list[str] | None,
+    typer.Option("--int8", metavar="NAME=VALUE", help="How int8 quantises, as activation=kl: docs/compression.md."),
+]
 Fusions = Annotated[
     str | None,
     typer.Option(metavar="FAMILIES", help="Make these families of fusions only: conv+relu,matmul+bias; '' makes none."),
@@ -102,6 +106,7 @@ def compile(
     tolerance: Tolerance = None,
     input: Inputs = None,
     calibration: Calibration = None,
+    int8: Int8 = None,
     fallback: Annotated[str | None, typer.Option(help="fp32: a second build for results that are not finite.")] = None,
     verify: Annotated[bool, typer.Option(help="Compare the machine code with PyTorch in float64.")] = True,
     cache: Annotated[bool, typer.Option(help="Reuse and store results in the user's cache.")] = True,
@@ -129,6 +134,7 @@ def compile(
     with progress(f"loading {model}"):
         from . import api
         from .compiled import Compiled
+        from .compression.int8_method import options_of
 
         loaded, examples = _load(model, input)
     with progress(f"compiling {model} for {target}"):
@@ -146,6 +152,7 @@ def compile(
             kernel_fusion=_names(kernel_fusion),
             fallback=fallback,
             calibration=None if calibration is None else _arrays(calibration),
+            int8=None if not int8 else options_of(int8),
         )
         if bundled:
             if not isinstance(compiled, Compiled):

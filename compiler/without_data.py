@@ -30,7 +30,10 @@ def without_data(tensor: torch.Tensor) -> str | None:
             "graph to PyTorch"
         )
     if is_traceable_wrapper_subclass(tensor):
-        return f"is a {type(tensor).__name__}, which wraps other tensors; compile the model with plain ones"
+        return (
+            f"is a {type(tensor).__name__}, which wraps other tensors; compile the model with plain ones "
+            "(torchao.utils.unwrap_tensor_subclass makes them of torchao's)"
+        )
     return None
 
 

@@ -50,6 +50,23 @@ def int8_method(precision: str, options: Mapping[str, Any] | None) -> Method:
     return method_of(**{**defaults, **options})
 
 
+def options_of(texts: Sequence[str]) -> dict[str, Any]:
+    """The options of compile(int8={...}) that are written NAME=VALUE; keep may come several times.
+
+    Raises InputError for what is not written so; values are looked at by `int8_method`.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--int8 {text}: write NAME=VALUE, as in --int8 activation=kl --int8 'keep=*head*'")
+        if name == "keep":
+            found.setdefault(name, []).append(value)
+        else:
+            found[name] = int(value) if value.isdecimal() else value
+    return found
+
+
 def method_of(
     scheme: Any, weight: Any, activation: Any, keep: Any, migration: Any, weights_only: Any, group: Any
 ) -> Method:

@@ -18,7 +18,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import Any
 
 import torch
 from torch import fx
@@ -38,8 +37,9 @@ from ...passes.remove_dead import remove_dead
 from ...passes.requantise import requantise, requantise_alone
 from ...passes.rewrite import arguments, shape_of
 from .. import compare, pipeline
-from ..reference import Keeping, run_eager
+from ..reference import run_eager
 from ..sensitivity import error_of, sensitivities
+from .damage import with_damage
 from .int8_method import LEARNED, Method
 from .observe import Observed, observe
 from .ranges import METHODS
@@ -170,7 +170,7 @@ def plan_int8(
         choices.append(Choice(node.name, operator, "float32", reason))
     saved = {n.name: 3.0 * prod(shape_of(n.args[0])) * SECONDS_PER_BYTE for n in tables}
     plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()}, saved, trained is not None, group)
-    return plan if only is not None or not inputs else _with_damage(graph, plan, inputs[:LOOKED_AT])
+    return plan if only is not None or not inputs else with_damage(graph, plan, inputs[:LOOKED_AT])
 
 
 def _kept(products: Sequence[fx.Node], patterns: Sequence[str]) -> dict[fx.Node, str]:
@@ -228,62 +228,6 @@ def _table(observed: Observed, method: Method) -> Table:
             ranges[key] = METHODS[method.activation](seen)
         scales[name] = scale_between(*ranges[key], symmetric=method.scheme == "symmetric")
     return Table(scales, observed.means, method.weight == "per_channel")
-
-
-def _with_damage(graph: fx.GraphModule, plan: Int8Plan, inputs: Sequence[Sequence[torch.Tensor]]) -> Int8Plan:
-    """The plan with the SQNR of every product in 8 bits."""
-    chosen = [n for n in graph.graph.nodes if n.name in plan.chosen]
-    signal, noise = dict.fromkeys(chosen, 0.0), dict.fromkeys(chosen, 0.0)
-    alone = {n: _alone(graph, n, plan) for n in chosen}
-    for tensors in inputs:
-        runner = _Comparing(graph, alone)
-        with torch.no_grad():
-            runner.run(*tensors)
-        for node, (strength, error) in runner.found.items():
-            signal[node] += strength
-            noise[node] += error
-    ratios = {n.name: _decibels(signal[n], noise[n]) for n in chosen}
-    return replace(plan, choices=tuple(replace(c, sqnr_db=ratios.get(c.node)) for c in plan.choices))
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
-
-
-def _alone(graph: fx.GraphModule, node: fx.Node, plan: Int8Plan) -> fx.GraphModule:
-    """A graph of the one product in 8 bits; inputs are its computed operands in their order."""
-    made, root = fx.Graph(), torch.nn.Module()
-    values: dict[fx.Node, fx.Node] = {}
-    for operand in node.all_input_nodes:
-        if operand.op == "get_attr":
-            root.register_buffer(str(operand.target), getattr(graph, str(operand.target)))
-            values[operand] = made.get_attr(str(operand.target))
-        else:
-            values[operand] = made.placeholder(operand.name)
-        values[operand].meta["val"] = operand.meta["val"]
-    made.output(made.node_copy(node, lambda n: values[n]))
-    single = fx.GraphModule(root, made)
-    plan.quantise(single, {node.name})
-    return single
-
-
-class _Comparing(Keeping):
-    """Runs a graph in float32 and computes every product in 8 bits beside it, on the same operands."""
-
-    def __init__(self, graph: fx.GraphModule, alone: Mapping[fx.Node, fx.GraphModule]) -> None:
-        super().__init__(graph)
-        self.alone = alone
-        self.found: dict[fx.Node, tuple[float, float]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.alone:
-            operands = [self.env[operand] for operand in n.all_input_nodes if operand.op != "get_attr"]
-            difference = self.alone[n](*operands).double() - value.double()
-            self.found[n] = (float((value.double() ** 2).sum()), float((difference**2).sum()))
-        return value
 
 
 def apply(graph: fx.GraphModule, hw: Hardware, plan: Int8Plan) -> tuple[fx.GraphModule, tuple[pipeline.PassRun, ...]]:

@@ -346,6 +346,11 @@ def test_compile_in_8_bits_by_a_file_of_inputs():
     # Products as small as these gain nothing anywhere, and the report says why.
     assert "everything stays float32" in result.output
     assert "calibration=" in fails("compile", "my_models:mlp", "-o", "out", "--precision", "int8")
+    start = ("compile", "my_models:mlp", "-o", "out", *given, "--int8")
+    assert "NAME=VALUE" in fails(*start, "kl")
+    assert "did you mean 'kl'" in fails(*start, "activation=kll")
+    assert "there are 32, 64, 128" in fails(*start, "group=48")
+    assert "no product is called" in fails(*start, "keep=nothing", "--int8", "keep=*0_weight")
 
 
 def test_compile_mistakes():
