@@ -164,6 +164,8 @@ class Hardware:
             return fp32 * _DOT_RATE[("int8" if name == "uint8" else name), family]
         if name in ("float64", "int64"):
             return fp32 / 2
+        if name in ("int8", "uint8"):
+            return fp32 * self.byte_rate
         # Narrow types without arithmetic of their own are widened to float32 and computed there.
         return fp32 * 2 if name == "float16" and self.supports(name) else fp32
 
