@@ -51,7 +51,7 @@ class Launch:
             tuple(data["tags"]),
             int(data["threads"]),
             int(data["shared_bytes"]),
-            int(data["blocks"]),
+            int(data.get("blocks", 1)),
         )
 
 

@@ -160,7 +160,8 @@ def _lower_function(variable: Any, function: Any, target: Target, units: int) ->
             continue
         return rule, on_host, on_device
     raise GraphwrightError(
-        f"no schedule makes kernels of {variable.name_hint} for {target.kind.name}: report this as a bug"
+        f"no schedule makes kernels of {variable.name_hint} for {target.kind.name}, the last one because "
+        f"{str(failure).strip().splitlines()[-1]}; choose a device with other limits, or report this as a bug"
     ) from failure
 
 

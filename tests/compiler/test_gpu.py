@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import graphwright
-from graphwright.backends.gpu import cuda, evidence, lower, rocm
-from graphwright.backends.gpu.launches import Description
+from graphwright.backends.gpu import cuda, evidence, instructions, lower, rocm
+from graphwright.backends.gpu.launches import Description, Launch
 from graphwright.compiler import artifact
 from graphwright.compiler.commands import doctor
 from graphwright.errors import ArtifactError, GraphwrightError, InputError, ToolMissing, UnknownTarget, UnsupportedOp
@@ -102,6 +102,26 @@ def test_registers_of_a_cubin_are_those_that_its_section_headers_hold(saved):
         text = cubin[at : cubin.index(b"\0", at)].decode()
         if text.startswith(".text."):
             assert found[text.removeprefix(".text.")].registers == info >> 24
+
+
+@pytest.mark.parametrize("target", ["a100", "mi250x"])
+def test_products_in_fp16_hold_instructions_of_matrix_units_and_wide_loads(target, tmp_path):
+    hw = graphwright.hwdb.lookup(target)
+    if (instructions.amd_disassembler() if hw.isa == "amdgcn" else instructions.nvidia_disassembler()) is None:
+        pytest.skip("no disassembler: pip install nvidia-cuda-nvdisasm, or a package llvm")
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 64).eval()
+    compiled = graphwright.compile(linear, (torch.randn(64, 64),), target=target, precision="fp16", cache=False)
+    compiled.save(tmp_path / "out")
+    described = Description.read(tmp_path / "out" / "device.json")
+    found = evidence.evidence((tmp_path / "out" / described.image).read_bytes(), described.kernels, hw)
+    (name,) = (kernel.name for kernel in compiled.report().kernels if kernel.algorithm == "float16 tiled product")
+    counts = found[f"{name}_kernel"].counts
+    assert counts is not None
+    assert counts.matrix > 0
+    assert counts.wide_loads == counts.loads
+    assert (counts.asynchronous > 0) == (target == "a100")
+    assert found[f"{name}_kernel"].spilled == 0
 
 
 def test_a_kernel_that_cannot_be_lowered_gives_way_to_rules(monkeypatch, caplog):
@@ -205,6 +225,28 @@ def test_a_model_larger_than_the_device():
     small = dataclasses.replace(graphwright.hwdb.lookup("mi300x"), dram_bytes=1000)
     with pytest.raises(GraphwrightError, match=r"needs 0\.0 GB for weights and activations and .* has 0\.0 GB; choose"):
         graphwright.compile(model(), (IMAGE,), target=small, cache=False)
+
+
+def test_kernels_over_the_limits_of_the_device_give_way(caplog, tmp_path):
+    tiny = dataclasses.replace(graphwright.hwdb.lookup("a100"), max_threads_per_block=16)
+    compiled = graphwright.compile(nn.Linear(32, 32), (torch.ones(32, 32),), target=tiny, cache=False)
+    assert "has 64 threads a block, the device allows 16: TVM's rules take its place" in caplog.text
+    compiled.save(tmp_path / "out")
+    assert all(launch.threads <= 16 for launch in Description.read(tmp_path / "out" / "device.json").kernels)
+
+
+def test_where_no_rule_is_within_the_limits_the_sentence_says_which_one(monkeypatch):
+    launch = Launch("kernel", (), (), 32, 60000)
+    monkeypatch.setattr(lower, "_launch", lambda kernel: launch)
+    why = r"the last one because kernel has 60000 bytes of shared memory, 49152 are allowed; choose a device with other"
+    with pytest.raises(GraphwrightError, match=rf"no schedule makes kernels of \w+ for cuda, {why} limits"):
+        graphwright.compile(torch.exp, (torch.ones(32),), target="a100", cache=False)
+
+
+@pytest.mark.parametrize("target", ["gfx9999", "sm_35"])
+def test_an_architecture_that_nobody_knows(target):
+    with pytest.raises(UnknownTarget, match=rf"unknown target '{target}'; did you mean"):
+        graphwright.compile(model(), (IMAGE,), target=target, cache=False)
 
 
 @pytest.mark.parametrize("options", [{"precision": "int8"}, {"tune": "1s"}, {"memory_limit": "1MB"}])
