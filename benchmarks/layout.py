@@ -41,7 +41,8 @@ from graphwright.backends.aot.program import Program
 from graphwright.backends.lowering import arrange, fusion
 from graphwright.backends.region_kernel import Problem, Region
 from graphwright.compiler.benchmarking import bench, zoo
-from graphwright.compiler.capture import arguments, capture, export, parameters_of
+from graphwright.compiler.capture import arguments, capture, export
+from graphwright.compiler.functions import parameters_of
 from graphwright.compiler.reference import relative_l2
 from graphwright.hwdb import Hardware
 from graphwright.passes import dialect, rewrite

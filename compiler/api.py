@@ -18,9 +18,10 @@ from ..hwdb import Hardware, Target, compile_target
 from . import tune as tuning
 from .assemble import assemble
 from .calibration import check_options
-from .capture import Model, arguments, example_of, export, parameters_of
+from .capture import Model, arguments, example_of, export
 from .compiled import Compiled
 from .compression.int8_method import DEFAULT, Method, int8_method
+from .functions import parameters_of
 from .memory_limit import with_memory_limit
 from .pass_checks import Pass
 from .precision import GPU_PRECISIONS, check_precision

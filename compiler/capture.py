@@ -6,13 +6,12 @@ Composite operators (linear, conv2d, layer_norm, attention, ...) stay whole so t
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import operator
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,7 +27,8 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
-from .storage_order import settle_storage_order
+from . import functions
+from .storage_order import settle_storage_order, strides_read
 from .without_data import require_data
 
 log = logging.getLogger(__name__)
@@ -42,11 +42,12 @@ Model: TypeAlias = "torch.nn.Module | Callable[..., Any] | ExportedProgram | str
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, shape and dtype of one tensor that goes in or comes out."""
+    """Name, shape and dtype of one tensor that goes in or comes out; strides where the memory of an input is read."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    strides: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,13 @@ def _export(
         return model
     if isinstance(model, (str, os.PathLike)):
         return _load_exported(Path(model))
-    module = _as_module(model)
+    module = functions.as_module(model)
     _require_cpu(module)
     arguments, keywords = _separate((tuple(args), dict(kwargs or {})))
     with torch.no_grad():
         try:
-            return torch.export.export(module, arguments, keywords, dynamic_shapes=dynamic_shapes, strict=False)
+            shapes = functions.dynamic_shapes(module, arguments, dynamic_shapes)
+            return torch.export.export(module, arguments, keywords, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise CaptureError(_explain(module, error)) from error
 
@@ -179,40 +181,6 @@ def _quantisation(exported: ExportedProgram) -> Mapping[Any, Callable[..., Any]]
     from ..backends.lowering import foreign_quantisation
 
     return foreign_quantisation.spelt(n.target for n in exported.graph.nodes if n.op == "call_function")
-
-
-def parameters_of(model: Model) -> tuple[str, ...]:
-    """The names of the model's positional parameters, for calls with keywords; empty where they are unknown."""
-    if isinstance(model, (ExportedProgram, str, os.PathLike)):
-        return ()
-    function = model.forward if isinstance(model, torch.nn.Module) else model
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        return ()
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in signature.parameters.items() if p.kind in positional)
-
-
-class _Function(torch.nn.Module):
-    """A plain function as a module: torch.export takes modules only."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
-def _as_module(model: Any) -> torch.nn.Module:
-    if isinstance(model, torch.nn.Module):
-        return model
-    if callable(model):
-        return _Function(model)
-    raise CaptureError(
-        f"cannot compile a {type(model).__name__}: pass an nn.Module, a function, an ExportedProgram or a .pt2 path"
-    )
 
 
 def _load_exported(path: Path) -> ExportedProgram:
@@ -249,9 +217,8 @@ def _separate(tree: Any) -> Any:
 
 
 def _explain(module: torch.nn.Module, error: Exception) -> str:
-    name = type(module.function).__name__ if isinstance(module, _Function) else type(module).__name__
-    if isinstance(module, _Function):
-        name = getattr(module.function, "__name__", name)
+    model = module.function if isinstance(module, functions.Function) else module
+    name = getattr(model, "__name__", type(model).__name__)
     reason = str(error).strip() or type(error).__name__
     text = f"torch.export cannot capture {name} as one graph: {reason}"
     if not any(word in text for word in ("ata-dependent", "data dependent", "control flow", "higher order")):
@@ -331,11 +298,11 @@ def _flatten(exported: ExportedProgram, parameters: tuple[str, ...]) -> tuple[fx
             raise CaptureError(f"output {leaf} is a {type(spec.arg).__name__}, which cannot be compiled")
     graph.output(tuple(results))
     settle_storage_order(graph)
+    read = strides_read(graph)
     call = exported.module_call_graph[0].signature
     assert call is not None
-    return fx.GraphModule(root, graph), Signature(
-        tuple(inputs), tuple(outputs), call.in_spec, call.out_spec, parameters
-    )
+    given = tuple(replace(i, strides=read.get(i.name)) if isinstance(i, TensorSpec) else i for i in inputs)
+    return fx.GraphModule(root, graph), Signature(given, tuple(outputs), call.in_spec, call.out_spec, parameters)
 
 
 def _stored(exported: ExportedProgram, spec: Any) -> torch.Tensor:

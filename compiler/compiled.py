@@ -50,6 +50,7 @@ class Compiled:
         self._graph: fx.GraphModule | None = None
         self._specs = signature.tensors
         self._checks = tuple((torch.Size(s.shape), s.dtype) for s in self._specs)
+        self._lying = tuple((i, s) for i, s in enumerate(self._specs) if s.strides is not None)
         spec = signature.in_spec
         self._positional = len(self._specs) if spec == _positional_spec(len(self._specs)) else None
         leaf = pytree.tree_structure(0)
@@ -71,6 +72,8 @@ class Compiled:
             ):
                 tensors = self._refuse(tensors)
                 break
+        for i, spec in self._lying:
+            _check_strides(tensors[i], spec)
         results = self._run(tensors)
         if self._single:
             return results[0]
@@ -260,3 +263,14 @@ def _sketch(spec: pytree.TreeSpec) -> str:
 def _describe(spec: TensorSpec) -> str:
     dtype = str(spec.dtype).removeprefix("torch.")
     return f"{dtype}[{', '.join(map(str, spec.shape))}]"
+
+
+def _check_strides(tensor: torch.Tensor, spec: TensorSpec) -> None:
+    """Raises InputError where the tensor lies otherwise in memory, which the model reads, than the example did."""
+    strides = tuple(tensor.stride())
+    assert spec.strides is not None
+    if any(d > 1 and a != b for d, a, b in zip(spec.shape, strides, spec.strides, strict=True)):
+        raise InputError(
+            f"{spec.name}: has strides {strides}, and the model reads its memory (as_strided), which lay in strides "
+            f"{spec.strides} when it was compiled: compile it with such an example, or bring the input into that order"
+        )

@@ -79,7 +79,13 @@ def _calling_convention(exported: ExportedProgram) -> str:
 def _meta(node: Any) -> str:
     value = node.meta.get("val")
     values = value if isinstance(value, (tuple, list)) else (value,)
-    return " ".join(f"{v.dtype}{tuple(v.shape)}" if isinstance(v, torch.Tensor) else str(v) for v in values)
+    return " ".join(_described(v) if isinstance(v, torch.Tensor) else str(v) for v in values)
+
+
+def _described(value: torch.Tensor) -> str:
+    """Dtype, shape and strides: of inputs that lie otherwise, torch.export may have made another program."""
+    strides = value.stride() if value.layout == torch.strided else value.layout
+    return f"{value.dtype}{tuple(value.shape)}{strides}"
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -186,7 +186,9 @@ def _signature_from_data(data: dict[str, Any]) -> Signature:
 
 def _leaf_to_data(leaf: TensorSpec | Constant) -> dict[str, Any]:
     if isinstance(leaf, TensorSpec):
-        return {"name": leaf.name, "shape": list(leaf.shape), "dtype": str(leaf.dtype).removeprefix("torch.")}
+        strides = {} if leaf.strides is None else {"strides": list(leaf.strides)}
+        dtype = str(leaf.dtype).removeprefix("torch.")
+        return {"name": leaf.name, "shape": list(leaf.shape), "dtype": dtype, **strides}
     value = leaf.value
     return {"constant": value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)}
 
@@ -194,7 +196,8 @@ def _leaf_to_data(leaf: TensorSpec | Constant) -> dict[str, Any]:
 def _leaf_from_data(data: dict[str, Any]) -> TensorSpec | Constant:
     if "constant" in data:
         return Constant(data["constant"])
-    return TensorSpec(data["name"], tuple(data["shape"]), getattr(torch, data["dtype"]))
+    strides = tuple(data["strides"]) if "strides" in data else None
+    return TensorSpec(data["name"], tuple(data["shape"]), getattr(torch, data["dtype"]), strides)
 
 
 def _spec_to_data(spec: pytree.TreeSpec) -> Any:

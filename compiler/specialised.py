@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError
+from ..errors import CaptureError, InputError
 
 if TYPE_CHECKING:
     from .capture import Model
@@ -24,7 +24,7 @@ LIMIT = 32
 class Specialised:
     """Called like the model. The first call with new shapes compiles; later ones go straight to the machine code.
 
-    With `dynamic_shapes`, shapes outside the declared ranges are refused by torch.export when they are first met.
+    With `dynamic_shapes`, shapes outside the declared ranges are refused (InputError) when they are first met.
     """
 
     def __init__(
@@ -101,7 +101,13 @@ class Specialised:
         """Let torch.export say whether the declared dynamic shapes admit these arguments."""
         from .capture import export
 
-        export(self._model, args, kwargs, self._dynamic_shapes)
+        try:
+            export(self._model, args, kwargs, self._dynamic_shapes)
+        except CaptureError as error:
+            reason = str(error.__cause__).strip().splitlines()[0]
+            if "not in range" not in reason:
+                raise
+            raise InputError(f"called with a size outside of dynamic_shapes: {reason}") from error
 
 
 def _key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -25,6 +25,30 @@ def settle_storage_order(graph: fx.Graph) -> None:
             _settle(graph, node)
 
 
+def strides_read(graph: fx.Graph) -> dict[str, tuple[int, ...]]:
+    """The strides of the inputs whose memory an as_strided reads: with others it would read other elements."""
+    waiting = [node.args[0] for node in graph.nodes if node.target is aten.as_strided.default]
+    found: dict[str, tuple[int, ...]] = {}
+    seen: set[Any] = set()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if node.op == "placeholder":
+            found[node.name] = tuple(node.meta["val"].stride())
+        elif surely_views(node) or _keeps_strides(node):
+            waiting += node.all_input_nodes
+    return found
+
+
+def _keeps_strides(node: fx.Node) -> bool:
+    """Whether the result lies as its operands do."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    return node.target in (aten.clone.default, aten._to_copy.default) or torch.Tag.pointwise in node.target.tags
+
+
 def _settle(graph: fx.Graph, node: fx.Node) -> None:
     source: Any = node.args[0]
     _, size, stride = node.args[:3]

@@ -44,6 +44,7 @@ KEPT: tuple[torch._ops.OpOverload, ...] = (
     aten.silu.default,
     aten.softmax.int,
     aten.softplus.default,
+    aten.std.correction,
     aten.upsample_bicubic2d.default,
     aten.upsample_bicubic2d.vec,
     aten.upsample_bilinear2d.default,

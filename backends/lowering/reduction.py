@@ -306,8 +306,9 @@ def var(
 def std(
     out: Out, x: te.Tensor, dim: Dims = None, *, correction: Scalar | None = None, keepdim: bool = False
 ) -> te.Tensor:
-    wide = Out(out.shape, ex.compute_dtype(out.dtype))
-    return pointwise(out, tirx.sqrt, var(wide, x, dim, correction=correction, keepdim=keepdim))
+    wide = Out(out.shape, "float64")  # as in PyTorch: a variance is out of float32's range where its root is not
+    squares = var(wide, x, dim, correction=correction, keepdim=keepdim)
+    return pointwise(out, tirx.sqrt, squares, dtype="float64")
 
 
 @lowers(aten.var_mean.correction)

@@ -26,7 +26,8 @@ from ...errors import InputError, suggest
 from ...hwdb import Target, compile_target
 from ..build import default_passes
 from ..calibration import run_in_evaluation
-from ..capture import arguments, capture, export, parameters_of
+from ..capture import arguments, capture, export
+from ..functions import parameters_of
 from ..precision import Precision
 from ..report import Report
 from ..rewriting import rewrite

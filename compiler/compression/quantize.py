@@ -14,7 +14,8 @@ from ...errors import InputError
 from ...hwdb import Target, compile_target
 from .. import calibration, compare
 from ..build import default_passes
-from ..capture import Model, Signature, TensorSpec, arguments, capture, export, parameters_of
+from ..capture import Model, Signature, TensorSpec, arguments, capture, export
+from ..functions import parameters_of
 from ..precision import Precision
 from ..report import Report
 from ..rewriting import rewrite

@@ -25,8 +25,9 @@ from ...passes.refusals import Refusal, recording
 from .. import compare, pipeline
 from ..build import build, kernels_of
 from ..calibration import MEASURED, check_options, inputs_of
-from ..capture import Model, arguments, capture, export, parameters_of
+from ..capture import Model, arguments, capture, export
 from ..compression.int8_method import int8_method
+from ..functions import parameters_of
 from ..pass_checks import Pass
 from ..precision import Precision, check_precision
 from ..report import Report, passes_lines, size

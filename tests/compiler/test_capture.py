@@ -149,3 +149,13 @@ class Tied(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.embed(ids))
+
+
+def test_nodes_of_a_function_know_its_lines() -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x) + 1
+
+    graph = capture(export(model, (torch.randn(3),))).graph
+    (sine,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)
+    assert "torch.sin(x) + 1" in sine.meta["stack_trace"]
+    assert "functions.py" not in sine.meta["stack_trace"]
