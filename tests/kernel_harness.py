@@ -11,7 +11,7 @@ import torch
 import tvm
 from torch import fx
 
-from graphwright.backends.lowering import kernels_matmul  # noqa: F401  (fills KERNELS)
+from graphwright.backends.lowering import kernels_attention, kernels_matmul  # noqa: F401  (they fill KERNELS)
 from graphwright.backends.lowering.registry import KERNELS, KernelCall, Packed, Refusal
 from graphwright.hwdb import Hardware
 

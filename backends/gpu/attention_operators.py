@@ -16,7 +16,8 @@ from ...hwdb.cost import Work
 from ...passes import dialect
 from ...passes.rewrite import shape_of
 from ..kernels.attention_plan import problem
-from ..lowering.kernels_matmul import bind, mask_shape, refuse_dtypes, refuse_large, torch_attention
+from ..lowering.kernels_attention import mask_shape, torch_attention
+from ..lowering.kernels_matmul import bind, refuse_dtypes, refuse_large
 from ..lowering.registry import Kernel, KernelCall, Refusal
 from .attention import attention, plan_attention
 

@@ -10,6 +10,7 @@ from .registry import KERNELS, LOWERINGS
 
 families.load()
 for name in (
+    "kernels_attention",
     "kernels_conv",
     "kernels_conv_other",
     "kernels_int8",
