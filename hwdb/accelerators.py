@@ -36,9 +36,9 @@ class Accelerator(Hardware):
     host_link_gbs: float | None = None
 
     def peak_flops(self, dtype: str = "float32", *, sparse: bool = False) -> float | None:
-        """FLOP/s (or op/s) of all units together for dense `dtype` multiply-adds, or None where it is unknown.
+        """FLOP/s (or op/s) of all units together for dense `dtype` multiply-adds; None: unknown, or not supported.
 
-        The faster of vector lanes and matrix units; narrow types with neither are widened to float32.
+        The faster of vector lanes and matrix units; `computed_in` says what a type with neither is widened to.
         """
         name = dtype_name(dtype)
         name = "int8" if name == "uint8" else name
@@ -50,7 +50,7 @@ class Accelerator(Hardware):
         matrix = self._rate(self.matrix_flops, name, clock)
         vector = self._rate(self.vector_flops, name, self.clock_mhz)
         if matrix is None and vector is None:
-            return self.peak_flops("float32") if name in ("float16", "bfloat16", "tf32", "int8") else None
+            return None
         return max((matrix or 0.0) * factor, vector or 0.0)
 
     def _rate(self, flops: Mapping[str, float], dtype: str, clock_mhz: float | None) -> float | None:

@@ -2,7 +2,8 @@
 
     seconds    = max(arithmetic, memory) + launches          (roofline: Williams, Waterman, Patterson, 2009)
                  their sum on cores that work in order
-    arithmetic = sum over dtypes of FLOPs / (peak * efficiency), times the imbalance of a static split
+    arithmetic = sum over dtypes of FLOPs / (peak * efficiency), times the imbalance of a static split;
+                 a type the hardware lacks is widened (`Hardware.computed_in`)
     memory     = bytes / bandwidth of the smallest level that holds them all
 
 `tasks` equal pieces on `cores` cores take ceil(tasks / cores) rounds, so the cores are busy for
@@ -35,7 +36,8 @@ def predict_seconds(hw: Hardware, work: Work) -> float | None:
     busy = _busy_share(hw.cores, work.tasks)
     arithmetic = 0.0
     for dtype, flops in work.flops.items():
-        peak = hw.peak_flops(dtype)
+        computed = hw.computed_in(dtype)
+        peak = None if computed is None else hw.peak_flops(computed)
         if peak is None:
             return None
         arithmetic += flops / (peak * work.efficiency * busy)

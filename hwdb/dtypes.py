@@ -23,6 +23,12 @@ BITS = {
     "bool": 8,
 }
 
+# Types all of whose values float32 holds: its mantissa has 24 bits.
+WITHIN_FLOAT32 = frozenset(
+    {"float32", "tf32", "float16", "bfloat16", "float8", "float6", "float4"}
+    | {"int16", "int8", "uint8", "int4", "int1", "bool"}
+)
+
 _SPELLINGS = {
     "fp64": "float64",
     "f64": "float64",

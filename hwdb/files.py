@@ -24,7 +24,7 @@ _LANDMARK = re.compile(
             | aliases \s* = \s* \[ ([^\]]*) \] )""",
     re.VERBOSE,
 )
-_HEADER = "a record begins a line with [kind.id]; the id is of letters, digits, - and _, or stands in double quotes"
+_HEADER = "a record begins a line with [kind.id]; an id with a . or + stands in double quotes"
 _COMMENTS = re.compile(r"(?:[ \t]*(?:#[^\n]*)?\n)*[ \t]*")
 _STRING = re.compile(r"""["']([^"'\n]*)["']""")
 
@@ -50,11 +50,15 @@ class Record(_Place):
     def registered(id: str, kind: str, given: Mapping[str, Any]) -> Record:
         """A record that a program states rather than a file. Raises RecordError for a wrong fact."""
         record = Record(id, kind, "", "", 0, 0, (), given)
-        if wrong := schema.text(id):
-            record.mistake("", f"the id {id!r} {wrong}")
+        record.check_id()
         if kind not in ("architecture", "device"):
             record.mistake("", f"kind {kind!r} is none of architecture, device{suggest(str(kind), schema.KINDS)}")
         return Record(id, kind, "", "", 0, 0, tuple(record.values.get("aliases", ())), given)
+
+    def check_id(self) -> None:
+        """Raise RecordError where the id is no identifier."""
+        if wrong := schema.identifier(self.id):
+            self.mistake("", f"the id {self.id!r} {wrong}; `name` says what people call it")
 
     @property
     def text(self) -> str:
@@ -84,6 +88,7 @@ class Record(_Place):
         self._check(self.values)
 
     def _check(self, values: Mapping[str, Any]) -> None:
+        self.check_id()
         check = schema.source_mistakes if self.kind == "source" else schema.mistakes
         for key, message in check(values):
             self.mistake(key, message)

@@ -21,7 +21,7 @@ from . import isa as instruction_set
 from . import schema
 from .build import build
 from .files import Record, records_of
-from .naming import bare, spelling, squeezed
+from .naming import bare, brand, maker, spelling, squeezed, without_model
 from .records import Hardware, Source
 
 
@@ -49,14 +49,18 @@ class Database:
                 record.mistake("aliases", "the name 'native' means the machine one works on")
             if (other := self._names.setdefault(spelled, record.id)) != record.id:
                 record.mistake("aliases", f"the name {name!r} already belongs to {self.records[other].where}")
-        vars(self).pop("_bare_names", None)
+        self._forget_names()
 
     def remove(self, id: str) -> Record | None:
         """Take the record `id` out, if there is one, and return it."""
         self._names = {name: owner for name, owner in self._names.items() if owner != id}
-        vars(self).pop("_bare_names", None)
+        self._forget_names()
         self._merged.clear()
         return self.records.pop(id, None)
+
+    def _forget_names(self) -> None:
+        for table in ("_product_names", "_bare_names"):
+            vars(self).pop(table, None)
 
     def check(self, records: Iterable[Record] | None = None) -> None:
         """Read and check every record (or `records`) with its sources and ancestors. Raises RecordError."""
@@ -107,9 +111,25 @@ class Database:
         """Return the id of the record that `name` means: an id, an alias or the product's name, or None.
 
         Spelling does not matter, nor do brands and hyphens where one record only is meant: "NVIDIA GeForce RTX 4090",
-        "rtx4090" and "Radeon RX 7900 XTX" as drivers and people write them.
+        "rtx4090" and "Radeon RX 7900 XTX" as drivers and people write them. Nor does the letter of a model where the
+        product's name has none: firmware calls the Raspberry Pi 5 a Model B, and there is no other.
         """
-        return self._names.get(spelling(name)) or self._bare_names.get(squeezed(name))
+        if found := self._names.get(spelling(name)) or self._product_names.get(spelling(name)):
+            return found
+        found = self._find_bare(name)
+        if found is None or (made_by := brand(name)) is None:
+            return found
+        facts = self.merged(found)
+        return found if facts.get("vendor", maker(facts["name"])) == made_by else None  # a "Tesla M4" is no Apple M4
+
+    def _find_bare(self, name: str) -> str | None:
+        short = self._bare_names
+        if found := short.get(squeezed(name)) or self._names.get(bare(name)):
+            return found
+        lettered, plain = without_model(name)
+        if (found := short.get(squeezed(lettered))) or (found := short.get(squeezed(plain))) is None:
+            return found
+        return found if squeezed(self.records[found].name) == squeezed(plain) else None
 
     def id_of(self, name: str) -> str:
         """Like `find`; raises UnknownTarget with the nearest names."""
@@ -120,6 +140,11 @@ class Database:
                 "(`graphwright hw list` prints all names; 'native' is this machine)"
             )
         return found
+
+    @functools.cached_property
+    def _product_names(self) -> dict[str, str]:
+        """What products are called in full: a board and the GPU on it differ in a word that `bare` leaves out."""
+        return {spelling(record.name): record.id for record in reversed(self.records.values()) if record.name}
 
     @functools.cached_property
     def _bare_names(self) -> dict[str, str]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from . import isa as instruction_set
-from .dtypes import BITS, dtype_name
+from .dtypes import BITS, WITHIN_FLOAT32, dtype_name
 
-# What CPUs compute with, be it by widening.
+# What CPUs compute with, float16 and bfloat16 where there are features for them.
 _CPU_DTYPES = frozenset(
     {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 )
@@ -151,13 +151,14 @@ class Hardware:
         return self.vector_bits // BITS[dtype_name(dtype)]
 
     def peak_flops(self, dtype: str = "float32", *, sparse: bool = False) -> float | None:
-        """FLOP/s of all cores together for `dtype` multiply-adds, or None where the rates are unknown.
+        """FLOP/s of all cores together for `dtype` multiply-adds; None where it is unknown or not `supports(dtype)`.
 
-        `sparse` counts the zeros that structured (2:4) sparsity skips, where the hardware can skip them.
+        `computed_in` says what such types are widened to. `sparse` counts the zeros that structured (2:4) sparsity
+        skips, where the hardware can skip them.
         """
-        if self.clock_mhz is None:
-            return None
         name = dtype_name(dtype)
+        if self.clock_mhz is None or not self.supports(name):
+            return None
         fp32 = 2.0 * self.lanes("float32") * self.fma_per_cycle * self.cores * self.clock_mhz * 1e6
         family = self.dot_product(name)
         if family is not None:
@@ -166,8 +167,7 @@ class Hardware:
             return fp32 / 2
         if name in ("int8", "uint8"):
             return fp32 * self.byte_rate
-        # Narrow types without arithmetic of their own are widened to float32 and computed there.
-        return fp32 * 2 if name == "float16" and self.supports(name) else fp32
+        return fp32 * 2 if name == "float16" else fp32
 
     @property
     def cycles_per_us(self) -> float:
@@ -211,6 +211,17 @@ class Hardware:
         if name == "bfloat16":
             return self.dot_product(name) is not None
         return name in _CPU_DTYPES
+
+    def computed_in(self, dtype: str) -> str | None:
+        """The type in which arithmetic of `dtype` runs: itself, or float32 where that holds every value of it, or None.
+
+        The same for every class of hardware: float16 on a Cortex-A72, float8 on a T4 and int4 on a Zen 4 are widened,
+        float64 on a GPU that lacks it is not. Whether the rate is known, `peak_flops` says.
+        """
+        name = dtype_name(dtype)
+        if self.supports(name):
+            return name
+        return "float32" if name in WITHIN_FLOAT32 and self.supports("float32") else None
 
     @property
     def multiplies_by_element(self) -> bool:

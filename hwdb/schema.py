@@ -11,6 +11,7 @@ as (key, message) pairs.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,12 @@ def text(value: Any) -> str | None:
     return None if isinstance(value, str) and value else "is not a string"
 
 
+def identifier(value: Any) -> str | None:
+    """What commands and other records call a record: `name` and `aliases` are for how people write it."""
+    known = isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", value)
+    return None if known else "is not letters, digits and - _ . +, beginning with a letter or digit"
+
+
 def texts(value: Any) -> str | None:
     whole = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
     return None if whole else "is not a list of strings"
@@ -69,20 +76,36 @@ def whole(value: Any) -> str | None:
     return None if value > 0 else "is not positive: leave an unknown value out"
 
 
+def between(low: float, high: float, kind: Callable[[Any], str | None] = number) -> Callable[[Any], str | None]:
+    """A number, or of another `kind`, that a machine may have: beyond `high` something was written in another unit."""
+
+    def check(value: Any) -> str | None:
+        if wrong := kind(value):
+            return wrong
+        return None if low <= value <= high else f"is not between {low:g} and {high:g}"
+
+    return check
+
+
 def truth(value: Any) -> str | None:
     return None if isinstance(value, bool) else "is not true or false"
 
 
-def rates(value: Any) -> str | None:
-    """A positive number by dtype."""
+def rates(value: Any, most: float = 1e8) -> str | None:
+    """A number by dtype: FLOP a clock and unit, or a factor."""
     if not isinstance(value, dict):
         return "is not a table of numbers by dtype"
     for dtype, rate in value.items():
         if dtype not in BITS:
             return f"has an unknown dtype {dtype!r}{suggest(dtype, BITS)}"
-        if wrong := number(rate):
+        if wrong := between(1e-6, most)(rate):
             return f"has {dtype} = {rate!r}, which {wrong}"
     return None
+
+
+def total_rates(value: Any) -> str | None:
+    """As rates, of a whole device in op/s."""
+    return rates(value, 1e21)
 
 
 def factors(value: Any) -> str | None:
@@ -129,13 +152,28 @@ def matrix_shape(shape: str) -> tuple[int, int, int, str, str]:
 def vector_rate(value: Any) -> str | None:
     """A number, or one by vector width in bits."""
     if not isinstance(value, dict):
-        return number(value)
+        return FMA(value)
     if not value:
         return "has no rate"
     for bits, rate in value.items():
-        if bits not in ("128", "256", "512") or number(rate):
-            return f"has {bits} = {rate!r}: vector bits (128, 256, 512) to a rate"
+        if bits not in ("128", "256", "512") or FMA(rate):
+            return f"has {bits} = {rate!r}: vector bits (128, 256, 512) to a rate of 0.01 to 64"
     return None
+
+
+# Of every machine there is, with room for those to come.
+CLOCK = between(1, 20_000)
+FMA = between(0.01, 64)  # vectors a cycle
+COUNT = between(1, 1 << 16, whole)
+SIZE = between(1, 1 << 40, whole)  # bytes of a cache, or of shared memory
+RATE = between(1e-3, 1e8)  # GB/s: the memory inside an NPU of a whole wafer has 2.1e7
+_CACHE_KEYS = {
+    "level": between(1, 9, whole),
+    "size_bytes": SIZE,
+    "line_bytes": COUNT,
+    "ways": COUNT,
+    "shared_by_cores": COUNT,
+}
 
 
 def caches(value: Any) -> str | None:
@@ -148,8 +186,8 @@ def caches(value: Any) -> str | None:
         for key, number_of in cache.items():
             if key not in _CACHE_KEYS:
                 return f"unknown key {key!r}{suggest(key, _CACHE_KEYS)}"
-            if whole(number_of):
-                return f"{key} = {number_of!r} is not a positive integer"
+            if wrong := _CACHE_KEYS[key](number_of):
+                return f"{key} = {number_of!r} {wrong}"
         if cache["level"] <= last:
             return f"levels must ascend, L{cache['level']} follows L{last}"
         last = cache["level"]
@@ -163,7 +201,7 @@ def clusters(value: Any) -> str | None:
     for cluster in value:
         if not isinstance(cluster, dict) or not {"core", "count"} <= set(cluster) <= {"core", "count", "clock_mhz"}:
             return f"each has core, count and maybe clock_mhz, or is like '4 cortex-a76 2400', not {cluster!r}"
-        if text(cluster["core"]) or whole(cluster["count"]) or number(cluster.get("clock_mhz", 1)):
+        if text(cluster["core"]) or COUNT(cluster["count"]) or CLOCK(cluster.get("clock_mhz", 1)):
             return f"{cluster!r} is not a name, a count and a clock"
     return None
 
@@ -180,9 +218,6 @@ def only_in_short(form: str) -> Callable[[Any], str | None]:
     return lambda value: f"is not like {form}, or says again what another key says"
 
 
-_CACHE_KEYS = ("level", "size_bytes", "line_bytes", "ways", "shared_by_cores")
-
-
 # Of every class. `class` is inherited; `toolchain = "none"` says that nothing we know makes code for it.
 COMMON = {
     "extends": text,
@@ -190,14 +225,14 @@ COMMON = {
     "aliases": texts,
     "class": one_of(*CLASSES),
     "vendor": text,
-    "year": whole,
+    "year": between(1970, 2100, whole),
     "isa": text,
-    "clock_mhz": number,
+    "clock_mhz": CLOCK,
     "memory": only_in_short("'24G 1008'"),
-    "dram_bytes": whole,  # largest option
-    "dram_gbs": number,  # of all channels, 1e9 bytes a second
-    "tdp_watts": number,
-    "launch_us": number,
+    "dram_bytes": between(1 << 10, 1 << 50, whole),  # largest option
+    "dram_gbs": RATE,  # of all channels, 1e9 bytes a second
+    "tdp_watts": between(1e-3, 1e6),
+    "launch_us": between(1e-3, 1e6),
     "toolchain": one_of("none"),
     "features": texts,
     "without": texts,
@@ -212,53 +247,53 @@ CPU = {
     "cpuid": texts,
     "parts": texts,
     "fma_per_cycle": vector_rate,
-    "fma_latency_cycles": whole,
+    "fma_latency_cycles": between(1, 64, whole),
     "in_order": truth,
-    "byte_rate": number,  # products of bytes by smull and sadalp in the time of one of floats
-    "load_stall_cycles": whole,  # in which a vector that is loaded keeps multiply-adds from starting
-    "cores": whole,
+    "byte_rate": between(0.01, 100),  # products of bytes by smull and sadalp in the time of one of floats
+    "load_stall_cycles": between(1, 64, whole),  # in which a vector that is loaded keeps multiply-adds from starting
+    "cores": COUNT,
     "caches": caches,
-    "core_dram_gbs": number,
-    "wake_us": number,
+    "core_dram_gbs": RATE,
+    "wake_us": between(1e-3, 1e6),
     "clusters": clusters,
     "soc": text,
     "gpu": text,  # the record of the GPU in the same package
     "npu": text,
 }
 ACCELERATOR = {
-    "units": whole,  # SMs, compute units, Xe cores, NPU cores
-    "tensor_clock_mhz": number,  # where the matrix units run slower than clock_mhz
+    "units": between(1, 1 << 20, whole),  # SMs, compute units, Xe cores, NPU cores
+    "tensor_clock_mhz": CLOCK,  # where the matrix units run slower than clock_mhz
     "vector_flops": rates,  # dense FLOP a clock and unit; a multiply-add counts two
     "matrix_flops": rates,
     "matrix_shapes": shapes,
     "sparse_factor": factors,
     "rate_scale": rates,  # of cut-down parts
-    "peak_ops": rates,  # dense op/s of the device, where only that is published
-    "l2_bytes": whole,
-    "l3_bytes": whole,
-    "l2_gbs": number,
-    "l3_gbs": number,
-    "host_link_gbs": number,
+    "peak_ops": total_rates,  # dense op/s of the device, where only that is published
+    "l2_bytes": SIZE,
+    "l3_bytes": SIZE,
+    "l2_gbs": RATE,
+    "l3_gbs": RATE,
+    "host_link_gbs": RATE,
 }
 GPU = {
     "llvm_cpu": text,
-    "warp_threads": whole,
-    "max_warps_per_unit": whole,
-    "max_blocks_per_unit": whole,
-    "max_threads_per_block": whole,
-    "schedulers_per_unit": whole,  # each owns an equal share of the registers
-    "registers_per_unit": whole,  # of 32 bits
-    "max_registers_per_thread": whole,
-    "register_allocation": whole,  # a warp gets a multiple of so many
-    "shared_bytes_per_unit": whole,
-    "shared_bytes_per_block": whole,
-    "shared_allocation_bytes": whole,
-    "shared_reserved_bytes": whole,  # of every block, by the driver
-    "shared_banks": whole,
-    "l1_bytes_per_unit": whole,
+    "warp_threads": between(1, 1024, whole),
+    "max_warps_per_unit": COUNT,
+    "max_blocks_per_unit": COUNT,
+    "max_threads_per_block": COUNT,
+    "schedulers_per_unit": between(1, 64, whole),  # each owns an equal share of the registers
+    "registers_per_unit": between(1, 1 << 30, whole),  # of 32 bits
+    "max_registers_per_thread": COUNT,
+    "register_allocation": COUNT,  # a warp gets a multiple of so many
+    "shared_bytes_per_unit": SIZE,
+    "shared_bytes_per_block": SIZE,
+    "shared_allocation_bytes": SIZE,
+    "shared_reserved_bytes": SIZE,  # of every block, by the driver
+    "shared_banks": between(1, 1024, whole),
+    "l1_bytes_per_unit": SIZE,
     "fp8_format": one_of("ocp", "fnuz"),
 }
-NPU = {"sram_bytes": whole, "sram_gbs": number, "dtypes": dtypes}
+NPU = {"sram_bytes": SIZE, "sram_gbs": RATE, "dtypes": dtypes}
 
 KEYS: dict[str, dict[str, Callable[[Any], str | None]]] = {
     "cpu": {**COMMON, **CPU},

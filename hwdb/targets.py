@@ -74,6 +74,8 @@ def resolve(target: str | Mapping[str, Any] | Hardware) -> Hardware:
             return from_tvm(json.loads(target))
         except json.JSONDecodeError as error:
             raise UnknownTarget(f"target {target!r} is not valid JSON: {error}") from error
+    if instead := _from_command_line(target):
+        raise UnknownTarget(f"target {target!r}: {instead}")
     if spelling(target) == "native":
         from .host import detect
 
@@ -99,7 +101,11 @@ def from_tvm(target: Mapping[str, Any]) -> Hardware:
 
     Raises UnknownTarget for kinds and attributes that are not understood: ignoring one would be wrong code.
     """
-    kind = target.get("kind")
+    if "kind" not in target:
+        raise UnknownTarget(
+            f'the TVM target {dict(target)} lacks "kind": one of {", ".join(_READ)}, as {_example(target)}'
+        )
+    kind = target["kind"]
     if not isinstance(kind, str) or kind not in _READ:
         raise UnknownTarget(
             f"TVM target kind {kind!r} is not understood; one of {', '.join(_READ)}{suggest(str(kind), _READ)}"
@@ -111,6 +117,23 @@ def from_tvm(target: Mapping[str, Any]) -> Hardware:
         if wrong := _mistake(key, target[key]):
             raise UnknownTarget(f"TVM target attribute {key!r} of {kind} is {target[key]!r}: {wrong}")
     return _from_llvm(target) if kind == "llvm" else _from_gpu(target)
+
+
+def _example(target: Mapping[str, Any]) -> str:
+    kind = "cuda" if "arch" in target else "rocm" if str(target.get("mcpu", "")).startswith("gfx") else "llvm"
+    return json.dumps({"kind": kind, **target}, default=str)
+
+
+def _from_command_line(text: str) -> str | None:
+    """What to write instead of TVM's old form of a target, "llvm -mcpu=znver4"; None where `text` is none."""
+    kind, _, options = text.strip().partition(" ")
+    if kind not in _READ or not (options.lstrip().startswith("-") or text.strip() == "llvm"):
+        return None
+    pairs = re.findall(r"-+([\w-]+)(?:=| +(?!-))(\S+)", options)
+    said: dict[str, Any] = {
+        key: value.split(",") if key == "mattr" else int(value) if value.isdigit() else value for key, value in pairs
+    }
+    return f"a TVM target is written as a dictionary, here {json.dumps({'kind': kind, **said})}"
 
 
 def _mistake(key: str, value: Any) -> str | None:

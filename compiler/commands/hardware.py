@@ -26,15 +26,23 @@ def list_records(
 ) -> None:
     """List the machines of the database with their sources, one a line when piped."""
     from ... import hwdb
+    from ...hwdb.naming import spelling
     from .hardware_tables import COLUMNS, row
 
     rows = [row(hwdb.lookup(id)) for id in hwdb.names()]
-    for value, columns in ((kind, ("class", "kind")), (vendor, ("vendor",)), (isa, ("isa",))):
+    filters = (("kind", kind, ("class", "kind")), ("vendor", vendor, ("vendor",)), ("isa", isa, ("isa",)))
+    for option, value, columns in filters:
         places = [COLUMNS.index(column) for column in columns]
         known = sorted({fields[place] for fields in rows for place in places} - {""})
-        if value is not None and value not in known:
-            raise InputError(f"{value!r} is none of {', '.join(known)}{suggest(value, known)}")
-        rows = [fields for fields in rows if value is None or value in (fields[place] for place in places)]
+        if value is None:
+            continue
+        wanted = {text for text in known if spelling(text) == spelling(value)}
+        if not wanted:
+            among = " among these machines" if len(rows) < len(hwdb.names()) else ""
+            raise InputError(
+                f"no {option} {value!r}{among}: one of {', '.join(known)}{suggest(spelling(value), known)}"
+            )
+        rows = [fields for fields in rows if wanted & {fields[place] for place in places}]
     if not sys.stdout.isatty():
         for fields in rows:
             typer.echo("\t".join(fields))

@@ -140,11 +140,16 @@ def test_hw_list_by_vendor_and_class():
     assert {(fields[1], fields[3]) for fields in rows} == {("gpu", "nvidia")}
     boards = run("hw", "list", "--vendor", "raspberry-pi").output
     assert "raspberry-pi-5\tboard" in boards
+    assert run("hw", "list", "--vendor", "Raspberry Pi").output == boards
+    assert run("hw", "list", "--vendor", "NVIDIA", "--kind", "GPU").output.count("\n") == len(rows)
 
 
 def test_hw_list_refuses_unknown_filters():
     assert "did you mean 'device'" in fails("hw", "list", "--kind", "devices")
     assert "did you mean 'nvidia'" in fails("hw", "list", "--vendor", "nvidai")
+    assert "no vendor 'Acme': one of amazon, amd, " in fails("hw", "list", "--vendor", "Acme")
+    assert "no kind 'toaster': one of architecture, board, cpu, device" in fails("hw", "list", "--kind", "toaster")
+    assert "no vendor 'nvidia' among these machines" in fails("hw", "list", "--kind", "npu", "--vendor", "nvidia")
 
 
 def test_hw_compare_divides_figures():

@@ -110,8 +110,9 @@ def test_a_peak_is_units_times_rate_times_clock(a100):
     assert a100.peak_flops("fp16", sparse=True) == 2 * a100.peak_flops("fp16")
     assert a100.peak_flops("tf32", sparse=True) == a100.peak_flops("tf32")
     assert a100.peak_flops("uint8") == a100.peak_flops("int8") == 512 * 108 * 1410e6
-    assert a100.peak_flops("bf16") == a100.peak_flops()  # widened
-    assert a100.peak_flops("fp4") is None
+    assert a100.peak_flops("bf16") is None
+    assert a100.computed_in("bf16") == a100.computed_in("fp4") == "float32"
+    assert a100.computed_in("int32") is None  # float32 does not hold all its values
 
 
 def test_the_questions_are_those_of_a_cpu(a100):

@@ -13,7 +13,8 @@ import pytest
 from graphwright import hwdb
 from graphwright.errors import RecordError, UnknownTarget
 from graphwright.hwdb import loader
-from graphwright.hwdb.dtypes import BITS
+from graphwright.hwdb.cost import Work, predict_seconds
+from graphwright.hwdb.dtypes import BITS, dtype_name
 from graphwright.hwdb.loader import Database, database
 
 IDS = [name for name in hwdb.names() if name != "native"]
@@ -134,7 +135,7 @@ def test_importing_brings_in_nothing_heavy_and_reads_no_record():
 
 def test_the_records_are_small():
     """So that reading all of them takes some tens of milliseconds."""
-    assert sum(file.stat().st_size for file in Path(loader.__file__).parent.glob("*.toml")) <= 150 << 10
+    assert sum(file.stat().st_size for file in Path(loader.__file__).parent.glob("*.toml")) <= 152 << 10
 
 
 def test_a_look_up_parses_the_record_and_its_ancestors_only():
@@ -206,6 +207,47 @@ def test_known_figures():
     assert amx.peak_flops("int8") == 2048e9  # Intel optimization manual: 2048 int8 operations a cycle and core
 
 
+@pytest.mark.parametrize(
+    ("id", "dtype", "computed"),
+    [
+        ("raspberry-pi-5", "float8", "float32"),
+        ("raspberry-pi-5", "bf16", "float32"),
+        ("raspberry-pi-5", "fp16", "float16"),
+        ("raspberry-pi-4", "fp16", "float32"),
+        ("core-i9-13900k", "float8", "float32"),
+        ("core-i9-13900k", "int4", "float32"),
+        ("core-i9-13900k", "int64", "int64"),
+        ("t4", "bf16", "float32"),
+        ("t4", "float8", "float32"),
+        ("t4", "int8", "int8"),
+        ("v100", "bf16", "float32"),
+        ("v100", "int32", None),
+        ("apple-m1-gpu", "float64", None),
+    ],
+)
+def test_a_rate_is_that_of_the_type_itself_and_what_lacks_is_widened_alike_everywhere(id, dtype, computed):
+    hw = hwdb.lookup(id)
+    native = computed is not None and computed == dtype_name(dtype)
+    assert (hw.supports(dtype), hw.computed_in(dtype)) == (native, computed)
+    assert (hw.peak_flops(dtype) is not None) == native
+    seconds = predict_seconds(hw, Work({dtype: 1e12}))
+    assert seconds == (None if computed is None else predict_seconds(hw, Work({computed: 1e12})))
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_no_rate_of_what_is_not_computed(id):
+    hw = hwdb.lookup(id)
+    for dtype in BITS:
+        assert hw.supports(dtype) or hw.peak_flops(dtype) is None, dtype
+        assert hw.supports(dtype) == (hw.computed_in(dtype) == dtype), dtype
+
+
+def test_volta_multiplies_bytes_by_dp4a():
+    for id in ("v100", "v100-pcie", "v100s", "titan-v"):
+        hw = hwdb.lookup(id)
+        assert (hw.dot_product("int8"), hw.peak_flops("int8")) == ("dp4a", 4 * hw.peak_flops())
+
+
 def test_pi_has_no_crypto():
     assert "aes" in hwdb.lookup("cortex-a72").features
     assert "-aes" in hwdb.lookup("raspberry-pi-4").tvm_target()["mattr"]
@@ -272,7 +314,24 @@ MISTAKES = {
         BASE + "caches = [{ level = 1, size_bytes = 1, way = 2 }]\n",
         "unknown key 'way'; did you mean 'ways'",
     ),
-    "cache size 0": (BASE + "caches = [{ level = 1, size_bytes = 0 }]\n", "size_bytes = 0 is not a positive"),
+    "cache size 0": (BASE + "caches = [{ level = 1, size_bytes = 0 }]\n", "size_bytes = 0 is not positive"),
+    "a clock in Hz": (BASE + "clock_mhz = 1e300\n", r":17: .*clock_mhz = 1e\+300 is not between 1 and 20000"),
+    "absurd cores": (BASE.replace("cores = 1", "cores = 1000000000000"), "cores = 1000000000000 is not between 1 and"),
+    "absurd rate": (
+        BASE.replace("fma_per_cycle = 1", "fma_per_cycle = 1e9"),
+        "fma_per_cycle = 1000000000.0 is not between",
+    ),
+    "absurd cache": (BASE + 'caches = ["900000G"]\n', "size_bytes = 966367641600000 is not between"),
+    "absurd cluster": (BASE + 'clusters = ["4 base 99999"]\n', "is not a name, a count and a clock"),
+    "year in two digits": (BASE + "year = 24\n", "year = 24 is not between 1970 and 2100"),
+    "no identifier": (
+        BASE.replace("base]", '"My Laptop!"]'),
+        r":\d+: .*the id 'My Laptop!' is not letters, digits and",
+    ),
+    "no identifier of a source": (
+        BASE + '[source."a, b"]\nkind = "press"\ntitle = "x"\n',
+        "the id 'a, b' is not letters",
+    ),
     "cache order": (
         BASE + "caches = [{ level = 2, size_bytes = 9 }, { level = 1, size_bytes = 1 }]\n",
         "levels must ascend, L1 follows L2",
@@ -292,7 +351,7 @@ def test_mistakes_name_file_and_record(tmp_path, mistake):
     with pytest.raises(RecordError, match=message) as raised:
         read(tmp_path, text)
     assert "own.toml" in str(raised.value)
-    if mistake not in ("not TOML", "unknown kind"):
+    if mistake not in ("not TOML", "unknown kind", "no identifier of a source"):
         assert "architecture." in str(raised.value) or "source.manual" in str(raised.value)
 
 

@@ -184,6 +184,54 @@ def test_what_no_code_is_made_for_is_refused_in_one_sentence(name):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "id"),
+    [
+        ("Raspberry Pi 5 Model B Rev 1.0\0", "raspberry-pi-5"),  # as the device tree ends it
+        ("Raspberry Pi 3 Model B Plus Rev 1.3", "raspberry-pi-3b-plus"),
+        ("Raspberry Pi 2 Model B Rev 1.1", "raspberry-pi-2b"),
+        ("Radxa ROCK 5 Model B", "rock-5b"),
+        ("NVIDIA Jetson Orin Nano Developer Kit", "jetson-orin-nano"),
+        ("NVIDIA Jetson AGX Xavier GPU", "jetson-agx-xavier-gpu"),
+        ("13th Gen Intel(R) Core(TM) i9-13900K", "core-i9-13900k"),
+        ("11th Gen Intel(R) Core(TM) i5-1135G7 @ 2.40GHz", "core-i5-1135g7"),
+        ("AMD Ryzen 7 7840U w/ Radeon 780M Graphics", "ryzen-7-7840hs"),
+        ("Tesla V100-SXM2-32GB", "v100-sxm2-32gb"),
+        ("NVIDIA GeForce RTX 4050 Laptop GPU", "rtx-4050-laptop"),
+    ],
+)
+def test_names_as_firmware_and_drivers_give_them(name, id):
+    assert hwdb.lookup(name).id == id
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("NVIDIA GeForce RTX 3060 Laptop GPU", "did you mean"),  # never the card of the same number
+        ("NVIDIA GeForce RTX 2080 with Max-Q Design", "did you mean"),
+        ("NVIDIA GeForce RTX 4090 D", "rtx-4090"),
+        ("Raspberry Pi 3 Model A Plus Rev 1.0", "raspberry-pi-3"),
+        ("Tesla M4", "unknown target"),  # no chip of Apple's
+    ],
+)
+def test_a_variant_is_not_taken_for_another_product(name, near):
+    with pytest.raises(UnknownTarget, match=near):
+        hwdb.lookup(name)
+
+
+def test_every_product_is_found_by_its_name():
+    records = loader.database()
+    for id, record in records.records.items():
+        assert records.find(id) == id
+        assert not record.name or records.find(record.name) == id, record.name
+
+
+@pytest.mark.parametrize("id", ["My Laptop!", "", "-x", "a b"])
+def test_an_id_is_an_identifier(id):
+    with pytest.raises(RecordError, match=r"the id '.*' is not letters, digits and .*`name` says what people call it"):
+        hwdb.register(id, extends="zen4")
+
+
 def test_a_tvm_target_names_processor_features_and_cores():
     hw = hwdb.lookup(
         {
@@ -213,7 +261,19 @@ def test_what_is_told_to_tvm_leads_back(name):
     ("target", "error", "message"),
     [
         ({"kind": "vax"}, UnknownTarget, "kind 'vax' is not understood"),
-        ({}, UnknownTarget, "kind None is not understood"),
+        ({}, UnknownTarget, 'lacks "kind": one of llvm, cuda, rocm'),
+        ({"kind": None}, UnknownTarget, "kind None is not understood"),
+        ({"mcpu": "znver4"}, UnknownTarget, 'lacks "kind".*as {"kind": "llvm", "mcpu": "znver4"}'),
+        ('{"mcpu": "gfx942"}', UnknownTarget, 'lacks "kind".*as {"kind": "rocm", "mcpu": "gfx942"}'),
+        ({"arch": "sm_90"}, UnknownTarget, 'lacks "kind".*as {"kind": "cuda", "arch": "sm_90"}'),
+        ("llvm -mcpu=znver4", UnknownTarget, 'as a dictionary, here {"kind": "llvm", "mcpu": "znver4"}'),
+        ("cuda -arch sm_80", UnknownTarget, 'as a dictionary, here {"kind": "cuda", "arch": "sm_80"}'),
+        (
+            "llvm -mattr=-avx2,+fma -num-cores=4",
+            UnknownTarget,
+            r'"mattr": ."-avx2", "\+fma"., "num-cores": 4',
+        ),
+        ("llvm", UnknownTarget, 'as a dictionary, here {"kind": "llvm"}'),
         ({"kind": "llvm", "mcpus": "zen"}, UnknownTarget, "attribute 'mcpus' of llvm.*did you mean 'mcpu'"),
         ({"kind": ["llvm"]}, UnknownTarget, "kind .'llvm'. is not understood"),
         ({"kind": "llvm", 5: 6}, UnknownTarget, "attribute 5 of llvm is not understood"),
