@@ -242,6 +242,7 @@ REFUSED = [
         ),
         "moves its weights",
     ),
+    (lambda q, k, v: scores(q, k).softmax(-1).transpose(0, 1) @ v.transpose(0, 1), "moves its weights"),
     (lambda q, k, v: scores(q, k).softmax(-1).reshape(2, 12, 5) @ v[:, 0], "moves its weights"),
     (lambda q, k, v: v.mT[..., :3] @ scores(q, k).softmax(-1), "which is no product with values"),
     (lambda q, k, v: torch.softmax(q.sum() * k.sum(), 0) * v, "not a matrix"),
