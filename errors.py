@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+LEAVES = '\ntorch.compile(model, backend="graphwright") leaves such a graph to PyTorch.'
+
 
 class GraphwrightError(Exception):
-    """Base of everything graphwright raises on purpose."""
+    """Base of everything graphwright raises on purpose.
+
+    `what` is the message without its end, `split`: that torch.compile would help, for those who do not use it.
+    """
+
+    def __init__(self, what: str = "", split: str = "") -> None:
+        super().__init__(what + split)
+        self.what, self.split = what, split
 
 
 class UnknownTarget(GraphwrightError):
@@ -61,3 +70,11 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
     near = [found for found, _, _ in process.extract(name, list(known), scorer=fuzz.ratio, limit=3, score_cutoff=60)]
     return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def size(count: int) -> str:
+    """Bytes for reading."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

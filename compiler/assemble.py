@@ -27,6 +27,7 @@ from .build import Built, build
 from .cache import Cache
 from .capture import Captured, Signature, TensorSpec, capture, example_tensors
 from .compiled import Compiled
+from .fakes import wrong_fake
 from .obstacle import obstacle
 from .pass_checks import Pass, name_of
 from .precision import FP32, Precision, Sample, check_tolerance
@@ -260,12 +261,18 @@ def _verify(
 ) -> tuple[Built, tuple[ErrorRow, ...]]:
     """Run the machine code on the inputs; raises NumericMismatch with the pass or the operator to blame.
 
+    Where a custom operator gives another shape than its fake kernel promises, no machine code runs: it might read past
+    the end.
     Where reduced precision costs too much after all, it is decided again for less error, and the model built again;
     where machine code is to blame, PyTorch runs that operator; where a pass of ours is, the model is built without it.
     The report says both.
     """
     options = attempt.options
     left_out: dict[str, str] = {}
+    if (wrong := wrong_fake(captured.graph, inputs)) is not None:
+        log.warning("%s\nUntil then PyTorch runs the model.", wrong)
+        left_out = {node.name: wrong.splitlines()[0] for node in built.graph.graph.nodes}
+        built = _build_again(directory, captured, attempt, precision, left_out)
     samples = precision.samples or ((inputs, compare.reference(captured.graph, inputs)),)
     names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
     wide = precision is FP32 or options.precision == "fp32"

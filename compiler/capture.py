@@ -150,7 +150,7 @@ def _export(
             shapes = functions.dynamic_shapes(module, arguments, dynamic_shapes)
             return torch.export.export(module, arguments, keywords, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            raise CaptureError(_explain(module, error)) from error
+            raise _unexportable(module, error) from error
 
 
 def capture(exported: ExportedProgram, parameters: tuple[str, ...] = ()) -> Captured:
@@ -216,16 +216,17 @@ def _separate(tree: Any) -> Any:
     return pytree.tree_unflatten(leaves, spec)
 
 
-def _explain(module: torch.nn.Module, error: Exception) -> str:
+def _unexportable(module: torch.nn.Module, error: Exception) -> CaptureError:
     model = module.function if isinstance(module, functions.Function) else module
     name = getattr(model, "__name__", type(model).__name__)
     reason = str(error).strip() or type(error).__name__
     text = f"torch.export cannot capture {name} as one graph: {reason}"
     if not any(word in text for word in ("ata-dependent", "data dependent", "control flow", "higher order")):
-        return text
-    return (
-        f'{text}\nWhere control flow depends on data, torch.compile(model, backend="graphwright") splits the model '
-        "at such places."
+        return CaptureError(text)
+    return CaptureError(
+        text,
+        split='\nWhere control flow depends on data, torch.compile(model, backend="graphwright") splits the model at '
+        "such places.",
     )
 
 
@@ -272,7 +273,8 @@ def _flatten(exported: ExportedProgram, parameters: tuple[str, ...]) -> tuple[fx
                 continue
             raise CaptureError(
                 f"{old.target} is a nested graph (torch.cond or another control-flow operator), "
-                'which graphwright does not compile; use torch.compile(model, backend="graphwright")'
+                "which graphwright does not compile",
+                split='; use torch.compile(model, backend="graphwright")',
             )
         if old.target is _WITH_EFFECTS:
             nodes[old] = _effect(graph, old, nodes)

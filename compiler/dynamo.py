@@ -195,7 +195,7 @@ class _Specialised:
             with torch.no_grad():
                 compiled = compile(module, tuple(inputs[i] for i in free), **self.options)
         except GraphwrightError as error:
-            self._tell(f"this graph runs in PyTorch: {error}")
+            self._tell(f"this graph runs in PyTorch: {error.what}")
             return _Entry(None)
         ended = time.monotonic()
         run = _with_strides(compiled, strides)

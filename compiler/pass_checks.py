@@ -2,13 +2,16 @@
 
 A pass is a function of (graph, hw) that rewrites in place and returns how many rewrites it made. It changes nothing
 where that is 0; it leaves a valid graph with the same inputs and outputs, whose nodes have meta["val"]. For passes of
-users it is checked as well that new nodes compute what their meta["val"] says.
+users it is checked as well that nodes they made or changed compute what their meta["val"] says, and that they leave
+constants alone: the model of the user holds the same tensors.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -21,6 +24,7 @@ from ..errors import PassError
 from ..hwdb import Hardware
 from ..passes import rewrite
 from ..passes.printer import format_type
+from . import watch
 
 Pass = Callable[[fx.GraphModule, Hardware], int]
 
@@ -64,22 +68,30 @@ class Watch:
         self.graph, self.strict = graph, strict
         self.calling = _calling(graph)
         self.spelt: dict[fx.Node, Spelling] = _spelt(graph) if strict else {}
+        self.values = {node: node.meta.get("val") for node in graph.graph.nodes} if strict else {}
+        self.constants = _Constants(graph) if strict else None
 
     def broken(self, count: Any) -> str | None:
         """What is wrong, and what to do about it; None where all is well."""
         if not isinstance(count, int) or isinstance(count, bool):
             return f"returned {count!r}: return how many rewrites it made, 0 where it changed nothing"
+        if count < 0:
+            return f"returned {count}: a count of rewrites is 0 or more"
+        if self.constants is not None and (changed := self.constants.changed()):
+            return (
+                f"changed the constant {changed} in place, a tensor that the model itself holds, and that has "
+                "changed there too: make a new tensor, and let nodes read it by graphwright.passes.rewrite.add_constant"
+            )
         if not count:
             if self.strict and _spelt(self.graph) != self.spelt:
                 return "returned 0 although it changed the graph: return how many rewrites it made"
-            return None
+            return self._bad_values() or self._calling_changed() if self.strict else None
         try:
             self.graph.graph.lint()
         except Exception as error:
             what = str(error).splitlines()[0]
             return f"left a malformed graph: {what}; nodes must stand behind what they read, and erased ones be unread"
-        bad = next((reason for node in self.graph.graph.nodes if (reason := self._bad_value(node))), None)
-        return bad or self._calling_changed()
+        return self._bad_values() or self._calling_changed()
 
     def _calling_changed(self) -> str | None:
         now = _calling(self.graph)
@@ -87,6 +99,9 @@ class Watch:
             if old != new:
                 return f"changed the {what} of the graph from {old} to {new}: a model is called as it was before"
         return None
+
+    def _bad_values(self) -> str | None:
+        return next((reason for node in self.graph.graph.nodes if (reason := self._bad_value(node))), None)
 
     def _bad_value(self, node: fx.Node) -> str | None:
         if node.op == "output" or _gives_nothing(node):
@@ -96,10 +111,10 @@ class Watch:
                 f'left {node.format_node()} without meta["val"]: insert nodes with graphwright.passes.rewrite.call, '
                 'or set node.meta["val"] = rewrite.run_fake(node)'
             )
-        if not self.strict or node.op != "call_function" or self.spelt.get(node) == _spelling(node):
+        if not self.strict or node.op == "placeholder" or self._as_it_was(node):
             return None
         try:
-            value = rewrite.run_fake(node)
+            value = self._computed(node)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return None
         except Exception as error:
@@ -108,6 +123,31 @@ class Watch:
             promised = format_type(node.meta["val"])
             return f'left {node.format_node()}, which gives {format_type(value)}, with meta["val"] of {promised}'
         return None
+
+    def _as_it_was(self, node: fx.Node) -> bool:
+        """Whether the node calls what it called, and has the very meta["val"] it had."""
+        return self.spelt.get(node) == _spelling(node) and self.values[node] is node.meta["val"]
+
+    def _computed(self, node: fx.Node) -> object:
+        return _constant(self.graph, node) if node.op == "get_attr" else rewrite.run_fake(node)
+
+
+class _Constants:
+    """The tensors a graph holds, which it shares with the model: found changed by their versions, or by their bytes."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        held = itertools.chain(graph.named_parameters(), graph.named_buffers())
+        self.held = [(name, tensor) for name, tensor in held if tensor.layout == torch.strided]
+        self.watch = watch.Watch(dict(enumerate(tensor for _, tensor in self.held)))
+
+    def changed(self) -> str:
+        """The names of those that are not as they were."""
+        found = self.watch.changed([tensor for _, tensor in self.held])
+        return ", ".join(self.held[i][0] for i in sorted(found))
+
+
+def _constant(graph: fx.GraphModule, node: fx.Node) -> object:
+    return operator.attrgetter(str(node.target))(graph)
 
 
 def _gives_nothing(node: fx.Node) -> bool:

@@ -155,6 +155,7 @@ class _Work:
             raise _failure(entry.rewrite, f"pass {name} failed after {self._before()}: {error}") from error
         if (broken := watch.broken(count)) is not None:
             raise _failure(entry.rewrite, f"pass {name}, after {self._before()}, {broken}")
+        self.ran.pop(name, None)  # to the end: it is the last that ran
         self.ran[name] = None
         entry.last = count
         entry.rewrites += count
@@ -170,7 +171,10 @@ class _Work:
             self.after(name, self.graph)
 
     def _before(self) -> str:
-        return ", ".join(self.ran) or "no other pass"
+        last = ", ".join(list(self.ran)[-3:])
+        if len(self.ran) <= 3:
+            return last or "no other pass"
+        return f"{len(self.ran)} passes, the last of them {last}"
 
 
 class _Dump:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import ArtifactError, UnsupportedOp
+from ..errors import LEAVES, ArtifactError, UnsupportedOp
 from .partition import Part
 
 _FUNCTIONS: dict[str, Any] = {"operator": operator, "math": math, "torch": torch}
@@ -88,7 +88,7 @@ def make_plan(graph: fx.GraphModule, parts: Sequence[Part]) -> tuple[Plan, dict[
             try:
                 args, kwargs = _encode(node.args, slot), _encode(node.kwargs, slot)
             except UnsupportedOp as error:
-                raise UnsupportedOp(f"{called(node)}: {error}{_where(node)}") from error
+                raise UnsupportedOp(f"{called(node)}: {error.what}{_where(node)}", error.split) from error
             calls.append(OperatorCall(_name_of(node.target), args, kwargs, slot(node)))
     output = next(n for n in graph.graph.nodes if n.op == "output")
     outputs = tuple(slot(n) for n in output.args[0])
@@ -178,7 +178,8 @@ def _encode(value: Any, slot: Callable[[fx.Node], int]) -> Any:
         return value
     raise UnsupportedOp(
         f"an argument is a {type(value).__name__}, which a compiled model cannot keep; leave the operator out of "
-        'the model, or use torch.compile(model, backend="graphwright"), which leaves such a graph to PyTorch'
+        "the model",
+        split=LEAVES,
     )
 
 

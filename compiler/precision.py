@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..errors import GraphwrightError, InputError, suggest
+from ..errors import InputError, suggest
 from ..hwdb import Hardware
 from . import compare
 from .compression.int8_method import DEFAULT, Method
@@ -73,11 +73,11 @@ FP32 = Precision()
 
 
 def check_precision(name: Any) -> None:
-    """Raise GraphwrightError for a precision that there is not, saying what there is."""
+    """Raise InputError for a precision that there is not, saying what there is."""
     there = f"{', '.join(repr(p) for p in PRECISIONS[:-1])} and {PRECISIONS[-1]!r}"
     if name not in PRECISIONS:
         near = suggest(str(name), PRECISIONS)
-        raise GraphwrightError(f"there is no precision {name!r}{near}; there are {there}")
+        raise InputError(f"there is no precision {name!r}{near}; there are {there}")
 
 
 def reduce(

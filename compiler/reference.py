@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..passes import dialect
 from ..passes.memory import in_order
 
 _WIDER = {
@@ -17,6 +19,12 @@ _WIDER = {
     torch.bfloat16: torch.float64,
     torch.complex64: torch.complex128,
     torch.complex32: torch.complex128,
+}
+
+_ATTENTION = {
+    torch.ops.aten.scaled_dot_product_attention.default,
+    dialect.attention,
+    dialect.strided_attention,
 }
 
 
@@ -50,6 +58,10 @@ class Float64(Keeping):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = fx.node.map_aggregate((args, kwargs), _widen_dtype)
         result = super().call_function(target, args, kwargs)
+        if target in _ATTENTION and bool(result.isnan().any()):
+            # The fused kernel scales masked scores too: -inf times 0 is NaN, and times less than 0 hides nothing.
+            with sdpa_kernel(SDPBackend.MATH):
+                result = super().call_function(target, args, kwargs)
         ours = getattr(target, "namespace", "") == "graphwright"  # bytes of the dialect are steps of a scale
         wider = isinstance(result, torch.Tensor) and result.dtype in _WIDER and not ours
         if wider and _has_integers(args, kwargs):

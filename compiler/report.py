@@ -9,6 +9,7 @@ from typing import Any
 
 from ..backends.choices import Decision
 from ..backends.lowering.registry import KernelInfo
+from ..errors import size
 from ..passes.assign_precision import Choice
 from .pipeline import PassRun
 
@@ -189,11 +190,3 @@ def _kernel(data: dict[str, Any]) -> KernelInfo:
         for d in data.get("decisions", ())
     )
     return KernelInfo(**{**data, "decisions": decisions})
-
-
-def size(count: int) -> str:
-    """Bytes for reading."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"

@@ -19,6 +19,7 @@ from .build import build
 from .capture import Model, TensorSpec, arguments, capture, example_of, example_tensors, export
 from .compare import Reference, compare, errors, reference
 from .executor import Run
+from .fakes import wrong_fake
 from .obstacle import obstacle
 from .pass_checks import Pass, is_ours, name_of
 from .reference import Float64, relative_l2, run_eager
@@ -69,6 +70,8 @@ def verify_model(
         raise InputError("the program holds no example inputs to verify with: pass example_inputs")
     inputs = example_tensors(example, captured.signature)
     names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
+    if (promise := wrong_fake(captured.graph, inputs)) is not None:
+        raise NumericMismatch(promise)
     expected = reference(captured.graph, inputs)
     stages: list[tuple[str, tuple[ErrorRow, ...]]] = []
 

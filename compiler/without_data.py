@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..errors import CaptureError
+from ..errors import LEAVES, CaptureError
 
 _PACKAGE = str(Path(__file__).parent)
 
@@ -26,8 +26,7 @@ def without_data(tensor: torch.Tensor) -> str | None:
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return (
             "belongs to a derivative (torch.func.grad, vjp, jacrev, hessian), which torch.export cannot follow; take "
-            'the derivative outside the model, or use torch.compile(model, backend="graphwright"), which leaves such a '
-            "graph to PyTorch"
+            "the derivative outside the model"
         )
     if is_traceable_wrapper_subclass(tensor):
         return (
@@ -44,7 +43,10 @@ def require_data(exported: ExportedProgram) -> None:
     for name, value in {**exported.state_dict, **exported.constants}.items():
         if isinstance(value, torch.Tensor) and (reason := without_data(value)) is not None:
             node = next((n for n in exported.graph.nodes if n.name == targets.get(name)), None)
-            raise CaptureError(f"the constant {name} of the model {reason}{_where(node)}")
+            derivative = torch._C._functorch.is_functorch_wrapped_tensor(value)
+            raise CaptureError(
+                f"the constant {name} of the model {reason}{_where(node)}", split=LEAVES if derivative else ""
+            )
 
 
 def _where(node: fx.Node | None) -> str:

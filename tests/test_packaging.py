@@ -48,7 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_source_and_data_file(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {"graphwright/__init__.py", "graphwright/errors.py", "graphwright/py.typed"}
+    expected = {"graphwright/__init__.py", "graphwright/__main__.py", "graphwright/errors.py", "graphwright/py.typed"}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in {".py", ".toml", ".c", ".h", ".html"}:

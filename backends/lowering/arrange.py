@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ...errors import MemoryLimit
+from ...errors import MemoryLimit, size
 from ...hwdb import Hardware
 from ...hwdb.cost import Work, predict_seconds
 from ..aot.memory import lifetimes, plan
@@ -76,17 +76,13 @@ def _explained(program: Program, limit: int) -> str:
     held = sorted((x for x in alive if x.first <= fullest <= x.last), key=lambda x: -x.nbytes)
     kernel = program.steps[fullest].kernel or "copy"
     lines = [
-        f"the activations need {_megabytes(_peak(program))} and memory_limit is {_megabytes(limit)}, "
+        f"the activations need {size(_peak(program))} and memory_limit is {size(limit)}, "
         f"although values are computed again where that frees memory. Alive at step {fullest}, {kernel}:"
     ]
     for life in held[:8]:
         buffer, writer = program.buffers[life.name], program.steps[life.first].kernel or "copy"
-        lines.append(f"  {_megabytes(life.nbytes)}: {buffer.dtype}{list(buffer.shape)}, written by {writer}")
+        lines.append(f"  {size(life.nbytes)}: {buffer.dtype}{list(buffer.shape)}, written by {writer}")
     lines.append(
         "A smaller batch or resolution needs less; a reduced precision does not, since activations stay float32."
     )
     return "\n".join(lines)
-
-
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.2f} MB"

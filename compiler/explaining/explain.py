@@ -17,6 +17,7 @@ from torch import fx
 
 from ...backends.choices import Choices
 from ...backends.lowering.registry import KernelInfo
+from ...errors import size
 from ...hwdb import Hardware, Target, compile_target
 from ...passes.copies import Copies, count_copies
 from ...passes.families import restrict
@@ -30,7 +31,7 @@ from ..compression.int8_method import int8_method
 from ..functions import parameters_of
 from ..pass_checks import Pass
 from ..precision import Precision, check_precision
-from ..report import Report, passes_lines, size
+from ..report import Report, passes_lines
 from ..rewriting import divided
 from ..selection import select
 from ..tune import stored

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import graphwright
 from graphwright.compiler.reference import relative_l2
@@ -91,3 +93,17 @@ def test_an_operator_that_float64_does_not_have_is_compared_with_pytorch(caplog:
     assert "float32 only" in row.no_float64
     assert "against PyTorch eager" in compiled.report().text()
     assert "not in float64: " in compiled.report().text()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0])
+def test_where_fused_attention_gives_nan_the_numbers_of_its_formula_pass(scale: float) -> None:
+    """PyTorch's fused kernel multiplies the -inf of hidden keys by the scale."""
+
+    def model(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    operands = torch.randn(3, 1, 2, 5, 16).unbind()
+    compiled = graphwright.compile(model, operands, cache=False)
+    assert not compiled.report().eager
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.testing.assert_close(compiled(*operands), model(*operands))

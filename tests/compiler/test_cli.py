@@ -452,3 +452,10 @@ def test_doctor_survives_a_failing_check(monkeypatch):
     finding = doctor._guard("linker", crash)
     assert (finding.what, finding.status) == ("linker", "broken")
     assert "disk on fire" in finding.detail
+
+
+def test_the_package_is_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "graphwright", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith(graphwright.__version__)

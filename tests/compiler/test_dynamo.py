@@ -320,3 +320,14 @@ def test_results_that_are_views_of_inputs_stay_views() -> None:
         first = torch.compile(lambda x: (x[0], x.t() + 1), backend="graphwright")(x)[0]
     first.zero_()
     assert x[0].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_who_uses_torch_compile_is_not_advised_to(caplog: pytest.LogCaptureFixture) -> None:
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+
+    x = torch.randn(3)
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="graphwright"):
+        close(torch.compile(model, backend="graphwright")(x), model(x))
+    assert "this graph runs in PyTorch: true_graph_0 is a nested graph" in caplog.text
+    assert "torch.compile(" not in caplog.text

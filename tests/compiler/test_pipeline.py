@@ -146,6 +146,24 @@ def calls_wrongly(graph: fx.GraphModule, hw: Any) -> int:
     return 1
 
 
+def counts_down(graph: fx.GraphModule, hw: Any) -> int:
+    return -1
+
+
+def retypes(graph: fx.GraphModule, hw: Any) -> int:
+    node = first_call(graph, aten.sin.default)
+    assert node is not None
+    node.meta["val"] = node.meta["val"].to(torch.float64)
+    return 1
+
+
+def cuts_silently(graph: fx.GraphModule, hw: Any) -> int:
+    node = first_call(graph, aten.sin.default)
+    assert node is not None
+    node.meta["val"] = node.meta["val"][:1]
+    return 0
+
+
 def drops_an_output(graph: fx.GraphModule, hw: Any) -> int:
     output = graph.graph.output_node()
     output.args = ((),)
@@ -178,6 +196,9 @@ def reads_no_buffer(graph: fx.GraphModule, hw: Any) -> int:
         (reads_ahead, r"left a malformed graph: .*; nodes must stand behind what they read"),
         (forgets_values, r'left .*cos.* without meta\["val"\]: insert nodes with graphwright.passes.rewrite.call'),
         (promises_another_shape, r'left .*aten\.t.*, which gives f32\[3, 2\], with meta\["val"\] of f32\[2, 3\]'),
+        (counts_down, r"returned -1: a count of rewrites is 0 or more"),
+        (retypes, r'left .*aten\.sin.*, which gives f32\[2, 3\], with meta\["val"\] of f64\[2, 3\]'),
+        (cuts_silently, r'left .*aten\.sin.*, which gives f32\[2, 3\], with meta\["val"\] of f32\[1, 3\]'),
         (calls_wrongly, r"left .*aten\.mm.*, which cannot be computed: "),
         (drops_an_output, r"changed the outputs of the graph from \['f32\[2, 3\]'\] to \[\]: a model is called as"),
         (adds_an_input, r"changed the inputs of the graph from \['args_0: f32\[2, 3\]'\] to "),
@@ -188,6 +209,56 @@ def test_a_pass_that_breaks_the_contract_is_named(wrong: Any, message: str) -> N
     graph = trace(lambda x: x.sin(), [X])
     with pytest.raises(PassError, match=f"pass {wrong.__name__}, after remove_dead, {message}"):
         run(graph, HW, [remove_dead, wrong])
+
+
+def renews_a_value(graph: fx.GraphModule, hw: Any) -> int:
+    node = first_call(graph, aten.sin.default)
+    assert node is not None
+    node.meta["val"] = rewrite.run_fake(node)
+    return 0
+
+
+def test_a_value_that_is_renewed_may_stay() -> None:
+    _, (found,) = run(trace(lambda x: x.sin(), [X]), HW, [renews_a_value])
+    assert found.rewrites == 0
+
+
+def retypes_a_constant(graph: fx.GraphModule, hw: Any) -> int:
+    node = next(iter(graph.graph.find_nodes(op="get_attr")))
+    node.meta["val"] = node.meta["val"].to(torch.float64)
+    return 0
+
+
+def test_a_constant_has_the_dtype_it_is_said_to_have() -> None:
+    with pytest.raises(PassError, match=r'left .*, which gives f32\[3, 3\], with meta\["val"\] of f64\[3, 3\]'):
+        run(trace(torch.nn.Linear(3, 3, bias=False), [X]), HW, [retypes_a_constant])
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["version", "bytes"])
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_constant_that_is_changed_in_place_is_named(hidden: bool, count: int) -> None:
+    def scales(graph: fx.GraphModule, hw: Any) -> int:
+        for name, tensor in graph.named_buffers():
+            if "weight" in name:
+                (tensor.data if hidden else tensor.detach()).mul_(1.5)
+        return count
+
+    message = r"pass scales, .*, changed the constant \w*weight in place, .* make a new tensor, .*rewrite\.add_constant"
+    with pytest.raises(PassError, match=message):
+        run(trace(torch.nn.Linear(3, 3), [X]), HW, [remove_dead, scales])
+
+
+def test_of_many_passes_the_last_three_are_named() -> None:
+    def named(name: str) -> Any:
+        def nothing(graph: fx.GraphModule, hw: Any) -> int:
+            return 0
+
+        nothing.__name__ = name
+        return nothing
+
+    message = "pass returns_none, after 5 passes, the last of them c, d, e, returned None"
+    with pytest.raises(PassError, match=message):
+        run(trace(lambda x: x.sin(), [X]), HW, [*map(named, "abcde"), returns_none])
 
 
 @pytest.mark.filterwarnings("ignore:.*no underlying reference")

@@ -11,7 +11,7 @@ from torch import nn
 
 import graphwright
 from graphwright.compiler import compare
-from graphwright.errors import GraphwrightError, InputError
+from graphwright.errors import InputError
 from graphwright.hwdb import detect
 
 
@@ -180,5 +180,5 @@ def test_through_dynamo() -> None:
 
 
 def test_a_typo_is_named() -> None:
-    with pytest.raises(GraphwrightError, match="did you mean 'bf16'"):
+    with pytest.raises(InputError, match="did you mean 'bf16'"):
         graphwright.compile(nn.Linear(2, 2), torch.randn(1, 2), precision="bf61")
