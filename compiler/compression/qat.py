@@ -89,6 +89,8 @@ def prepare_qat(model: nn.Module, calibration: Iterable[Any] = (), *, keep: Sequ
     calibration: inputs, each as example_inputs of compile; run once, in evaluation mode.
     keep: names of modules that stay as they are; * and ? as in a shell.
 
+    Encoder layers of transformers compute step by step: PyTorch's fused one for evaluation would skip the rounding.
+
     Raises InputError where no layer is left, or `keep` names none.
     """
     if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
@@ -113,8 +115,24 @@ def prepare_qat(model: nn.Module, calibration: Iterable[Any] = (), *, keep: Sequ
         module.__class__ = _QAT[type(module)]
         module.value_step, module.weight_steps = ValueStep(), WeightSteps(module.weight)
         module.train(module.training)
+    _stay_unfused(prepared, set(chosen.values()))
     run_in_evaluation(prepared, calibration)
     return prepared
+
+
+def _stay_unfused(model: nn.Module, chosen: set[nn.Module]) -> None:
+    """Turn off what reads the weights of `chosen` without calling them: nn.TransformerEncoderLayer's fused forward.
+
+    It asks for this attribute of its layer, and nn.TransformerEncoder for the other before it packs padded inputs for
+    fused layers (torch/nn/modules/transformer.py); nothing else reads them.
+    """
+    for module in model.modules():
+        if chosen.isdisjoint(module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def convert(model: nn.Module, example_inputs: Any, *, target: Target = "native") -> Quantized:

@@ -159,6 +159,23 @@ def test_the_model_itself_stays_and_the_copy_trains_in_its_mode() -> None:
     assert set(prepared.state_dict()) >= {"0.value_step.step", "0.value_step.zero", "0.weight_steps.step"}
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_encoder_layer_rounds_in_evaluation_too(padded: bool) -> None:
+    """PyTorch's fused forward, and the packing of padded inputs for it, read weights without calling the layers."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0)
+    x = torch.randn(2, 5, 16)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    given = (x, None, torch.arange(5).expand(2, 5) >= torch.tensor([[5], [3]])) if padded else (x,)
+    prepared = graphwright.prepare_qat(model, [given])
+    assert all(bool(m.seen) for m in prepared.modules() if isinstance(m, ValueStep))
+    rounded = prepared(*given)  # gradients keep PyTorch from the fused forward
+    with torch.no_grad():
+        quiet = prepared(*given)
+    # Attention of another order of sums moves a value to the next code now and then.
+    assert (quiet - rounded)[:, :3].norm() < 0.3 * (model(*given) - rounded)[:, :3].norm()
+
+
 def test_refusals() -> None:
     with pytest.raises(InputError, match="no layers to convert"):
         graphwright.convert(nn.Linear(4, 4), torch.randn(2, 4))
