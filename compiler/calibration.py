@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,19 @@ def run_in_evaluation(model: nn.Module, calibration: Iterable[Any]) -> None:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def finite_inputs(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    """A hook in front of the layer `name`, which raises InputError where it reads infinities or NaN."""
+
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if not bool(torch.isfinite(args[0]).all()):
+            raise InputError(
+                f"calibration: {name or type(layer).__name__} reads infinities or NaN: leave out the inputs that bring "
+                "them, or mend what computes them"
+            )
+
+    return look
 
 
 def _unstacked(stacked: Mapping[str, Any], specs: Sequence[TensorSpec]) -> list[list[torch.Tensor]]:

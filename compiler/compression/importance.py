@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..calibration import run_in_evaluation
+from ..calibration import finite_inputs, run_in_evaluation
 
 IMPORTANCE = ("magnitude", "wanda", "hessian")
 DAMPING = 0.01  # of H's mean diagonal, added to it: SparseGPT's
@@ -49,12 +49,18 @@ def observe(
     calibration: Sequence[Any],
     statistic: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """The mean over rows of statistic(inputs[groups, rows, K]), a sum over rows, for every layer that runs."""
+    """The mean over rows of statistic(inputs[groups, rows, K]), a sum over rows, for every layer that runs.
+
+    Raises InputError where a layer reads infinities or NaN.
+    """
     sums: dict[str, torch.Tensor] = {}
     rows: dict[str, int] = {}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        look = finite_inputs(name)
+
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            look(layer, args)
             x = inputs_of(layer, args[0].detach().float())
             found = statistic(x)
             sums[name] = sums[name] + found if name in sums else found

@@ -73,7 +73,7 @@ def prune(
 
     Left alone, with a line in the log: layers whose inputs are no multiple of the pattern's, that share their weight
     with another module, or that calibration never ran.
-    Raises InputError for options that do not fit, and where no layer is left.
+    Raises InputError for options that do not fit, where no layer is left, and for inputs with infinities or NaN.
     """
     chosen, share = pattern_of(pattern, sparsity)
     _check(chosen, importance, budget, calibration)

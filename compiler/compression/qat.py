@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...errors import InputError, suggest
 from ...hwdb import Target, compile_target
 from ..build import default_passes
-from ..calibration import run_in_evaluation
+from ..calibration import finite_inputs, run_in_evaluation
 from ..capture import arguments, capture, export
 from ..functions import parameters_of
 from ..precision import Precision
@@ -91,7 +91,8 @@ def prepare_qat(model: nn.Module, calibration: Iterable[Any] = (), *, keep: Sequ
 
     Encoder layers of transformers compute step by step: PyTorch's fused one for evaluation would skip the rounding.
 
-    Raises InputError where no layer is left, or `keep` names none.
+    Raises InputError where no layer is left, `keep` names none, weights are in half precision, or calibration brings a
+    layer infinities or NaN.
     """
     if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
         raise InputError(f"keep is a list of names or patterns of modules that stay float32, got {keep!r}")
@@ -111,12 +112,22 @@ def prepare_qat(model: nn.Module, calibration: Iterable[Any] = (), *, keep: Sequ
         chosen[name] = module
     if not chosen:
         raise InputError(f"{type(model).__name__} has no nn.Linear or nn.Conv2d without groups to train for 8 bits")
-    for module in chosen.values():
+    for name, module in chosen.items():
+        if module.weight.dtype in (torch.bfloat16, torch.float16):
+            raise InputError(
+                f"{name}.weight is {module.weight.dtype}, which holds no products of 8-bit codes: call model.float() "
+                "first, or name the module in keep"
+            )
         module.__class__ = _QAT[type(module)]
         module.value_step, module.weight_steps = ValueStep(), WeightSteps(module.weight)
         module.train(module.training)
     _stay_unfused(prepared, set(chosen.values()))
-    run_in_evaluation(prepared, calibration)
+    hooks = [layer.register_forward_pre_hook(finite_inputs(name)) for name, layer in chosen.items()]
+    try:
+        run_in_evaluation(prepared, calibration)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return prepared
 
 

@@ -216,6 +216,14 @@ def test_nothing_to_prune_or_to_keep() -> None:
         graphwright.keep_zeros(dense, torch.optim.SGD(dense.parameters(), 0.1))
 
 
+@pytest.mark.parametrize("importance", ["wanda", "hessian"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_calibration_that_is_not_finite_is_refused(importance: str, bad: float) -> None:
+    layer = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(InputError, match="calibration: 0 reads infinities or NaN"):
+        graphwright.prune(layer, "2:4", importance=importance, calibration=[torch.full((2, 8), bad)])
+
+
 def test_groups_and_parametrizations() -> None:
     grouped = nn.Conv2d(32, 24, 1, groups=2)
     with pytest.raises(InputError, match="groups of 12 outputs"):

@@ -187,3 +187,16 @@ def test_refusals() -> None:
         graphwright.prepare_qat(Net(), keep=["frist"])
     with pytest.raises(InputError, match="keep is a list"):
         graphwright.prepare_qat(Net(), keep="last")
+    with pytest.raises(InputError, match=r"0.weight is torch.bfloat16.*call model.float\(\) first"):
+        graphwright.prepare_qat(nn.Sequential(nn.Linear(4, 4)).bfloat16())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_calibration_that_is_not_finite_is_refused(bad: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with pytest.raises(InputError, match="calibration: 0 reads infinities or NaN"):
+        graphwright.prepare_qat(model, [torch.randn(2, 4), torch.full((2, 4), bad)])
+    with torch.no_grad():
+        model[0].bias.fill_(bad)
+    with pytest.raises(InputError, match="calibration: 2 reads infinities or NaN"):
+        graphwright.prepare_qat(model, [torch.ones(2, 4)])
