@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tvm import te, tirx
+from tvm import te
 
 from ...passes import dialect
 from . import expressions as ex
@@ -131,9 +131,10 @@ def spread_out(
                 if kernel[d] % s:
                     conditions.append(k < kernel[d])
             else:
-                k, back = j, tirx.max((j * gap - r) // s, 0)
+                # Exact where j * gap = r (mod s). Not (j * gap - r) // s: TVM's tiled product on GPUs errs on it.
+                k, back = j, j * gap // s
                 if not direct[d]:
-                    conditions.append((j * gap - r) % s == 0)
+                    conditions.append(j * gap % s == r)
             places.append(q - back + reach[d])
             ks.append(k)
         tap = guarded(conditions, ex.cast(weight(channel, o % each, *ks), dtype), ex.constant(0, dtype))

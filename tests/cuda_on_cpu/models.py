@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +39,28 @@ class Several(nn.Module):
         return {"sums": ordered.cumsum(-1) + gathered.amax(-1, keepdim=True), "means": x.mean(0), "same": x}
 
 
+class Transposed(nn.Module):
+    """Transposed convolutions of drawn strides, dilations, paddings, kernels and groups; a result each."""
+
+    def __init__(self, count: int = 8) -> None:
+        super().__init__()
+        draw = random.Random(0)
+        ones = [nn.ConvTranspose2d(6, 9, 3, stride=2, dilation=2)]
+        for _ in range(count):
+            stride, dilation, kernel = ([draw.randint(1, 3) for _ in "yx"] for _ in range(3))
+            stride[0], dilation[1] = max(stride[0], 2), max(dilation[1], 2)
+            padding = [draw.randint(0, 2) for _ in "yx"]
+            extra = [draw.randrange(max(pair)) for pair in zip(stride, dilation, strict=True)]
+            groups, bias = draw.choice((1, 1, 2)), draw.random() < 0.5
+            channels = draw.choice((4, 6, 16)), draw.choice((6, 10, 16))
+            ones.append(nn.ConvTranspose2d(*channels, kernel, stride, padding, extra, groups, bias, dilation))
+        self.ones = nn.ModuleList(ones)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x [images, 16, height, width], of which each reads its first channels."""
+        return {str(n): one(x[:, : one.in_channels]) for n, one in enumerate(self.ones)}
+
+
 def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """The model in eval mode and its inputs; names that are not here are those of graphwright's zoo, shrunk."""
     torch.manual_seed(0)
@@ -44,6 +68,8 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
         return Block().eval(), (torch.randn(2, 24, 64),)
     if name == "several":
         return Several().eval(), (torch.randn(5, 70), torch.tensor([4, 0, 3, 3, 1]))
+    if name == "transposed":
+        return Transposed().eval(), (torch.randn(2, 16, 5, 6),)
     from graphwright.compiler.benchmarking import zoo
 
     return zoo.build(name, small=True)

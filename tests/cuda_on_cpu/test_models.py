@@ -77,6 +77,15 @@ def test_products_on_matrix_units_err_by_the_rounding_of_their_operands(names):
 
 
 @pytest.mark.slow
+def test_transposed_convolutions_keep_their_numbers_for_all_strides_and_dilations():
+    result = run("transposed")["transposed"]
+    assert "failure" not in result, result["failure"]
+    assert result["same"]
+    for number, (ours, eager) in enumerate(result["errors"]):
+        assert ours <= max(8 * eager, 1e-6), (number, ours, eager)
+
+
+@pytest.mark.slow
 def test_without_barriers_the_numbers_are_wrong():
     """The emulator would show a missing barrier: tiles are read before the other warps have filled them."""
     result = run("block", EMULATED_WITHOUT_BARRIERS="1")["block"]
