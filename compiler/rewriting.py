@@ -21,6 +21,7 @@ from . import pipeline
 from .compression import int8_plan
 from .compression.int8_method import LEARNED
 from .compression.migrate import migrated
+from .compression.observe import ONLY
 from .pass_checks import Pass
 from .precision import MARGIN, Precision, Sample, check_tolerance, reduce
 
@@ -149,20 +150,31 @@ def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[
     )
     if method.activation == LEARNED:
         how = "ranges and steps as training learned them"
+    blind = _blind(plan)
     if not plan.chosen:
-        return plan, (f"nothing gains by int8 on {hw.id}: everything stays float32",)
+        return plan, (f"nothing gains by int8 on {hw.id}: everything stays float32", *blind)
     if not precision.strictness:
         plan = plan.without(plan.chosen, "machine code erred by too much in 8 bits")
         return plan, (how, "everything stays float32: machine code erred by too much")
     if not precision.samples:
         return plan, (how, plan.text(), "errors were not measured")
-    how = "; ".join((how, *_unlike(graph, precision)))
+    how = "; ".join((how, *blind, *_unlike(graph, precision)))
     allowed = precision.allowed
     assert allowed is not None
     check_tolerance(precision.samples, precision.tolerance)
     wanted = MARGIN * allowed * precision.strictness
     plan, measured, found = int8_plan.within_tolerance(graph, hw, plan, precision.samples, wanted)
     return plan, (how, *found, plan.text(), kept(measured, allowed, precision.samples))
+
+
+def _blind(plan: int8_plan.Int8Plan) -> list[str]:
+    """What to say where calibration was too uniform to find a range by."""
+    reasons = [choice.reason for choice in plan.choices if choice.reason.startswith(ONLY)]
+    if not reasons:
+        return []
+    text = f"{reasons[0]}: {len(reasons)} products stay float32; calibrate with inputs like those the model will get"
+    log.warning("precision='int8': %s", text)
+    return [text]
 
 
 def _unlike(graph: fx.GraphModule, precision: Precision) -> list[str]:

@@ -32,9 +32,9 @@ def with_damage(graph: fx.GraphModule, plan: Int8Plan, inputs: Sequence[Sequence
     return replace(plan, choices=tuple(replace(c, sqnr_db=ratios.get(c.node)) for c in plan.choices))
 
 
-def _decibels(signal: float, noise: float) -> float:
+def _decibels(signal: float, noise: float) -> float | None:
     if noise == 0.0:
-        return math.inf
+        return math.inf if signal > 0.0 else None  # zeros that stay zeros say nothing
     return 10.0 * math.log10(signal / noise) if signal > 0.0 else -math.inf
 
 

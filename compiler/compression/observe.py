@@ -2,6 +2,8 @@
 
 Values that moves link (a permute, a cat, max pooling: passes/hoist_quantise.py) are looked at as one, so that they get
 one scale, and rounding can happen in front of the move.
+
+One value, again and again, says nothing of a range: not of itself, and not of what is computed from it alone.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import fx
 from ...passes.hoist_quantise import moved
 from ...passes.rewrite import value_of
 from .ranges import BINS, OUTLIER, Seen
+
+ONLY = "calibration saw only the value"
 
 
 @dataclass
@@ -83,6 +87,7 @@ def observe(graph: fx.GraphModule, samples: Sequence[Sequence[torch.Tensor]], wa
         with torch.no_grad():
             for tensors in samples:
                 runner.run(*tensors)
+    repeated = _repeated(graph, samples)
     seen, unknown = {}, {}
     for node in wanted:
         group = groups.get(home[node])
@@ -90,10 +95,34 @@ def observe(graph: fx.GraphModule, samples: Sequence[Sequence[torch.Tensor]], wa
             unknown[node.name] = f"calibration saw no element of {node.name}"
         elif not group.finite:
             unknown[node.name] = f"calibration saw infinities or NaN in {node.name}"
+        elif group.low == group.high:
+            unknown[node.name] = f"{ONLY} {group.low:.3g} in {node.name}"
+        elif node in repeated:
+            unknown[node.name] = f"{ONLY} {repeated[node]}, all that {node.name} is computed from"
         else:
             seen[node.name] = Seen(group.low, group.high, group.counts, group.reach)
     means = {node.name: total / rows[node] for node, total in sums.items() if node.name in seen}
     return Observed(seen, means, unknown)
+
+
+def _repeated(graph: fx.GraphModule, samples: Sequence[Sequence[torch.Tensor]]) -> dict[fx.Node, str]:
+    """The values that depend on inputs of one repeated value and on no other inputs: that value, and where."""
+    found: dict[fx.Node, str] = {}
+    varying: set[fx.Node] = set()
+    place = 0
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            given = [tensors[place].flatten() for tensors in samples if tensors[place].numel()]
+            place += 1
+            if given and all(bool((tensor == given[0][0]).all()) for tensor in given):
+                found[node] = f"{given[0][0].item():.3g} in {node.name}"
+            else:
+                varying.add(node)
+        elif not varying.isdisjoint(node.all_input_nodes):
+            varying.add(node)
+        else:
+            found.update((node, found[operand]) for operand in node.all_input_nodes[::-1] if operand in found)
+    return found
 
 
 def _linked(graph: fx.GraphModule, wanted: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:

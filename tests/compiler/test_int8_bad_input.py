@@ -52,10 +52,27 @@ def test_calibration_data_unlike_the_example(caplog: pytest.LogCaptureFixture) -
     assert made.errors[0].relative_l2 < 1e-5
 
 
-def test_constant_activations() -> None:
-    for value in (0.0, 3.0):
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_constant_inputs_keep_float32(value: float, caplog: pytest.LogCaptureFixture) -> None:
+    """The second layer reads other values, but of one row only."""
+    with caplog.at_level(logging.WARNING, logger="graphwright"):
         made = report(linears(), [torch.full((256, 128), value)] * 2)
-        assert all(torch.isfinite(torch.tensor(c.sqnr_db or 0.0)) or c.sqnr_db > 0 for c in made.damage())
+    for (dtype, reason), place in zip(products(made), ("in ", "all that "), strict=True):
+        assert dtype == "float32"
+        assert reason.startswith(f"calibration saw only the value {value:.3g} in ")
+        assert place in reason
+    assert not made.damage()
+    assert f"calibration saw only the value {value:.3g}" in " ".join(made.notes)
+    assert "2 products stay float32; calibrate with inputs like those" in caplog.text
+
+
+def test_a_constant_value_inside_keeps_its_product_in_float32() -> None:
+    model = linears()
+    with torch.no_grad():
+        model[0].bias.fill_(-1e3)  # of which ReLU leaves nothing
+    (first, _), (second, reason) = products(report(model, [rows()]))
+    assert (first, second) == ("int8", "float32")
+    assert reason.startswith("calibration saw only the value 0 in ")
 
 
 def test_outliers_send_their_layer_back() -> None:
