@@ -9,6 +9,7 @@ int8              passes without those that hide a product in a larger kernel th
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
+from ..passes.int8_forms import NOT_FOUR
 from . import pipeline
 from .compression import int8_plan
 from .compression.int8_method import LEARNED
@@ -152,19 +154,39 @@ def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[
         how = "ranges and steps as training learned them"
     blind = _blind(plan)
     if not plan.chosen:
-        return plan, (f"nothing gains by int8 on {hw.id}: everything stays float32", *blind)
+        said = _in_four(plan) if method.weights_only == "int4" else ()
+        return plan, (f"nothing gains by int8 on {hw.id}: everything stays float32", *blind, *said)
     if not precision.strictness:
         plan = plan.without(plan.chosen, "machine code erred by too much in 8 bits")
         return plan, (how, "everything stays float32: machine code erred by too much")
     if not precision.samples:
-        return plan, (how, plan.text(), "errors were not measured")
+        said = _in_four(plan) if method.weights_only == "int4" else ()
+        return plan, (how, plan.text(), *said, "errors were not measured")
     how = "; ".join((how, *blind, *_unlike(graph, precision)))
     allowed = precision.allowed
     assert allowed is not None
     check_tolerance(precision.samples, precision.tolerance)
     wanted = MARGIN * allowed * precision.strictness
     plan, measured, found = int8_plan.within_tolerance(graph, hw, plan, precision.samples, wanted)
-    return plan, (how, *found, plan.text(), kept(measured, allowed, precision.samples))
+    said = _in_four(plan) if method.weights_only == "int4" else ()
+    return plan, (how, *found, plan.text(), *said, kept(measured, allowed, precision.samples))
+
+
+def _in_four(plan: int8_plan.Int8Plan) -> tuple[str]:
+    """How many linear layers took the 4 bits that were asked for, and why the others did not."""
+    layers = [choice for choice in plan.choices if "linear" in choice.operator]
+    wide = [choice for choice in layers if choice.dtype != "int4"]
+    reasons = Counter(
+        "more rows than wait for their weights: products of bytes"
+        if choice.form == "int8"
+        else choice.reason.partition(f"{NOT_FOUR}: ")[2] or choice.reason
+        for choice in wide
+    )
+    text = f"weights of 4 bits in {len(layers) - len(wide)} of {len(layers)} linear layers"
+    text += "".join(f"; {count} not: {reason}" for reason, count in reasons.most_common())
+    if len(wide) == len(layers):
+        log.warning("weights_only='int4': %s", text)
+    return (text,)
 
 
 def _blind(plan: int8_plan.Int8Plan) -> list[str]:

@@ -24,7 +24,7 @@ products, and what gains nothing.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -106,11 +106,16 @@ def int8_form(
         narrow += ENTRY_SECONDS
         narrow += predict_seconds(hw, Work({}, 4.0 * elements, 1.0 * elements, launches=0)) or 0.0
     if node.target is not dialect.conv2d and alone.pays and alone.seconds <= NEARLY * narrow:
-        if group and shape_of(weight)[1] % group == 0:
-            fewer = times.seconds(item_bytes=0.5 + 4 / group, rate=INT4_RATE)
-            if fewer <= INT4_GAIN * alone.seconds:
-                return Int8Form(True, _HALVES, wide, fewer, "int4 weights")
-        return alone
+        if not group:
+            return alone
+        fewer = times.seconds(item_bytes=0.5 + 4 / group, rate=INT4_RATE)
+        if shape_of(weight)[1] % group:
+            why_not = f"its {shape_of(weight)[1]} inputs are no multiple of {group}"
+        elif fewer > INT4_GAIN * alone.seconds:
+            why_not = f"predicted to take {fewer / alone.seconds:.2f} of their time, and {INT4_GAIN} is worth the error"
+        else:
+            return Int8Form(True, _HALVES, wide, fewer, "int4 weights")
+        return replace(alone, reason=f"{_WEIGHTS}; {NOT_FOUR}: {why_not}")
     how = "products of bytes (smull, sadalp)" if pairs else f"dot products of bytes ({family})"
     form = Int8Form(True, f"{how}, exact sums", wide, narrow, worth=worth)
     if form.pays:
@@ -120,6 +125,7 @@ def int8_form(
     return Int8Form(True, f"gains nothing: rounding its input and 8 bits take {share:.2f} of {what}", wide, narrow)
 
 
+NOT_FOUR = "not 4 bits"
 _HALVES = "weights only, in 4 bits: its few rows wait for them; inputs are rounded to 8 bits row by row"
 _WEIGHTS = "weights only: its few rows wait for them, a quarter of the bytes; inputs are not rounded"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -49,6 +50,7 @@ def test_weights_of_four_bits(group: int, share: float) -> None:
     plain = graphwright.compile(two, x, cache=False).report().weights_bytes
     assert compiled(two, x, tolerance=0.5, int8={"group": group}).report().weights_bytes < share * plain
     assert "with weights of 4" in report.text()
+    assert f"in 2 of 3 linear layers; 1 not: its 1000 inputs are no multiple of {group}" in report.text()
     assert {c.dtype for c in report.damage()} == {"int4", "int8"}
 
 
@@ -62,10 +64,12 @@ def test_eight_bits_where_four_cost_too_much() -> None:
     assert any("in 8 bits instead of 4" in note for note in report.notes)
 
 
-def test_many_rows_do_not_take_them() -> None:
+def test_many_rows_do_not_take_them(caplog: pytest.LogCaptureFixture) -> None:
     model, _ = decode()
-    report = compiled(model, torch.randn(512, 512), tolerance=0.5).report()
+    with caplog.at_level(logging.WARNING, logger="graphwright"):
+        report = compiled(model, torch.randn(512, 512), tolerance=0.5).report()
     assert "int4 weights" not in forms(report)
+    assert "weights of 4 bits in 0 of 3 linear layers; 3 not: more rows than wait for their weights" in caplog.text
 
 
 def test_it_is_asked_for() -> None:
