@@ -31,7 +31,7 @@ _C_LIBRARY = """
     __tls_get_addr clock_gettime free getpid madvise memcpy memmove memset nanosleep posix_memalign pthread_create
     pthread_join pthread_sigmask sched_getcpu sigfillset strlen syscall getauxval abs labs
     abort calloc close lseek mmap munmap open pthread_getspecific pthread_key_create pthread_key_delete
-    pthread_setspecific
+    pthread_setspecific pipe read write
 """
 _MATH = """
     acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp10 exp2 expm1 fabs floor fma
@@ -107,8 +107,16 @@ def kept(folder: str, name: str, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def link(objects: Sequence[Path], output: Path, exports: Sequence[str] = (), libraries: Sequence[Path] = ()) -> None:
+def link(
+    objects: Sequence[Path],
+    output: Path,
+    exports: Sequence[str] = (),
+    libraries: Sequence[Path] = (),
+    places: Path | None = None,
+) -> None:
     """Link objects to a shared library that exports the calls of runtime.h, and `exports`, only.
+
+    places: a linker script for sections of their own.
 
     The C library is left to the process that loads it, or is what `libraries` stand for. What it does not have is
     refused here: on the target it would be found missing only when loaded.
@@ -128,6 +136,7 @@ def link(objects: Sequence[Path], output: Path, exports: Sequence[str] = (), lib
             *map(str, objects),
             "--as-needed",
             *map(str, libraries),
+            *(("-T", str(places)) if places else ()),
             "-o",
             str(output),
         )

@@ -30,6 +30,7 @@ typedef struct {
     uint64_t header_bytes;       /* of what precedes it in the file */
     uint64_t header_digest;      /* FNV-1a, 64 bits, of that */
     const void *embedded;        /* the weights, where they are inside */
+    const char *last;            /* what then follows them */
 } bundle_table;
 
 extern const bundle_table bundle;

@@ -21,6 +21,8 @@ _PROGRAM_SOURCES = ("bundle.c", "files.c", "run.c")
 GLIBC_FLOOR = (2, 28)
 # Pages of 16 KiB are what some ARM systems use; a file grows by little.
 _OPTIONS = ("-s", "-Wl,--gc-sections", "-Wl,--build-id=none", "-Wl,-z,max-page-size=16384", "-Wl,-z,noexecstack")
+# Weights inside come last in the file: one that was cut still starts, and says so.
+_WEIGHTS_LAST = "SECTIONS { .weights : { *(.weights) } } INSERT AFTER .bss;\n"
 _EXPORTS = (
     *toolchain.EXPORTS,
     "graphwright_init",
@@ -45,8 +47,9 @@ def program(model: Path | None, table: str, triple: str, output: Path, files: Pa
         scratch = Path(directory)
         objects = _objects(model, _PROGRAM_SOURCES, table, musl, scratch, files)
         toolchain.zig(
-            "cc", "-target", musl, "-static", *_OPTIONS, *map(str, objects), "-o", str(output), scratch=scratch
-        )
+            "cc", "-target", musl, "-static", *_OPTIONS, f"-Wl,-T,{_last(scratch)}", *map(str, objects),
+            "-o", str(output), scratch=scratch,
+        )  # fmt: skip
     output.chmod(0o755)
 
 
@@ -64,7 +67,7 @@ def library(model: Path | None, table: str, triple: str, output: Path, files: Pa
         script.write_text(f"{{ global: {'; '.join(_EXPORTS)}; local: *; }};\n")
         toolchain.zig(
             "cc", "-target", glibc, "-shared", *_OPTIONS, "-Wl,-z,now", f"-Wl,-soname,{output.name}",
-            f"-Wl,--version-script={script}", *map(str, objects), "-lm", "-lpthread", "-o", str(output),
+            f"-Wl,--version-script={script}", f"-Wl,-T,{_last(scratch)}", *map(str, objects), "-lm", "-lpthread", "-o", str(output),
             scratch=scratch,
         )  # fmt: skip
 
@@ -84,7 +87,13 @@ def _android_library(model: Path | None, table: str, triple: str, output: Path, 
             toolchain.zig("ld.lld", "-shared", "-soname", soname, f"{code}.o", "-o", str(scratch / soname))
             stand_ins.append(scratch / soname)
         objects = _objects(model, _LIBRARY_SOURCES, table, triple, scratch, files)
-        toolchain.link(objects, output, _EXPORTS, stand_ins)
+        toolchain.link(objects, output, _EXPORTS, stand_ins, _last(scratch))
+
+
+def _last(scratch: Path) -> Path:
+    script = scratch / "last.ld"
+    script.write_text(_WEIGHTS_LAST)
+    return script
 
 
 def _objects(

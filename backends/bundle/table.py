@@ -43,6 +43,10 @@ class Table:
     header: bytes = b""  # what precedes it in the weights file
 
 
+# Behind weights that are inside. Of a file that was cut its page is missing, or zeros.
+_LAST = "end of the weights"
+
+
 def digest(content: bytes) -> int:
     """FNV-1a, 64 bits (http://www.isthe.com/chongo/tech/comp/fnv): bundle.c compares it, and need not be safe."""
     value = 0xCBF29CE484222325
@@ -58,15 +62,17 @@ def c_source(table: Table, embedded: str | None = None, embedded_digest: str = "
     """
     blocks = [f"/* {table.target} {embedded_digest} */", '#include "bundle.h"\n']
     weights = "0"
-    if embedded is not None and table.weights_bytes:
+    inside = embedded is not None and table.weights_bytes
+    if inside:
         # The assembler reads the file: no compiler would take it as an array of numbers.
         lines = (
-            '.section .rodata.weights, \\"a\\"',
+            '.section .weights, \\"a\\"',
             ".balign 4096",
             ".globl bundle_weights",
             ".hidden bundle_weights",
             "bundle_weights:",
             f'.incbin \\"{embedded}\\", {len(table.header)}',
+            f'.ascii \\"{_LAST}\\"',
             ".previous",
         )
         blocks.append("__asm__(\n" + "\n".join(f'    "{line}\\n"' for line in lines) + "\n);")
@@ -114,6 +120,7 @@ def c_source(table: Table, embedded: str | None = None, embedded_digest: str = "
         "header_bytes": len(table.header),
         "header_digest": f"{digest(table.header):#x}u",
         "embedded": weights,
+        "last": _quoted(_LAST if inside else ""),
     }
     body = "\n".join(f"    .{name} = {value}," for name, value in fields.items())
     return "\n".join([*blocks, f"\nconst bundle_table bundle = {{\n{body}\n}};\n"])

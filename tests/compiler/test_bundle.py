@@ -138,6 +138,28 @@ def test_one_file_and_one_program(image: torch.Tensor, tmp_path: Path) -> None:
     np.testing.assert_allclose(shifted, found + 1.0, rtol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of 1 MB inside a program and a library."""
+    torch.manual_seed(0)
+    model = nn.Linear(512, 512).eval()
+    return bundle(model, (torch.ones(2, 512),), tmp_path_factory.mktemp("whole") / "out", single_file=True)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9, -8192, "last byte"])
+def test_a_program_that_was_cut(whole: Path, tmp_path: Path, keep: float | str) -> None:
+    """Not killed by the first page that is missing (SIGBUS): what runs lies in front of the weights."""
+    content = (whole / "run").read_bytes()
+    last = content.rindex(b"end of the weights")
+    assert last > 0.95 * len(content)
+    size = last + 17 if isinstance(keep, str) else int(keep * len(content)) if keep > 0 else last + int(keep)
+    cut = Path(shutil.copytree(whole, tmp_path / "cut"))
+    (cut / "run").write_bytes(content[:size])
+    refused(run(cut, "cortex-a72"), "this file is truncated")
+    assert run(cut, "cortex-a72", "--describe").returncode == 0
+    assert run(whole, "cortex-a72").returncode == 0
+
+
 class Odd(nn.Module):
     """Several inputs and outputs: an input, a constant, one value twice, other dtypes."""
 

@@ -67,6 +67,19 @@ def test_a_library_on_a_processor_that_lacks_instructions(library: Path, tmp_pat
     assert with_example(library, tmp_path, "cortex-a76").returncode == 0
 
 
+def test_a_library_that_was_cut(tmp_path: Path) -> None:
+    if not (ROOTS["aarch64"] / "lib").is_dir():
+        pytest.skip("glibc for aarch64 is not installed (Debian: apt-get install libc6-arm64-cross)")
+    inside = (torch.nn.Linear(512, 512).eval(), (torch.ones(2, 512),))
+    made = graphwright.compile(*inside, target="raspberry-pi-4b").bundle(tmp_path / "out", single_file=True)
+    assert with_example(made, tmp_path, "cortex-a72").returncode == 0
+    content = (made / "model.so").read_bytes()
+    (tmp_path / "model.so").write_bytes(content[: len(content) // 2])
+    done = example(tmp_path / "example", made, "cortex-a72")
+    assert done.returncode == 1
+    assert "this file is truncated" in done.stderr
+
+
 def _hash(name: str) -> int:
     """Of a symbol version (System V ABI, section on the hash table)."""
     value = 0
