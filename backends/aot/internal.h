@@ -1,4 +1,4 @@
-/* What the three files of the runtime share. */
+/* What the files of the runtime share. */
 #ifndef GRAPHWRIGHT_INTERNAL_H
 #define GRAPHWRIGHT_INTERNAL_H
 
@@ -23,7 +23,7 @@ void *scratch_take(scratch *stack, uint64_t bytes);
 void scratch_give(scratch *stack, void *memory);
 void scratch_free(scratch *stack);
 
-/* ---- runtime.c: the text of the calling thread's last error ---- */
+/* ---- message.c: the text of the calling thread's last error ---- */
 
 enum { MESSAGE_BYTES = 256 };
 extern _Thread_local char message[MESSAGE_BYTES];

@@ -23,9 +23,13 @@ import platformdirs
 from ...errors import ToolMissing
 from . import elf
 
-_SOURCES = ("runtime.c", "pool.c", "scratch.c", "half.c")
+_SOURCES = ("runtime.c", "message.c", "pool.c", "scratch.c", "half.c")
 _HERE = Path(__file__).parent
 _FLAGS = ("-O2", "-fPIC", "-ffunction-sections", "-std=c11", "-D_GNU_SOURCE", "-g0", "-Wall", "-Wextra", "-Werror")
+# Of 32-bit Arm: what runs before the processor is checked keeps to ARMv6 and the registers by which floating point is
+# passed; the rest of the runtime has barriers, which ARMv6 has only as what newer systems emulate.
+_ARM_FIRST, _ARM = "-mcpu=arm1176jzf_s", "-mcpu=generic+v7a-neon-d32"
+_BEFORE_THE_CHECK = ("message.c", "bundle.c", "files.c", "run.c", "table.c")
 # What the runtime, bundle.c, LLVM's lowering of plain C and TVM's intrinsics may ask of libc and libm.
 _C_LIBRARY = """
     __tls_get_addr clock_gettime free getpid madvise memcpy memmove memset nanosleep posix_memalign pthread_create
@@ -57,9 +61,19 @@ def runtime_objects(triple: str) -> list[Path]:
     return c_objects([_HERE / name for name in sources], runtime_headers(), triple)
 
 
-def _flags(triple: str) -> tuple[str, ...]:
-    """Android's loader knows thread-local variables since version 10 (API 29)."""
+def flags(triple: str, name: str) -> tuple[str, ...]:
+    """What the C file `name` is compiled with for an LLVM triple.
+
+    Android's loader knows thread-local variables since version 10 (API 29).
+    """
+    if zig_target(triple).startswith("arm-"):
+        return (_ARM_FIRST if name in _BEFORE_THE_CHECK else _ARM,)
     return ("-femulated-tls",) if is_android(triple) else ()
+
+
+def start_flags(triple: str) -> tuple[str, ...]:
+    """What a program is linked with, so that the C library's start runs on processors that are then refused."""
+    return (_ARM_FIRST,) if zig_target(triple).startswith("arm-") else ()
 
 
 def is_android(triple: str) -> bool:
@@ -78,17 +92,19 @@ def c_objects(sources: Sequence[Path], headers: Sequence[Path], triple: str) -> 
     headers: every file the sources include in quotes; their directories are searched.
     """
     target = zig_target(triple)
-    flags = _flags(triple)
     folders = dict.fromkeys(path.parent for path in headers)
-    options = (*_FLAGS, *flags, *(f"-I{folder}" for folder in folders))
+    options = (*_FLAGS, *(f"-I{folder}" for folder in folders))
     digest = hashlib.sha256()
-    for part in (target, _zig_version(), *_FLAGS, *flags):
+    chosen = [flags(triple, path.name) for path in sources]
+    for part in (target, _zig_version(), *_FLAGS, *(flag for each in chosen for flag in each)):
         digest.update(part.encode() + b"\0")
     for path in (*headers, *sources):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     folder = f"runtime/{target}-{digest.hexdigest()[:24]}"
-    command = ("cc", *options, "-target", target)
-    return [kept(folder, f"{path.stem}.o", functools.partial(_compile, command, path)) for path in sources]
+    return [
+        kept(folder, f"{path.stem}.o", functools.partial(_compile, ("cc", *options, *each, "-target", target), path))
+        for path, each in zip(sources, chosen, strict=True)
+    ]
 
 
 def _compile(command: Sequence[str], source: Path, directory: Path) -> None:

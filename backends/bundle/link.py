@@ -47,8 +47,8 @@ def program(model: Path | None, table: str, triple: str, output: Path, files: Pa
         scratch = Path(directory)
         objects = _objects(model, _PROGRAM_SOURCES, table, musl, scratch, files)
         toolchain.zig(
-            "cc", "-target", musl, "-static", *_OPTIONS, f"-Wl,-T,{_last(scratch)}", *map(str, objects),
-            "-o", str(output), scratch=scratch,
+            "cc", "-target", musl, *toolchain.start_flags(triple), "-static", *_OPTIONS,
+            f"-Wl,-T,{_last(scratch)}", *map(str, objects), "-o", str(output), scratch=scratch,
         )  # fmt: skip
     output.chmod(0o755)
 
@@ -67,8 +67,8 @@ def library(model: Path | None, table: str, triple: str, output: Path, files: Pa
         script.write_text(f"{{ global: {'; '.join(_EXPORTS)}; local: *; }};\n")
         toolchain.zig(
             "cc", "-target", glibc, "-shared", *_OPTIONS, "-Wl,-z,now", f"-Wl,-soname,{output.name}",
-            f"-Wl,--version-script={script}", f"-Wl,-T,{_last(scratch)}", *map(str, objects), "-lm", "-lpthread", "-o", str(output),
-            scratch=scratch,
+            f"-Wl,--version-script={script}", f"-Wl,-T,{_last(scratch)}", *map(str, objects), "-lm", "-lpthread",
+            "-o", str(output), scratch=scratch,
         )  # fmt: skip
 
 
@@ -108,6 +108,6 @@ def _objects(
     text.write_text(table)
     toolchain.zig(
         "cc", "-O2", "-fPIC", "-g0", "-std=c11", f"-I{_HERE}", f"-I{files}", "-target", toolchain.zig_target(target),
-        "-c", str(text), "-o", str(made), scratch=scratch,
+        *toolchain.flags(target, text.name), "-c", str(text), "-o", str(made), scratch=scratch,
     )  # fmt: skip
     return [*([model] if model else ()), *toolchain.runtime_objects(target), *fixed, made]

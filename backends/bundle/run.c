@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/auxv.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -76,6 +77,17 @@ static char *beside_program(const char *name) {
     strcpy(path + kept, name);
     return path;
 }
+
+#ifdef __arm__
+/* The runtime's own start, which comes after this, and its end are for ARMv7. */
+__attribute__((constructor(101))) static void check_architecture(void) {
+    const char *platform = (const char *)getauxval(AT_PLATFORM); /* "v6l", "v7l", "v8l" */
+    if (!platform || platform[0] != 'v' || platform[1] < '4' || platform[1] > '6') return;
+    static const char why[] = "run: this processor is older than ARMv7, which the model needs\n";
+    ssize_t written = write(2, why, sizeof why - 1);
+    _exit(written >= 0 ? 1 : 2);
+}
+#endif
 
 static int ascending(const void *left, const void *right) {
     double a = *(const double *)left, b = *(const double *)right;

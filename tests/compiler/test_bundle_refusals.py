@@ -37,6 +37,17 @@ def test_instructions_that_a_processor_lacks(target: str, cpu: str, missing: tup
     assert run(made, cpu, "--describe").returncode == 0
 
 
+def test_processors_without_neon_or_older_than_armv7(tmp_path: Path) -> None:
+    """32-bit: the C library's start, the program and the constructors run there, as far as to say why."""
+    made = bundle("armv7", tmp_path / "out")
+    for cpu in ("cortex-a9,neon=off", "cortex-a8,neon=off"):
+        refused(run(made, cpu), "armv7", "lacks instructions", "neon")
+        assert run(made, cpu, "--describe").returncode == 0
+    refused(run(made, "arm1176"), "older than ARMv7")
+    refused(run(made, "arm1136"), "older than ARMv7")
+    assert run(made, "cortex-a8").returncode == 0
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (ROOTS["aarch64"] / "lib").is_dir():
