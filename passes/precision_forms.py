@@ -231,6 +231,8 @@ def _on_matrix_units(node: fx.Node, hw: Hardware, asked: Collection[str], times:
         dtype = LABELS[label].dtype
         if hw.isa == "amdgcn" and hw.dot_product(dtype) == "wmma":
             return f"no kernel uses the matrix units of {hw.id} yet"
+        if hw.isa == "amdgcn" and label == "bfloat16 products":
+            return f"TVM makes float32 of bfloat16 in kernels for {hw.id}, which its matrix units do not take"
         narrow, wide = hw.peak_flops(dtype), hw.peak_flops("float32")
         if label in IN_PLACE and hw.matrix_instructions(dtype) and narrow and wide and narrow > wide:
             text = "matrix units, operands rounded on the way, sums in float32"

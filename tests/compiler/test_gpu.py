@@ -193,6 +193,13 @@ def test_an_architecture_with_a_suffix_is_compiled_without():
     assert b".text.twice\0" in image
 
 
+def test_bfloat16_products_for_amd_stay_float32_and_the_report_says_why():
+    product, x = nn.Linear(64, 64), torch.ones(32, 64)
+    report = graphwright.compile(product, (x,), target="mi300x", precision="bf16", cache=False).report()
+    assert [kernel.algorithm for kernel in report.kernels] == ["tiled product"]
+    assert "TVM makes float32 of bfloat16 in kernels for" in report.text()
+
+
 def test_functions_of_device_libraries_that_are_not_here(monkeypatch, tmp_path):
     monkeypatch.setattr(rocm, "_places", lambda: iter([tmp_path]))
     assert doctor._rocm().status == "missing"
