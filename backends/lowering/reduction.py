@@ -192,17 +192,20 @@ def _logical(out: Out, x: te.Tensor, dims: Dims, combine: Combine, identity: int
     return reduced_to(out, truth, axes_of(len(x.shape), dims), combine, identity, "int8")
 
 
-def arg_extreme(larger: bool, value: Out, index: Out, x: te.Tensor, axes: Sequence[int]) -> tuple[te.Tensor, ...]:
-    """The extreme elements over `axes` and their row-major positions, the shapes being those of `value` and `index`.
+def arg_extreme(
+    larger: bool, value: Out | None, index: Out, x: te.Tensor, axes: Sequence[int]
+) -> tuple[te.Tensor, ...]:
+    """The extreme elements over `axes`, unless `value` is None, and their row-major positions, in the shapes given.
 
-    A loop, since no reduction of pairs in TVM reads bfloat16.
+    A loop, since no reduction of pairs in TVM reads bfloat16. A result that nobody reads would be memory that a kernel
+    on a GPU cannot have.
     """
-    dtype, shape = _extreme_dtype(value.dtype), shape_of(x)
+    dtype, shape = _extreme_dtype(str(x.dtype)), shape_of(x)
     counted = "int32" if count(x, axes) < 2**31 else "int64"
-    keepdim = len(value.shape) == len(shape)
+    keepdim = len(index.shape) == len(shape)
 
     def body(inputs: Sequence[Elements], outs: Sequence[Elements]) -> None:
-        source, (values, indices) = inputs[0], outs
+        source, (*values, indices) = inputs[0], outs
         with lines(shape, axes) as places:
             best, where = local(dtype, len(places)), local(counted, len(places))
             for u, line in enumerate(places):
@@ -223,16 +226,17 @@ def arg_extreme(larger: bool, value: Out, index: Out, x: te.Tensor, axes: Sequen
                     best[u] = tirx.Select(tirx.any(beyond, first_nan), new, best[u])
             for u, line in enumerate(places):
                 target = line if keepdim else [i for d, i in enumerate(line) if d not in axes]
-                values[target] = ex.cast(best[u], value.dtype)
+                if value is not None:
+                    values[0][target] = ex.cast(best[u], value.dtype)
                 indices[target] = ex.cast(where[u], "int64")
 
-    return loop_nest([value, index], [x], body, "extreme")
+    return loop_nest([index] if value is None else [value, index], [x], body, "extreme")
 
 
 def _arg(larger: bool, out: Out, x: te.Tensor, dim: int | None = None, keepdim: bool = False) -> te.Tensor:
     if not x.shape or 0 in out.shape:
         return ex.filled(out, 0)
-    return arg_extreme(larger, Out(out.shape, str(x.dtype)), out, x, axes_of(len(x.shape), dim))[1]
+    return arg_extreme(larger, None, out, x, axes_of(len(x.shape), dim))[0]
 
 
 def _extreme_with_index(

@@ -193,6 +193,17 @@ def test_an_architecture_with_a_suffix_is_compiled_without():
     assert b".text.twice\0" in image
 
 
+class _Argmax(nn.Module):
+    def forward(self, x):
+        return x.argmax(-1), x.argmin()
+
+
+@pytest.mark.parametrize("target", ["a100", "mi300x"])
+def test_positions_of_extremes_are_built_without_their_values(target):
+    report = graphwright.compile(_Argmax(), (torch.ones(2, 3),), target=target, cache=False).report()
+    assert {kernel.algorithm for kernel in report.kernels} == {"one thread"}
+
+
 def test_bfloat16_products_for_amd_stay_float32_and_the_report_says_why():
     product, x = nn.Linear(64, 64), torch.ones(32, 64)
     report = graphwright.compile(product, (x,), target="mi300x", precision="bf16", cache=False).report()

@@ -30,13 +30,14 @@ class Block(nn.Module):
 
 
 class Several(nn.Module):
-    """Operators that rows, loops in an order of their own and reductions with NaN are made of; two results."""
+    """Operators that rows, loops in an order of their own and reductions with NaN are made of."""
 
     def forward(self, x: Tensor, index: Tensor) -> dict[str, Tensor]:
         """x [rows, columns], index of rows."""
         ordered = torch.sort(x, dim=-1).values
         gathered = x[index] * torch.softmax(x, -1)[index]
-        return {"sums": ordered.cumsum(-1) + gathered.amax(-1, keepdim=True), "means": x.mean(0), "same": x}
+        sums = ordered.cumsum(-1) + gathered.amax(-1, keepdim=True)
+        return {"sums": sums, "means": x.mean(0), "same": x, "largest": x.argmax(-1), "smallest": x.argmin(0)}
 
 
 class Transposed(nn.Module):
