@@ -79,6 +79,20 @@ class Specialised:
             )
         return last.save(path)
 
+    def bundle(self, path: str | Path, *, executable: bool = False, single_file: bool = False) -> Path:
+        """Bundle the one specialisation there is; raises InputError for `dynamic_shapes`, for several, or none yet."""
+        if self._dynamic_shapes is not None:
+            raise InputError(
+                "a bundle has fixed shapes: leave dynamic_shapes= out, and make one for every size that is needed"
+            )
+        last = self._require()
+        if (count := len(self._compiled)) > 1:
+            raise InputError(
+                f"the model is compiled for {count} sets of shapes, and a bundle has one: bundle each by itself, "
+                'as in model.specialisations[0].bundle("out")'
+            )
+        return last.bundle(path, executable=executable, single_file=single_file)
+
     def _require(self) -> Compiled:
         if self._last is None:
             raise InputError(

@@ -279,6 +279,54 @@ def test_what_is_not_bundled(image: torch.Tensor, made: Path, tmp_path: Path) ->
     assert (tmp_path / "taken" / "letter.txt").read_text() == "mine"
 
 
+class Halves(nn.Module):
+    """To float16 and from it, which 32-bit Arm without VFPv4 does by calls of the runtime."""
+
+    def forward(self, single: torch.Tensor, double: torch.Tensor, half: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return single.half(), double.half(), half.float(), torch.softmax(half[:1000], 0)
+
+
+def test_halves_on_a_processor_that_has_none(tmp_path: Path) -> None:
+    """Every half, the midpoints between neighbours, and what lies just beside those: numpy's bits."""
+    halves = np.arange(0x10000, dtype=np.uint16).view(np.float16)
+    finite = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
+    middles = (finite[:-1] + finite[1:]) / 2
+    beside = [np.nextafter(middles.astype(np.float32), np.float32(end)).astype(np.float64) for end in (0, np.inf)]
+    rest = [65519.996, 65520.0, 1e30, np.inf, np.nan, 2.0**-25, 2.0**-26, 1e-45]
+    values = np.concatenate([finite, middles, *beside, rest])
+    single = np.concatenate([values, -values]).astype(np.float32)
+    double = single.astype(np.float64)  # others are rounded twice: LLVM goes through float32 here
+    arguments = {"single": single, "double": double, "half": halves}
+    tensors = {name: torch.from_numpy(value) for name, value in arguments.items()}
+    made = bundle(Halves(), tuple(tensors.values()), tmp_path / "out", target="armv7", executable=True)
+    from_single, from_double, widened, soft = call(made, "cortex-a8", tensors, tmp_path)
+    with np.errstate(over="ignore"):
+        expected = single.astype(np.float16), double.astype(np.float16), halves.astype(np.float32)
+    for found, wanted in zip((from_single, from_double, widened), expected, strict=True):
+        known = ~np.isnan(wanted)
+        assert np.isnan(found[~known]).all()
+        bits = np.uint16 if found.dtype == np.float16 else np.uint32
+        np.testing.assert_array_equal(found.view(bits)[known], wanted.view(bits)[known])
+    np.testing.assert_allclose(soft, torch.softmax(tensors["half"][:1000].float(), 0).numpy(), rtol=2**-10)
+
+
+def test_models_of_several_shapes_are_not_bundled(tmp_path: Path) -> None:
+    x, sizes = torch.zeros(3, 8), ({0: torch.export.Dim("batch")},)
+    model = nn.Linear(8, 4).eval()
+    dynamic = graphwright.compile(model, (x,), target="raspberry-pi-4b", dynamic_shapes=sizes)
+    with pytest.raises(InputError, match="a bundle has fixed shapes: leave dynamic_shapes= out"):
+        dynamic.bundle(tmp_path / "out")
+    lazy = graphwright.compile(model, target="raspberry-pi-4b")
+    with pytest.raises(InputError, match="pass example_inputs"):
+        lazy.bundle(tmp_path / "out")
+    lazy.prepare((x,))
+    assert (lazy.bundle(tmp_path / "out") / "run").exists()
+    lazy.prepare((torch.zeros(2, 8),))
+    with pytest.raises(InputError, match="2 sets of shapes"):
+        lazy.bundle(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 class Unsupported(nn.Module):
     """Two operators that have no lowering, on lines of their own."""
 
