@@ -39,6 +39,17 @@ static int place(const char **path, const graphwright_tensor *tensors, int count
             return i;
         }
     }
+    FILE *there = equals ? fopen(*path, "rb") : NULL; /* the name of a file may have a '=' in it */
+    if (there) fclose(there);
+    if (equals && !there && !memchr(*path, '/', (size_t)(equals - *path))) {
+        char names[1024] = "";
+        for (int i = 0; i < count; i++) {
+            size_t used = strlen(names);
+            snprintf(names + used, sizeof names - used, "%s%s", i ? ", " : "", tensors[i].name);
+        }
+        die("--%s %s: there is no %s %.*s; the model has %s", option, *path, option, (int)(equals - *path), *path,
+            count ? names : "none");
+    }
     if (*next >= count) die("--%s %s: the model has %d %s%s", option, *path, count, option, count == 1 ? "" : "s");
     return (*next)++;
 }
@@ -48,6 +59,15 @@ static int number(const char *option, const char *text) {
     long value = strtol(text, &end, 10);
     if (*end || end == text || value < 1 || value > INT_MAX) die("%s %s: a whole number of at least 1", option, text);
     return (int)value;
+}
+
+/* `value` in the leading bits of a half: multiples of 1/1024 between -1 and 1 are exact in it. */
+static uint16_t half_of(float value) {
+    uint32_t steps = (uint32_t)(value < 0 ? -value * 1024 : value * 1024), exponent = 15;
+    uint16_t sign = value < 0 ? 0x8000 : 0;
+    if (!steps) return sign;
+    for (; steps < 1024; steps <<= 1) exponent--;
+    return (uint16_t)(sign | exponent << 10 | (steps & 1023));
 }
 
 /* Values between -1 and 1 where they are floating point, zeros and ones else: those index any table of two rows. */
@@ -60,8 +80,18 @@ static void *noise(const graphwright_tensor *tensor, int which) {
     for (uint64_t i = 0; i < count; i++) {
         state = state * 6364136223846793005u + 1442695040888963407u;
         float value = (float)(int32_t)(state >> 32) / 2147483648.0f;
-        if (!strcmp(tensor->dtype, "float32")) memcpy(data + i * item, &value, sizeof value);
-        else if (!strncmp(tensor->dtype, "int", 3) || !strncmp(tensor->dtype, "uint", 4)) data[i * item] = state >> 63;
+        double wide = value;
+        uint16_t half = half_of(value);
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        uint16_t leading = (uint16_t)(bits >> 16);
+        unsigned char *at = data + i * item;
+        if (!strcmp(tensor->dtype, "float32")) memcpy(at, &value, sizeof value);
+        else if (!strcmp(tensor->dtype, "float64")) memcpy(at, &wide, sizeof wide);
+        else if (!strcmp(tensor->dtype, "float16")) memcpy(at, &half, sizeof half);
+        else if (!strcmp(tensor->dtype, "bfloat16")) memcpy(at, &leading, sizeof leading);
+        else if (!strcmp(tensor->dtype, "bool")) *at = state >> 63;
+        else if (!strncmp(tensor->dtype, "int", 3) || !strncmp(tensor->dtype, "uint", 4)) *at = state >> 63;
     }
     return data;
 }

@@ -182,6 +182,20 @@ def test_outputs_that_are_no_result_of_a_kernel(tmp_path: Path) -> None:
         np.testing.assert_allclose(value, expected.numpy(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool])
+def test_noise_of_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    made = bundle(nn.Identity(), (torch.zeros(40, 50, dtype=dtype),), tmp_path / "same", executable=True)
+    assert run(made, "cortex-a53", "--output", tmp_path / "y.bin").returncode == 0
+    noise = torch.frombuffer(bytearray((tmp_path / "y.bin").read_bytes()), dtype=dtype).double()
+    assert noise.numel() == 2000
+    if dtype == torch.bool:
+        assert 0.4 < noise.mean() < 0.6
+    else:
+        assert noise.abs().max() <= 1
+        assert abs(noise.mean()) < 0.05  # a standard deviation of 0.577 / sqrt(2000) = 0.013
+        assert abs(noise.std() - 3**-0.5) < 0.03
+
+
 def test_a_model_that_computes_nothing(tmp_path: Path) -> None:
     x = torch.randn(2, 3)
     made = bundle(nn.Identity(), (x,), tmp_path / "identity")
@@ -258,6 +272,9 @@ def test_an_array_that_ends_early(made: Path, image: torch.Tensor, tmp_path: Pat
         (("--repeat", "0"), "a whole number of at least 1"),
         (("--threads", "two"), "a whole number of at least 1"),
         (("--input", "/nowhere/x.npy"), "cannot be opened"),
+        (("--input", "/nowhere=/x.npy"), "cannot be opened"),
+        (("--input", "image=x.npy"), "there is no input image; the model has input"),
+        (("--output", "scores=y.npy"), "there is no output scores; the model has linear"),
         (("--output", "a", "--output", "b"), "the model has 1 output"),
         (("--output", "/nowhere/y.npy"), "cannot be written"),
         (("--input", "/"), "/"),
