@@ -24,7 +24,7 @@ from .compression.int8_method import DEFAULT, Method, int8_method
 from .functions import parameters_of
 from .memory_limit import with_memory_limit
 from .pass_checks import Pass
-from .precision import GPU_PRECISIONS, check_precision
+from .precision import GPU_PRECISIONS, check_error_bound, check_precision
 from .selection import select
 from .specialised import Specialised
 
@@ -168,8 +168,7 @@ def _options(
     if hw.kind == "gpu" and (precision not in GPU_PRECISIONS or tune is not None):
         there = ", ".join(GPU_PRECISIONS)
         raise InputError(f"code for GPUs is {there} and not tuned: leave tune= and other precision= out for {hw.id}")
-    if tolerance is not None and (not _is_number(tolerance) or not 0 < tolerance <= 1):
-        raise InputError(f"tolerance is a relative error and must be positive and at most 1, got {tolerance!r}")
+    check_error_bound(tolerance)
     if threads is not None and (not isinstance(threads, int) or not _is_number(threads) or not 1 <= threads <= THREADS):
         raise InputError(f"threads must be a whole number from 1 to {THREADS}, got {threads!r}")
     count = threads or max(1, min(torch.get_num_threads(), hw.cores))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,30 @@ def check_options(precision: str, fallback: Any, calibration: Any, has_example: 
         )
     if precision == "adaptive" and not has_example:
         raise InputError("precision='adaptive' decides at compile time: pass example_inputs")
+
+
+def first_arguments(model: Any, calibration: Any) -> Example:
+    """The first set of inputs as arguments of `model`, those of a mapping in their places where they have one.
+
+    Raises InputError for a mapping whose names the model does not take, or without samples.
+    """
+    if not isinstance(calibration, Mapping):
+        return arguments(calibration[0])
+    stacked = {str(name): torch.as_tensor(values) for name, values in calibration.items()}
+    if empty := [name for name, tensor in stacked.items() if not tensor.dim() or not len(tensor)]:
+        raise InputError(f"calibration: {empty[0]} holds no samples: stack them along a leading axis")
+    first = {name: tensor[0] for name, tensor in stacked.items()}
+    if set(first) == {f"arr_{i}" for i in range(len(first))}:
+        return tuple(first[f"arr_{i}"] for i in range(len(first))), {}
+    forward = model.forward if isinstance(model, nn.Module) else model
+    if not callable(forward):  # exported before
+        return (), first
+    try:
+        bound = inspect.signature(forward).bind(**first)
+    except TypeError as error:
+        taken = ", ".join(inspect.signature(forward).parameters)
+        raise InputError(f"calibration names {', '.join(first)}, and the model takes {taken}: {error}") from error
+    return bound.args, bound.kwargs
 
 
 def inputs_of(example: Example | None, calibration: Any, signature: Signature) -> Inputs:
@@ -162,7 +187,16 @@ def samples_for(captured: Captured, inputs: Inputs, options: Options) -> tuple[S
         sets += inputs.calibration[:MEASURED]
     elif options.precision != "adaptive":
         sets += inputs.calibration
-    return tuple((tensors, compare.reference(captured.graph, tensors)) for tensors in sets)
+    return with_references(captured, sets)
+
+
+def with_references(captured: Captured, sets: Sequence[Sequence[torch.Tensor]]) -> tuple[Sample, ...]:
+    """Every set of inputs and its float64 results. Raises InputError where PyTorch does not run the model on one."""
+    try:
+        return tuple((tensors, compare.reference(captured.graph, tensors)) for tensors in sets)
+    except RuntimeError as error:
+        taken = ", ".join(f"{t.name} {t.dtype} {tuple(t.shape)}" for t in captured.signature.tensors)
+        raise InputError(f"PyTorch does not run the model on {taken}: {str(error).splitlines()[0]}") from error
 
 
 def _shown(value: Any) -> str:

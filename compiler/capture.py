@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError, InputError
 from . import functions
+from .compression.learned_steps import ValueStep
 from .storage_order import settle_storage_order, strides_read
 from .without_data import require_data
 
@@ -128,7 +129,7 @@ def export(
     """Export `model` for these arguments.
 
     Raises CaptureError with torch's reason and the user's source line where the model cannot be one graph, and
-    InputError for a model or an argument that is not on the CPU.
+    InputError for a model or an argument that is not on the CPU, or a model prepared for training in 8 bits.
     """
     exported = _export(model, args, kwargs, dynamic_shapes)
     require_data(exported)
@@ -144,6 +145,7 @@ def _export(
         return _load_exported(Path(model))
     module = functions.as_module(model)
     _require_cpu(module)
+    _require_converted(module)
     arguments, keywords = _separate((tuple(args), dict(kwargs or {})))
     with torch.no_grad():
         try:
@@ -151,6 +153,14 @@ def _export(
             return torch.export.export(module, arguments, keywords, dynamic_shapes=shapes, strict=False)
         except Exception as error:
             raise _unexportable(module, error) from error
+
+
+def _require_converted(module: torch.nn.Module) -> None:
+    if any(isinstance(m, ValueStep) for m in module.modules()):
+        raise InputError(
+            "the model is prepared for training in 8 bits (graphwright.prepare_qat): convert it first, by "
+            "graphwright.convert(model, example_inputs), and take what that returns"
+        )
 
 
 def capture(exported: ExportedProgram, parameters: tuple[str, ...] = ()) -> Captured:

@@ -171,6 +171,14 @@ def _measured(graph: fx.GraphModule, choices: Sequence[Choice], samples: Sequenc
     return max(error_of(run_eager(reduced, inputs), expected) for inputs, expected in samples)
 
 
+def check_error_bound(tolerance: Any) -> None:
+    """Raise InputError for a tolerance that is no relative error."""
+    if tolerance is None:
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance <= 1:
+        raise InputError(f"tolerance is a relative error and must be positive and at most 1, got {tolerance!r}")
+
+
 def check_tolerance(samples: Sequence[Sample], tolerance: float | None) -> None:
     """Raise InputError for a tolerance that float32 itself does not keep."""
     if tolerance is None:

@@ -71,6 +71,8 @@ def method_of(
     scheme: Any, weight: Any, activation: Any, keep: Any, migration: Any, weights_only: Any, group: Any
 ) -> Method:
     """The options as a Method. Raises InputError for a value that there is not, saying what there is."""
+    if not isinstance(group, int):
+        raise InputError(f"group={group!r}: it has to be an int, one of {', '.join(map(str, GROUPS))}")
     for option, value, allowed in (
         ("scheme", scheme, SCHEMES),
         ("weight", weight, WEIGHTS),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from ...errors import InputError
 from ...hwdb import Target, compile_target
 from .. import calibration, compare
 from ..build import default_passes
-from ..capture import Model, Signature, TensorSpec, arguments, capture, export
+from ..capture import Model, Signature, TensorSpec, capture, export
 from ..functions import parameters_of
-from ..precision import Precision
+from ..precision import Precision, check_error_bound
 from ..report import Report
 from ..rewriting import rewrite
 from .int8_method import method_of
@@ -55,7 +55,7 @@ class Quantized(torch.nn.Module):
 
 def quantize(
     model: Model,
-    calibration_data: Iterable[Any],
+    calibration_data: Iterable[Any] | Mapping[str, Any],
     *,
     scheme: str = "affine",
     weight: str = "per_channel",
@@ -71,7 +71,8 @@ def quantize(
 
     model: as in `graphwright.compile`.
     calibration_data: inputs, each as example_inputs of compile, all of the first one's shapes: a few dozen to a few
-        hundred that look like those the model will get. The error is measured on the first eight.
+        hundred that look like those the model will get. The error is measured on the first eight. Or a mapping from
+        input names to tensors with a leading axis of samples, as compile takes.
     scheme: "affine" values with a zero point; "symmetric": zero in the middle of values of both signs.
     weight: a scale "per_channel" of the output, or "per_tensor".
     activation: how ranges are found: "mse", "kl", "percentile", "minmax" (docs/compression.md).
@@ -88,14 +89,15 @@ def quantize(
     started = time.perf_counter()
     method = method_of(scheme, weight, activation, keep, migration, weights_only, group)
     hw = compile_target(target)
-    data = list(calibration_data)
-    calibration.check_options("int8", None, data, True)
-    example = arguments(data[0])
-    program = export(model, *example)
+    check_error_bound(tolerance)
+    lazy = isinstance(calibration_data, Iterable) and not isinstance(calibration_data, Mapping)
+    data = list(calibration_data) if lazy else calibration_data
+    calibration.check_options("int8", None, {} if data is None else data, True)
+    program = export(model, *calibration.first_arguments(model, data))
     captured = capture(program, parameters_of(model) if isinstance(model, torch.nn.Module) else ())
-    inputs = calibration.inputs_of(example, data, captured.signature)
+    inputs = calibration.inputs_of(None, data, captured.signature)
     measured = () if compare.is_random(captured.graph) else inputs.calibration[: calibration.MEASURED]
-    samples = tuple((tensors, compare.reference(captured.graph, tensors)) for tensors in measured)
+    samples = calibration.with_references(captured, measured)
     precision = Precision("int8", tolerance, samples, observed=inputs.calibration, method=method)
     made = rewrite(captured.graph, hw, default_passes(hw), precision)
     report = Report(

@@ -15,7 +15,7 @@ from graphwright.errors import InputError
 TARGET = "znver4"  # has dot products of bytes; quantize() runs nothing of it
 
 
-def report(model: nn.Module, data: list[Any], **options: Any) -> Any:
+def report(model: nn.Module, data: Any, **options: Any) -> Any:
     return graphwright.quantize(model.eval(), data, target=TARGET, **options).report()
 
 
@@ -38,6 +38,46 @@ def test_no_calibration_data() -> None:
             graphwright.quantize(linears(), nothing)
     with pytest.raises(InputError, match="pass calibration="):
         graphwright.compile(linears(), rows(), precision="int8")
+
+
+def test_calibration_data_of_another_kind() -> None:
+    for data, shown in ((None, "nothing"), (3, "int")):
+        with pytest.raises(InputError, match=f"calibration is a list of inputs.*got {shown}"):
+            graphwright.quantize(linears(), data, target=TARGET)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"does not run the model on input torch.int32 \(256, 128\): mat1 and mat2"):
+        report(linears(), [rows().int()])
+
+
+def test_samples_stacked_in_a_mapping() -> None:
+    x, model = rows(), linears().eval()
+    listed = graphwright.quantize(model, [x, 0.5 * x], target=TARGET)
+    for name in ("input", "arr_0"):
+        made = graphwright.quantize(model, {name: torch.stack([x, 0.5 * x])}, target=TARGET)
+        assert torch.equal(made(x), listed(x))
+    with pytest.raises(InputError, match="calibration names y, and the model takes input: missing"):
+        report(model, {"y": x[None]})
+    with pytest.raises(InputError, match="input holds no samples"):
+        report(model, {"input": x[:0]})
+
+
+@pytest.mark.parametrize("tolerance", ["x", float("nan"), 0.0, -1.0, True])
+def test_tolerances_that_are_none(tolerance: Any) -> None:
+    with pytest.raises(InputError, match="tolerance is a relative error"):
+        report(linears(), [rows()], tolerance=tolerance)
+
+
+@pytest.mark.parametrize("group", ["32", 32.0])
+def test_a_group_is_an_int(group: Any) -> None:
+    with pytest.raises(InputError, match="it has to be an int, one of 32, 64, 128"):
+        report(linears(), [rows()], weights_only="int4", group=group)
+
+
+def test_a_prepared_model_is_to_be_converted_first() -> None:
+    prepared = graphwright.prepare_qat(linears(), [rows()])
+    with pytest.raises(InputError, match="convert it first"):
+        graphwright.compile(prepared, rows(), cache=False)
+    with pytest.raises(InputError, match="convert it first"):
+        report(prepared, [rows()])
 
 
 def test_calibration_data_unlike_the_example(caplog: pytest.LogCaptureFixture) -> None:
