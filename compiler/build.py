@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,11 +121,13 @@ def _build_gpu(built: Built, hw: Hardware, directory: Path, clock: _Clock) -> Bu
     from ..backends.gpu import build as gpu
 
     gpu.check_compiler(hw)
-    parts, region = _lower_for_gpu(built.graph, hw)
+    with _named(f"code generation for {hw.id}"):
+        parts, region = _lower_for_gpu(built.graph, hw)
     clock.stage("lowering")
     built.plan, _ = make_plan(built.graph, parts.parts)
     if region is not None:
-        info = gpu.build(*region, hw, directory)
+        with _named(f"code generation for {hw.id}"):
+            info = gpu.build(*region, hw, directory)
         clock.stage("code")
         built.kernels = tuple(info.kernels)
         built.sizes |= {
@@ -134,6 +137,18 @@ def _build_gpu(built: Built, hw: Hardware, directory: Path, clock: _Clock) -> Bu
         }
     built.stages = clock.seconds
     return built
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Raise GraphwrightError that says `what` failed for errors of TVM and LLVM inside, which are bugs of ours."""
+    try:
+        yield
+    except (GraphwrightError, OSError):  # a sentence already, or of the user's disk
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise GraphwrightError(f"{what} failed: {reason}; report this as a bug") from error
 
 
 def _lower_for_gpu(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, tuple[Fused, OnGpu] | None]:
@@ -174,7 +189,8 @@ def kernels_of(graph: fx.GraphModule, hw: Hardware, choices: Choices | None = No
     """The kernels of a rewritten graph, with their predictions; no code is generated. None where lowering fails."""
     graph = pipeline.copy_graph(graph)
     if hw.kind == "gpu":
-        region = _lower_for_gpu(graph, hw)[1]
+        with _named(f"lowering for {hw.id}"):
+            region = _lower_for_gpu(graph, hw)[1]
         return () if region is None else tuple(region[1].kernels)
     try:
         with choosing(choices or Choices()):

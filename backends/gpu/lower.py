@@ -90,7 +90,15 @@ def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
         if call is not None:
             rule, on_host, on_device = _lower_kernel(variable, function, call, target)
         else:
-            rule, on_host, on_device = _lower_function(variable, function, target, hw.cores)
+            try:
+                rule, on_host, on_device = _lower_function(variable, function, target, hw.cores)
+            except _FAILURES as error:
+                if isinstance(error, GraphwrightError):
+                    raise
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise GraphwrightError(
+                    f"{variable.name_hint} cannot be scheduled for {hw.id}: {reason}; report this as a bug"
+                ) from error
         host_functions.update(on_host.functions_items())
         kernels.update(on_device.functions_items())
         found = tuple(_launch(kernel) for _, kernel in on_device.functions_items())

@@ -193,6 +193,16 @@ def test_an_architecture_with_a_suffix_is_compiled_without():
     assert b".text.twice\0" in image
 
 
+def test_errors_of_tvm_are_sentences_that_name_the_target_and_the_function(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(lower, "schedules", lambda *_: _raised(ValueError("no loop\nbelow")))
+        with pytest.raises(GraphwrightError, match=r"^exp cannot be scheduled for a100-\S+: no loop; report this"):
+            graphwright.compile(torch.exp, (torch.ones(32),), target="a100", cache=False)
+    monkeypatch.setattr("graphwright.backends.gpu.build._machine_code", lambda *_: _raised(RuntimeError("bad bitcast")))
+    with pytest.raises(GraphwrightError, match=r"^code generation for a100-\S+ failed: bad bitcast; report this"):
+        graphwright.compile(torch.exp, (torch.ones(32),), target="a100", cache=False)
+
+
 class _Argmax(nn.Module):
     def forward(self, x):
         return x.argmax(-1), x.argmin()
