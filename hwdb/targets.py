@@ -213,19 +213,18 @@ def ancestor(records: Database, name: str) -> str | None:
 
 
 def _older_gpu(records: Database, name: str) -> str | None:
-    """Of sm_101 the newest compute capability before it; of gfx1103 the last target before it that begins gfx11."""
+    """Of sm_101 the newest compute capability before it of the same major version, whose code it runs.
+
+    None for others, and for AMD's: a gfx943 does not run the code of a gfx942.
+    """
     nvidia = re.fullmatch(r"sm[_-](\d+)[a-z]?", name)
-    amd = re.fullmatch(r"gfx[0-9a-f]{3,4}", name)
-    if not nvidia and not amd:
+    if not nvidia:
         return None
     known = [record.values["llvm_cpu"] for record in records.with_key("llvm_cpu") if record.kind == "architecture"]
-    if nvidia:
-        numbers = [int(match.group(1)) for cpu in known if (match := re.fullmatch(r"sm_(\d+)[a-z]?", cpu))]
-        older = [number for number in numbers if number <= int(nvidia.group(1))]
-        return records.find(f"sm_{max(older)}") if older else None
-    family = [cpu for cpu in known if cpu.startswith("gfx") and len(cpu) == len(name) and cpu[:-2] == name[:-2]]
-    nearest = [cpu for cpu in family if cpu <= name] or family
-    return records.find(max(nearest)) if nearest else None
+    numbers = [int(match.group(1)) for cpu in known if (match := re.fullmatch(r"sm_(\d+)[a-z]?", cpu))]
+    wanted = int(nvidia.group(1))
+    older = [number for number in numbers if number <= wanted and number // 10 == wanted // 10]
+    return records.find(f"sm_{max(older)}") if older else None
 
 
 def _by_archspec(records: Database, name: str) -> str | None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tvm
+import tvm_ffi
 from safetensors.torch import save_file
 
 from ...errors import GraphwrightError
@@ -66,10 +68,10 @@ def build(fused: Fused, lowered: Lowered, hw: Hardware, directory: Path) -> Buil
     Raises ToolMissing without a compiler for the GPU, GraphwrightError where the model is larger than its memory.
     """
     weights_bytes = sum(tensor.nbytes for tensor in fused.weights.values())
-    needed = weights_bytes + lowered.storage_bytes
+    needed = weights_bytes + lowered.storage_bytes + _input_bytes(fused)
     if hw.dram_bytes is not None and needed > hw.dram_bytes:
         raise GraphwrightError(
-            f"the model needs {needed / 1e9:.1f} GB for weights and activations and {hw.name} has "
+            f"the model needs {needed / 1e9:.1f} GB for weights, inputs and activations and {hw.name} has "
             f"{hw.dram_bytes / 1e9:.1f} GB; choose a smaller batch or a device with more memory"
         )
     code, form = _machine_code(lowered, hw)
@@ -83,6 +85,17 @@ def build(fused: Fused, lowered: Lowered, hw: Hardware, directory: Path) -> Buil
     found = evidence(code, launches, hw)
     kernels = [_with_evidence(kernel, lowered.launches[kernel.name], found) for kernel in lowered.kernels]
     return BuildInfo(kernels, len(code), weights_bytes, lowered.storage_bytes)
+
+
+def _input_bytes(fused: Fused) -> int:
+    """Bytes of the inputs, which are copied to the device."""
+    total = 0
+    for parameter in fused.module["main"].params:
+        if parameter.name in fused.inputs:
+            extents = [int(extent) for extent in parameter.ty.shape.values]
+            dtype = tvm_ffi.dtype(str(parameter.ty.dtype))
+            total += prod(extents) * ((dtype.bits + 7) // 8)
+    return total
 
 
 def _with_evidence(kernel: KernelInfo, launches: Sequence[Launch], found: Mapping[str, Evidence]) -> KernelInfo:
@@ -103,8 +116,6 @@ def _machine_code(lowered: Lowered, hw: Hardware) -> tuple[bytes, str]:
 
 def _cuda_source(lowered: Lowered) -> str:
     """The kernels in CUDA C++. Where TVM has a CUDA runtime it wants them compiled: it gets an empty image."""
-    import tvm_ffi
-
     name = "tvm_callback_cuda_compile"
     before = tvm_ffi.get_global_func(name, allow_missing=True)
     tvm_ffi.register_global_func(name, lambda *_: b"", override=True)

@@ -251,8 +251,20 @@ def test_operators_without_a_lowering_are_refused_together():
 
 def test_a_model_larger_than_the_device():
     small = dataclasses.replace(graphwright.hwdb.lookup("mi300x"), dram_bytes=1000)
-    with pytest.raises(GraphwrightError, match=r"needs 0\.0 GB for weights and activations and .* has 0\.0 GB; choose"):
+    with pytest.raises(GraphwrightError, match=r"needs 0\.0 GB for weights, inputs and activations and .* has 0\.0 GB"):
         graphwright.compile(model(), (IMAGE,), target=small, cache=False)
+
+
+def test_inputs_count_in_the_memory_of_the_device():
+    """An input of 4000 bytes, of which a sum is left."""
+    x = torch.ones(1000)
+    for memory, fits in ((4500, True), (3900, False)):
+        hw = dataclasses.replace(graphwright.hwdb.lookup("mi300x"), dram_bytes=memory)
+        if fits:
+            graphwright.compile(torch.sum, (x,), target=hw, cache=False)
+            continue
+        with pytest.raises(GraphwrightError, match="for weights, inputs and activations"):
+            graphwright.compile(torch.sum, (x,), target=hw, cache=False)
 
 
 def test_kernels_over_the_limits_of_the_device_give_way(caplog, tmp_path):
@@ -271,7 +283,7 @@ def test_where_no_rule_is_within_the_limits_the_sentence_says_which_one(monkeypa
         graphwright.compile(torch.exp, (torch.ones(32),), target="a100", cache=False)
 
 
-@pytest.mark.parametrize("target", ["gfx9999", "sm_35"])
+@pytest.mark.parametrize("target", ["gfx9999", "gfx943", "sm_35", "sm_999"])
 def test_an_architecture_that_nobody_knows(target):
     with pytest.raises(UnknownTarget, match=rf"unknown target '{target}'; did you mean"):
         graphwright.compile(model(), (IMAGE,), target=target, cache=False)
