@@ -144,7 +144,7 @@ class Database:
     @functools.cached_property
     def _product_names(self) -> dict[str, str]:
         """What products are called in full: a board and the GPU on it differ in a word that `bare` leaves out."""
-        return {spelling(record.name): record.id for record in reversed(self.records.values()) if record.name}
+        return {spelling(record.name): record.id for record in reversed(tuple(self.records.values())) if record.name}
 
     @functools.cached_property
     def _bare_names(self) -> dict[str, str]:
