@@ -177,7 +177,7 @@ def _in_four(plan: int8_plan.Int8Plan) -> tuple[str]:
     layers = [choice for choice in plan.choices if "linear" in choice.operator]
     wide = [choice for choice in layers if choice.dtype != "int4"]
     reasons = Counter(
-        "more rows than wait for their weights: products of bytes"
+        "in 8 bits it is not predicted to wait for its weights: products of bytes"
         if choice.form == "int8"
         else choice.reason.partition(f"{NOT_FOUR}: ")[2] or choice.reason
         for choice in wide
