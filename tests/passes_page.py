@@ -83,8 +83,11 @@ without = [p for p in PASSES if p.__name__ != "fuse_matmul_bias"]  # and this is
 ```
 
 A pass must be deterministic and find nothing on a second run. Where it raises, returns something else than a count,
-leaves a malformed graph, other inputs or outputs, or a node whose `meta["val"]` is missing or wrong, `compile` raises
-PassError with the pass and the remedy; wrong numbers raise NumericMismatch with the pass and the node.
+leaves a malformed graph, other inputs or outputs, or a node whose `meta["val"]` is missing or wrong, or changes a
+constant in place, `compile` raises PassError with the pass and the remedy. Constants are the tensors of your model, not
+copies: a pass that wants other numbers adds one (`rewrite.add_constant`). Writes are seen by the tensor's version
+and its first and last 32 bytes, so that one through `.data` or NumPy into the middle alone is not. Wrong numbers raise
+NumericMismatch with the pass and the node.
 A pass of this package that does any of it is left out instead, which a warning and the report say.
 
 In the cache a pass is known by its module, its qualified name, its code and the file that holds it. What those do not

@@ -27,7 +27,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def plan(graph: Any, hw: Any, asked: Any) -> tuple[Plan, tuple[str, ...]]:
         linears = [n for n in graph.graph.nodes if "linear" in str(n.target)]
-        choices = [Choice(n.name, "linear", "float16", "for a test", True, None, "float16") for n in linears]
+        choices = [Choice(n.name, "linear", "float16", "for a test", True, None, "float16 products") for n in linears]
         return Plan(tuple(choices)), ()
 
     monkeypatch.setattr(precision, "decide", plan)
