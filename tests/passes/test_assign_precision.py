@@ -165,6 +165,7 @@ def test_products_that_no_narrow_kernel_takes() -> None:
     assert "bfloat16 weights" in found
     assert reason == "3 rows are too few for matrix units"
     assert "no kernel uses the matrix units of" in by_hand(linear, x, machine="gfx1100")
+    assert "TVM makes float32 of bfloat16 in kernels for gfx942" in by_hand(linear, x, machine="gfx942")
     unknown = dataclasses.replace(starved(), clock_mhz=None)
     large = torch.randn(256, 256)
     assert "bandwidth is not known" in by_hand(lambda x: F.linear(x, large), torch.randn(4, 256), hw=unknown)
