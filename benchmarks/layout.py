@@ -15,7 +15,8 @@ Apart: OFF without these two, every operator in a kernel with a result of its ow
 
 Medians of interleaved calls in one process with equal threads. `copies` are the moves in the graph that lowering gets
 (`graphwright.passes.copies`), `captured_copies` those in the model's own graph; `arena_bytes` is the activation memory
-of a call. --artifacts keeps what was compiled, to time it later.
+of a call. `equal_kernels` is the share of OFF's kernel time in kernels that are the same on all sides.
+--artifacts keeps what was compiled, to time it later.
 """
 
 from __future__ import annotations
@@ -136,11 +137,18 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
             **described[side],
             "relative_l2": relative_l2(_first(one(*inputs)), wide),
         }
+    row["equal_kernels"] = round(equal_kernels(compiled["off"], inputs), 3)
     row["eager_relative_l2"] = relative_l2(expected, wide)
     for side in ("off", "apart"):
         row[f"latency_{side}"] = round(row["on"]["ms"] / row[side]["ms"], 3)
         row[f"memory_{side}"] = round(row["on"]["arena_bytes"] / row[side]["arena_bytes"], 3)
     return row
+
+
+def equal_kernels(compiled: Any, inputs: tuple[torch.Tensor, ...]) -> float:
+    """The share of measured kernel time in products, convolutions, norms and attention, which all sides have alike."""
+    profile = compiled.profile(*inputs, rounds=15)
+    return sum(r.measured_us for r in profile.rows if r.kernel.algorithm != "generic") / profile.total_us
 
 
 def _compiled(
