@@ -33,7 +33,7 @@ from ..tiling import core_l2_bytes
 from .conv_plan import Conv
 from .dot_matmul import pack_words
 from .dot_product import Dot, choose_dot_tiling, importing
-from .dot_tile import Finish, Tile, accumulate, allocate, begin, fill_word, stage, store_tile
+from .dot_tile import Finish, Tile, accumulate, allocate, begin, fill_word, stage, store_panel, store_tile
 from .loops import between, flat, share, span, typed_kernel, view
 from .window import balanced
 
@@ -234,18 +234,8 @@ class _Nest:
 
     def _store(self, acc: Any, spill: Any, tile: Tile, pixel: Any, panel: Any) -> None:
         columns = self.plan.vectors * self.dot.lanes
-        full, tail = divmod(self.conv.filters, columns)
 
         def store(column: Any, width: int) -> None:
             store_tile(acc, spill, tile, self.dot, pixel, column, width, self.finish, self.read, self.out)
 
-        if not tail:
-            store(panel * columns, columns)
-        elif not full:
-            store(0, tail)
-        else:
-            with T.If(panel < full):
-                with T.Then():
-                    store(panel * columns, columns)
-                with T.Else():
-                    store(full * columns, tail)
+        store_panel(self.conv.filters, columns, panel, store)

@@ -37,6 +37,7 @@ from .dot_tile import (
     needs_staging,
     stage,
     step,
+    store_panel,
     store_tile,
 )
 from .loops import Shape, between, share, span, typed_kernel, view
@@ -155,18 +156,8 @@ class _Nest:
 
     def _store(self, acc: Any, spill: Any, tile: Tile, row: Any, panel: Any) -> None:
         t = self.tiling
-        full, tail = divmod(t.total_columns, t.columns)
 
         def store(column: Any, width: int) -> None:
             store_tile(acc, spill, tile, self.dot, row, column, width, self.finish, self.read, self.out)
 
-        if not tail:
-            store(panel * t.columns, t.columns)
-        elif not full:
-            store(0, tail)
-        else:
-            with T.If(panel < full):
-                with T.Then():
-                    store(panel * t.columns, t.columns)
-                with T.Else():
-                    store(full * t.columns, tail)
+        store_panel(t.total_columns, t.columns, panel, store)

@@ -289,6 +289,21 @@ def finish_rows(
                 finish.store(value, row + r, column + whole * lanes + j, 1, read, out)
 
 
+def store_panel(total: int, columns: int, panel: Any, store: Callable[[Any, int], None]) -> None:
+    """store(first column, how many) of a panel of `columns`, of which the last of `total` may be filled in part."""
+    full, tail = divmod(total, columns)
+    if not tail:
+        store(panel * columns, columns)
+    elif not full:
+        store(0, tail)
+    else:
+        with T.If(panel < full):
+            with T.Then():
+                store(panel * columns, columns)
+            with T.Else():
+                store(full * columns, tail)
+
+
 def needs_spill(width: int, columns: int, finish: Finish) -> bool:
     """Whether tiles pass through scratch on their way to the result."""
     return finish.heavy or width % columns != 0

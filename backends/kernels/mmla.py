@@ -36,7 +36,7 @@ from ..tiling import choose_tiling
 from .conv_plan import Conv
 from .dot_matmul import STAGING_SHARE, pack_words
 from .dot_product import Dot, importing, matrix_text
-from .dot_tile import Finish, finish_rows
+from .dot_tile import Finish, finish_rows, store_panel
 from .loops import Shape, between, share, span, typed_kernel, view
 
 DEPTH = 8  # bytes of a step
@@ -289,14 +289,4 @@ class _Nest:
         def finished(column: Any, width: int) -> None:
             finish_rows(spill, rows, columns, LANES, row, column, width, self.finish, self.read, self.out)
 
-        full, tail = divmod(conv.filters, columns)
-        if not tail:
-            finished(panel * columns, columns)
-        elif not full:
-            finished(0, tail)
-        else:
-            with T.If(panel < full):
-                with T.Then():
-                    finished(panel * columns, columns)
-                with T.Else():
-                    finished(full * columns, tail)
+        store_panel(conv.filters, columns, panel, finished)
