@@ -1,5 +1,7 @@
 """linear(x, w) -> linear_bf16(x, bfloat16(w)) or linear_f16(x, float16(w)), conv2d likewise, where the machine gains.
 
+attention(q, k, v) -> attention_bf16(q, k, v) or attention_f16(q, k, v) on GPUs, which round on the way.
+
 Two steps with a table between them, so that another way to decide can take the place of the first:
 
     plan = plan_precisions(graph, hw, "auto")     # one Choice an operator that computes, with its reason
@@ -12,7 +14,7 @@ within a budget of error are found by precision_cut.py. "bf16" and "fp16" choose
 Stored      a product of rounded inputs stores its result as bfloat16 where only such products read it (as input, or as
             residual of one); a value that is read in another format than it is stored in is cast, which costs seconds
 
-Refused: operators that are not products (softmax, norms, reductions, exp: float32), products of two computed operands,
+Refused: operators that are no products (softmax, norms, reductions, exp: float32), other products of computed operands,
 other dtypes than float32, grouped convolutions (a group is narrower than a dot product), 3x3 convolutions where
 Winograd's algorithm in float32 takes fewer cycles, weights that float16 cannot hold, and forms that gain nothing.
 """
@@ -40,6 +42,7 @@ from .precision_forms import (
     class_reason,
     forms,
     is_arithmetic,
+    is_reducible,
     streamed_bytes,
 )
 from .rewrite import arguments, constant
@@ -98,14 +101,14 @@ def plan_precisions(
     if precision == "fp32":
         return Plan(())
     nodes = [n for n in graph.graph.nodes if is_arithmetic(n)]
-    products = [n for n in nodes if n.target in PRODUCTS]
+    products = [n for n in nodes if is_reducible(n, hw)]
     streamed = streamed_bytes(graph, products)
     possible = {n: forms(graph, n, hw, ASKED[precision], streamed) for n in products}
     problem = _problem(hw, {n: found for n, (found, _) in possible.items()}, errors)
     labels = within(problem, budget)
     choices = []
     for node in nodes:
-        reason = class_reason(node)
+        reason = None if node in possible else class_reason(node)
         if reason is not None:
             choices.append(Choice(node.name, _operator(node), "float32", reason))
             continue
@@ -128,7 +131,8 @@ def _problem(hw: Hardware, possible: Mapping[fx.Node, Mapping[str, Form]], error
     problem.nodes[_ELSEWHERE] = {"float32": Cost(0.0)}
     for node, found in possible.items():
         problem.nodes[node] = {label: Cost(form.seconds, _error(node, label, errors)) for label, form in found.items()}
-    narrow = [node for node, found in possible.items() if any(LABELS[label].round_input for label in found)]
+    products = [node for node in possible if node.target in PRODUCTS]
+    narrow = [node for node in products if any(LABELS[label].round_input for label in possible[node])]
     touched = dict.fromkeys(value for node in narrow for value in (node, arguments(node)["input"]))
     among = set(narrow)
     for value in touched:
@@ -183,6 +187,7 @@ _TARGETS = {
     (torch.float16, False): mixed.linear_f16,
     (torch.float16, True): mixed.conv2d_f16,
 }
+_ATTENTIONS = {"bfloat16": mixed.attention_bf16, "float16": mixed.attention_f16}
 _HALF = {False: mixed_half.linear_half, True: mixed_half.conv2d_half}
 _BFLOAT16 = (mixed.linear_bf16, mixed.conv2d_bf16)
 _OF_SAME: dict[object, tuple[object, ...]] = {
@@ -220,8 +225,12 @@ def assign_precision(graph: fx.GraphModule, choices: Collection[Choice]) -> int:
             node.meta["val"] = node.meta["val"].to(_DTYPES[chosen[node.name].dtype])
     if nodes:
         graph.graph.eliminate_dead_code()
+    attentions = [n for n in graph.graph.nodes if n.name in chosen and n.target is dialect.attention]
+    for node in attentions:
+        node.target = _ATTENTIONS[chosen[node.name].dtype]
+    if nodes or attentions:
         graph.recompile()
-    return len(nodes)
+    return len(nodes) + len(attentions)
 
 
 def _arguments(node: fx.Node, weight: fx.Node, round_input: bool) -> tuple[object, ...]:

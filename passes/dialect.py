@@ -203,11 +203,12 @@ def _attention(
     grouped = q.shape[-3] != k.shape[-3]
     if fill is not None:
         k, v = (x.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for x in (k, v))
-        return torch.matmul(_masked(q @ k.mT * scale, mask, is_causal, fill).softmax(-1), v).contiguous()
+        return torch.matmul(masked(q @ k.mT * scale, mask, is_causal, fill).softmax(-1), v).contiguous()
     return F.scaled_dot_product_attention(q, k, v, mask, 0.0, is_causal, scale=scale, enable_gqa=grouped).contiguous()
 
 
-def _masked(scores: Tensor, mask: Tensor | None, is_causal: bool, fill: float) -> Tensor:
+def masked(scores: Tensor, mask: Tensor | None, is_causal: bool, fill: float) -> Tensor:
+    """Scores with what a mask of bool stops at `fill`, another mask added, and keys behind their query at -inf."""
     if mask is not None:
         scores = torch.where(mask, scores, fill) if mask.dtype == torch.bool else scores + mask
     if is_causal:

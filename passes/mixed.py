@@ -1,4 +1,4 @@
-"""Operators whose operands differ in precision: weights of 16, 8 or 4 bits, float32 sums.
+"""Operators whose operands differ in precision: weights of 16, 8 or 4 bits, float32 sums; attention of 16 bits.
 
 Each is the dialect's operator of the same name on widened operands. `round_input` rounds the input to the precision in
 the operator's name first (it may also come in it); `narrow` rounds the result. Bias and activation are float32, or
@@ -7,6 +7,7 @@ float64 where one is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -179,6 +180,31 @@ def _rounding_conv2d_fake(
     return input.new_empty(shape, dtype=dtype if narrow else torch.float32)
 
 
+def _attention(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The body of an attention that rounds q, k, v and the powers of the scores to `dtype`."""
+
+    def body(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, fill: float | None = None
+    ) -> Tensor:
+        q, k, v = (x.to(dtype).to(x.dtype) for x in _widened((q, k, v)))
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+        scores = dialect.masked(q @ k.mT * scale, mask, is_causal, -math.inf if fill is None else fill)
+        top = scores.amax(-1, keepdim=True)
+        powers = (scores - top.masked_fill(top == -math.inf, 0.0)).exp()
+        total = powers.sum(-1, keepdim=True)
+        total = total.masked_fill(total == 0.0, 1.0) if fill is None else total  # nothing is let through: zeros
+        result: Tensor = powers.to(dtype).to(powers.dtype) @ v / total
+        return result.contiguous()
+
+    return body
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, fill: float | None = None
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
 _EPILOGUE = "str activation, float[] activation_args"
 _PRECISION = "bool round_input, bool narrow"
 
@@ -207,3 +233,6 @@ _CONV2D = (
 )
 conv2d_bf16 = dialect.define("conv2d_bf16", _CONV2D, *_conv2d(torch.bfloat16))
 conv2d_f16 = dialect.define("conv2d_f16", _CONV2D, *_conv2d(torch.float16))
+_ATTENTION = "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float? fill=None) -> Tensor"
+attention_bf16 = dialect.define("attention_bf16", _ATTENTION, _attention(torch.bfloat16), _attention_fake)
+attention_f16 = dialect.define("attention_f16", _ATTENTION, _attention(torch.float16), _attention_fake)

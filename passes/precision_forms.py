@@ -2,6 +2,7 @@
 
 class         operators                            precisions
 product       linear, conv2d with constant weights all forms below that the machine gains by
+attention     of the dialect, on GPUs              rounded on the way into matrix units; else as below
 computed      attention, matmul of two results     float32: no kernel takes them narrow, and their sums feed a softmax
 fused         other operators of the dialect       float32: no kernel takes them narrow
 sensitive     softmax, norms, reductions, exp, log float32: their errors grow with what they add up or exponentiate
@@ -21,7 +22,7 @@ waits for them. Sums are float32 in every other form. tf32 and fp8 are arithmeti
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -103,6 +104,7 @@ LABELS = {
 IN_PLACE = ("float16 products", "bfloat16 products")  # round on the way into a GPU's matrix units
 _PIECE = 8  # elements of 16 bits that a GPU loads at a time
 FEWEST = 16  # rows and columns of a product that a tile of matrix units pays for
+DEEPEST = 128  # heads that attention on matrix units has the registers for
 ASKED = {
     "bf16": ("bfloat16", "bfloat16 weights", "bfloat16 products"),
     "fp16": ("float16 weights", "float16 products", "float16 sums"),
@@ -145,6 +147,11 @@ def is_arithmetic(node: fx.Node) -> bool:
     return fused or torch.Tag.pointwise in node.target.tags or torch.Tag.reduction in node.target.tags
 
 
+def is_reducible(node: fx.Node, hw: Hardware) -> bool:
+    """Whether `forms` says what the node may be computed in: products, and attention on GPUs."""
+    return node.target in PRODUCTS or (node.target is dialect.attention and hw.kind == "gpu")
+
+
 def class_reason(node: fx.Node) -> str | None:
     """Why an operator that is no product stays float32; None for a product."""
     if node.target in PRODUCTS:
@@ -179,6 +186,8 @@ def forms(
 
     `streamed`: bytes of all weights of the graph.
     """
+    if node.target is dialect.attention:
+        return _attention_forms(node, hw, asked)
     times = Times(node, hw, streamed)
     found = {"float32": Form(times.seconds(), "float32")}
     refusal = _refusal(graph, node, hw)
@@ -227,6 +236,28 @@ def _on_matrix_units(node: fx.Node, hw: Hardware, asked: Collection[str], times:
         return f"{rows} rows are too few for matrix units"
     if min(rows, columns) < FEWEST:
         return f"a product of {rows} rows and {columns} columns is too narrow for matrix units"
+    return _in_place(hw, asked, lambda rate: times.seconds(rate=rate), found)
+
+
+def _attention_forms(node: fx.Node, hw: Hardware, asked: Collection[str]) -> tuple[dict[str, Form], str]:
+    """As `forms` for attention on a GPU: q, k, v and the powers of the scores are rounded."""
+    given = arguments(node)
+    (*_, heads, queries, depth), (*_, keys, width) = shape_of(given["q"]), shape_of(given["v"])
+    flops = 2.0 * prod(shape_of(node)[:-3]) * heads * queries * keys * (depth + width) / (1 + given["is_causal"])
+    work = predict_seconds(hw, Work({"float32": flops}, launches=0))
+    seconds = flops / _WITHOUT_CLOCK if work is None else work
+    found = {"float32": Form(seconds, "float32")}
+    if (operand := other_than(torch.float32, node, given["q"], given["k"], given["v"])) is not None:
+        return found, f"{operand.name} is not float32"
+    if min(queries, keys) < FEWEST or not prod(shape_of(node)) * depth:
+        return found, f"attention of {queries} queries and {keys} keys is too narrow for matrix units"
+    if max(depth, width) > DEEPEST:
+        return found, f"heads of {depth} and {width} are more than registers hold beside the sums"
+    return found, _in_place(hw, asked, lambda rate: seconds / rate, found)
+
+
+def _in_place(hw: Hardware, asked: Collection[str], seconds: Callable[[float], float], found: dict[str, Form]) -> str:
+    """Add the forms that round on the way into matrix units, of `seconds(gain of the rate)`; why there are none."""
     for label in asked:
         dtype = LABELS[label].dtype
         if hw.isa == "amdgcn" and hw.dot_product(dtype) == "wmma":
@@ -236,7 +267,7 @@ def _on_matrix_units(node: fx.Node, hw: Hardware, asked: Collection[str], times:
         narrow, wide = hw.peak_flops(dtype), hw.peak_flops("float32")
         if label in IN_PLACE and hw.matrix_instructions(dtype) and narrow and wide and narrow > wide:
             text = "matrix units, operands rounded on the way, sums in float32"
-            found[label] = Form(times.seconds(rate=narrow / wide), text)
+            found[label] = Form(seconds(narrow / wide), text)
     return f"{hw.id} has no faster matrix instructions for it"
 
 

@@ -26,6 +26,7 @@ from tvm.tirx.script import builder as T
 from ...hwdb import Hardware
 from ..kernels.attention_plan import Problem
 from ..kernels.loops import Shape, constant, span, typed_kernel
+from .attention_mask import Mask
 from .tile import LANES
 
 ACROSS = 16  # threads of a row
@@ -122,7 +123,7 @@ class _Block:
         thread: Any,
         tiles: int,
     ) -> None:
-        self.p, self.plan, self.scale, self.causal, self.mask, self.fill = p, plan, scale, causal, mask, fill
+        self.p, self.plan, self.scale, self.causal, self.fill = p, plan, scale, causal, fill
         self.thread = thread
         self.row, self.lane = tirx.floordiv(thread, ACROSS), tirx.floormod(thread, ACROSS)
         self.first = tirx.floormod(block, tiles) * plan.queries
@@ -130,7 +131,8 @@ class _Block:
         head = tirx.floormod(self.number, p.heads)
         self.group = tirx.floordiv(self.number, p.heads) * p.key_heads + tirx.floordiv(head, p.heads // p.key_heads)
         self.q, self.k, self.v = (_flat(buffer) for buffer in buffers[:3])
-        self.mask_values: Any = _flat(buffers[3]) if mask is not None else None
+        stopped: tuple[Any, ...] = () if mask is None else (mask[0], mask[1], _flat(buffers[3]))
+        self.mask = Mask(p, self.number, causal, p.keys % plan.keys > 0, fill, *stopped)
         self.out = _flat(buffers[-1])
         self.rows = plan.queries // DOWN
         self.columns = plan.keys // ACROSS
@@ -224,31 +226,7 @@ class _Block:
             for j in range(columns):
                 query, key = self.first + self.row + i * DOWN, first_key + self.lane + j * ACROSS
                 at = i * columns + j
-                _set(self.scores, at, self._masked(self.scores[at] * constant(self.scale), query, key))
-
-    def _masked(self, score: Any, query: Any, key: Any) -> Any:
-        nothing = tirx.const(-math.inf, "float32")
-        inside = [key < self.p.keys] if self.p.keys % self.plan.keys else []
-        if self.mask is not None:
-            extents, dtype, _ = self.mask
-            place = self._mask_place(extents, query, key)
-            there = tirx.all(query < self.p.queries, key < self.p.keys)
-            if dtype == "bool":
-                stopped = nothing if self.fill is None else constant(self.fill)
-                lets = tirx.if_then_else(there, self.mask_values[place], tirx.const(False, "bool"))
-                score = tirx.Select(lets, score, stopped)
-            else:
-                score = score + tirx.if_then_else(there, self.mask_values[place], constant(0.0))
-        if self.causal:
-            inside.append(key <= query)
-        return tirx.Select(tirx.all(*inside), score, nothing) if inside else score
-
-    def _mask_place(self, extents: Shape, query: Any, key: Any) -> Any:
-        batch, head = tirx.floordiv(self.number, self.p.heads), tirx.floormod(self.number, self.p.heads)
-        place: Any = 0
-        for extent, index in zip(extents, (batch, head, query, key), strict=True):
-            place = place * extent + (index if extent > 1 else 0)
-        return place
+                _set(self.scores, at, self.mask.score(self.scores[at] * constant(self.scale), query, key))
 
     def _soften(self) -> None:
         """Scores to powers of the new maximum, in shared memory; the factor of what came before."""

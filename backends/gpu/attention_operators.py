@@ -1,4 +1,4 @@
-"""Attention as one kernel on GPUs, in float32, where its tiles fit shared memory.
+"""Attention as one kernel on GPUs: in float32 where its tiles fit shared memory, or in 16 bits on matrix units.
 
 Refused: other dtypes, dropout, batches or heads that broadcast, depths beyond what shared memory holds, tensors whose
 elements 32 bits do not count. The TE definition serves those.
@@ -6,20 +6,26 @@ elements 32 bits do not count. The TE definition serves those.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
-from ...passes import dialect
+from ...passes import dialect, mixed
 from ...passes.rewrite import shape_of
-from ..kernels.attention_plan import problem
+from ..kernels.attention_plan import Problem, problem
 from ..lowering.kernels_attention import mask_shape, torch_attention
 from ..lowering.kernels_matmul import bind, refuse_dtypes, refuse_large
 from ..lowering.registry import Kernel, KernelCall, Refusal
 from .attention import attention, plan_attention
+from .matrix_attention import Lanes, matrix_attention, plan_matrix_attention
+from .mfma import MfmaLanes
+from .mma import MmaLanes
 
 aten = torch.ops.aten
 
@@ -28,6 +34,11 @@ def _dialect_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """softmax(q . k^T * scale + mask) . v; fewer key heads than query heads are shared in groups."""
     q, k, v, mask, causal, scale, fill = bind(node)
     return _attention(node, hw, (q, k, v), mask, causal, scale, fill)
+
+
+def _rounding_attention(node: fx.Node, hw: Hardware, dtype: str) -> KernelCall | Refusal:
+    q, k, v, mask, causal, scale, fill = bind(node)
+    return _attention(node, hw, (q, k, v), mask, causal, scale, fill, dtype)
 
 
 def _aten_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
@@ -46,6 +57,7 @@ def _attention(
     causal: bool,
     scale: float,
     fill: float | None,
+    dtype: str = "float32",
 ) -> KernelCall | Refusal:
     read = (*operands, *([mask] if mask is not None else []))
     refusal = refuse_dtypes(node, *operands) or refuse_large(node, *read)
@@ -65,22 +77,38 @@ def _attention(
         if isinstance(extents, Refusal):
             return extents
         masked = (extents, str(mask.meta["val"].dtype).removeprefix("torch."), shape_of(mask))
-    plan = plan_attention(hw, p)
-    if plan is None:
-        return Refusal(f"tiles of depth {p.depth} and {p.value_depth} do not fit shared memory")
-    func = attention(p, plan, scale, (*shapes, shape_of(node)), causal, masked, fill)
+    made = _kernel(hw, p, dtype, scale, (*shapes, shape_of(node)), causal, masked, fill)
+    if isinstance(made, Refusal):
+        return made
+    func, reason, blocks = made
     pairs = p.batch * p.heads
     work = Work(
-        flops={"float32": 2.0 * pairs * p.queries * p.keys * (p.depth + p.value_depth) * (0.5 if causal else 1)},
+        flops={dtype: 2.0 * pairs * p.queries * p.keys * (p.depth + p.value_depth) * (0.5 if causal else 1)},
         bytes_read=4.0 * sum(prod(shape_of(operand)) for operand in read),
         bytes_written=4.0 * prod(shape_of(node)),
         launches=1,
-        tasks=plan.blocks,
+        tasks=blocks,
     )
-    return KernelCall(func, read, "online attention", plan.reason, work)
+    algorithm = "online attention" if dtype == "float32" else f"{dtype} online attention"
+    return KernelCall(func, read, algorithm, reason, work)
+
+
+def _kernel(hw: Hardware, p: Problem, dtype: str, *rest: Any) -> tuple[Any, str, int] | Refusal:
+    """The kernel of scale, shapes, causal, mask and fill `rest`; its plan in words, and its blocks."""
+    if dtype == "float32":
+        plan = plan_attention(hw, p)
+        if plan is None:
+            return Refusal(f"tiles of depth {p.depth} and {p.value_depth} do not fit shared memory")
+        return attention(p, plan, *rest), plan.reason, plan.blocks
+    matrix = plan_matrix_attention(hw, p, dtype)
+    scale, shapes, *masks = rest
+    units: Callable[[str, Any], Lanes] = MfmaLanes if hw.isa == "amdgcn" else MmaLanes
+    return matrix_attention(p, matrix, scale, shapes, units, *masks), matrix.reason, matrix.blocks
 
 
 ATTENTIONS: dict[torch._ops.OpOverload, Kernel] = {
     dialect.attention: _dialect_attention,
     aten.scaled_dot_product_attention.default: _aten_attention,
+    mixed.attention_f16: partial(_rounding_attention, dtype="float16"),
+    mixed.attention_bf16: partial(_rounding_attention, dtype="bfloat16"),
 }

@@ -24,7 +24,7 @@ from ...hwdb import Hardware, detect
 from ..aot import toolchain
 from ..lowering.registry import KernelInfo
 from . import cuda, rocm
-from .copies import with_copies
+from .device_functions import with_functions
 from .evidence import Evidence, evidence
 from .launches import DEVICE_NAME, HOST_NAME, WEIGHTS_NAME, Description, Launch
 from .lower import Lowered
@@ -124,7 +124,7 @@ def _cuda_source(lowered: Lowered) -> str:
     finally:
         if before is not None:
             tvm_ffi.register_global_func(name, before, override=True)
-    return with_copies(str(module.inspect_source("cuda")))
+    return with_functions(str(module.inspect_source("cuda")))
 
 
 def _write_host(lowered: Lowered, path: Path) -> None:

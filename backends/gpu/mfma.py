@@ -50,14 +50,7 @@ class Mfma(Units):
 
     def add_product(self, columns: int, rows: int, sums: int) -> None:
         """y[16 columns][16 of the sum] x[16 rows][16 of the sum]^T, added to sums; where this lane's parts begin."""
-        first, second = self.y[span(columns, _FOUR)], self.x[span(rows, _FOUR)]
-        if self.dtype == "bfloat16":
-            first, second = (T.reinterpret(f"int16x{_FOUR}", value) for value in (first, second))
-        at = span(sums, LANES)
-        zeros = [tirx.const(0, "int32")] * 3  # nothing broadcast, nothing permuted
-        name = _INTRINSICS[self.dtype]
-        added = T.call_llvm_pure_intrin(f"float32x{LANES}", name, first, second, self.sums[at], *zeros)
-        T.buffer_store(self.sums, added, [at])
+        _add_product(self.dtype, self.sums, sums, self.x, rows, self.y, columns)
 
     def _load(self, stage: Stage | WeightStage, held: Any, slot: int, k: int, first: Any, count: int) -> None:
         line = tirx.floormod(self.lane, SIDE)
@@ -80,3 +73,54 @@ class Mfma(Units):
             column = self.first[1] + self.column + at % self.wide * SIDE + four
             for j in range(0, LANES, finish.lanes):
                 self.finish(finish, self.sums, at * LANES + j, held, out, (row, column + j), extents)
+
+
+class MfmaLanes:
+    """As MmaLanes (mma.py): where a lane's values of 16 x 16 fragments belong, and what is done with fragments."""
+
+    rows, each, neighbours = 1, _FOUR, _FOUR
+    sharing = (16, 32)
+    part = _FOUR
+
+    def __init__(self, dtype: str, lane: Any) -> None:
+        """`lane` is this thread's number in its wave."""
+        self.dtype = dtype
+        self.line, self.four = tirx.floormod(lane, SIDE), tirx.floordiv(lane, SIDE) * _FOUR
+
+    def row(self, number: int) -> Any:
+        """That of this lane."""
+        return self.line
+
+    def column(self, number: int) -> Any:
+        """That of value `number`."""
+        return self.four + number
+
+    def at(self, row: int, number: int) -> int:
+        """Where among the values of a fragment value `number` is."""
+        return number
+
+    def load_rows(self, held: Any, at: int, tile: Any, stride: int, row: Any, k: int) -> None:
+        """Rows from `row`, 16 of the sum from `k`; neighbours of the sum are neighbours in `tile`."""
+        value = tile[span((row + self.line) * stride + k + self.four, _FOUR)]
+        T.buffer_store(held, value, [span(at, _FOUR)])
+
+    load_columns = load_rows
+
+    def load_columns_turned(self, held: Any, at: int, tile: Any, stride: int, column: int, k: int) -> None:
+        """As `load_columns`, where neighbouring columns are neighbours in `tile`."""
+        for n in range(_FOUR):
+            T.buffer_store(held, tile[(k + self.four + n) * stride + column + self.line], [at + n])
+
+    def multiply(self, sums: Any, at: int, rows: Any, row_at: int, columns: Any, column_at: int) -> None:
+        """Add a product of 16 x 16 x 16 to `sums`; where the parts of this lane begin."""
+        _add_product(self.dtype, sums, at, rows, row_at, columns, column_at)
+
+
+def _add_product(dtype: str, sums: Any, at: int, rows: Any, row_at: int, columns: Any, column_at: int) -> None:
+    first, second = columns[span(column_at, _FOUR)], rows[span(row_at, _FOUR)]
+    if dtype == "bfloat16":
+        first, second = (T.reinterpret(f"int16x{_FOUR}", value) for value in (first, second))
+    place = span(at, LANES)
+    zeros = [tirx.const(0, "int32")] * 3  # nothing broadcast, nothing permuted
+    added = T.call_llvm_pure_intrin(f"float32x{LANES}", _INTRINSICS[dtype], first, second, sums[place], *zeros)
+    T.buffer_store(sums, added, [place])

@@ -55,7 +55,14 @@ class Stage:
     """The tiles of one operand in a block, `depth` x `width` each."""
 
     def __init__(
-        self, operand: Operand, depth: int, width: int, threads: int, thread: Any, dtype: str = "float32"
+        self,
+        operand: Operand,
+        depth: int,
+        width: int,
+        threads: int,
+        thread: Any,
+        dtype: str = "float32",
+        slots: int = 2,
     ) -> None:
         """Declare registers and shared memory; `thread` is this thread's number, `dtype` what is stored there."""
         self.dtype = dtype
@@ -68,7 +75,7 @@ class Stage:
         # Rounded one by one: for vectors, see product.finish_vector.
         size = self._turns * operand.lanes
         self.rounded = None if dtype == "float32" else T.alloc_buffer((size,), dtype, scope="local")
-        self.shared = _two_tiles((width if self.deep else depth) * self.stride, dtype)
+        self.shared = _tiles((width if self.deep else depth) * self.stride, dtype, slots)
 
     @property
     def _turns(self) -> int:
@@ -83,6 +90,8 @@ class Stage:
             value = operand.read(k, place)
             conditions = [k < operand.depth]  # past the last tile of the sum lies one that is fetched and never read
             conditions += [place < operand.width] if operand.width % self.width else []
+            if self._partly(turn):
+                conditions.append(turn * self.threads + self.thread < self.pieces)
             value = tirx.if_then_else(tirx.all(*conditions), value, constant(0.0, operand.lanes))
             T.buffer_store(self.registers, value, [span(turn * operand.lanes, operand.lanes)])
 
@@ -94,7 +103,7 @@ class Stage:
         """Store what was fetched as tile `slot`, 0 or 1."""
         for turn in range(self._turns):
             k, place = self._place(turn)
-            if self.pieces % self.threads and turn == self._turns - 1:
+            if self._partly(turn):
                 with T.If(turn * self.threads + self.thread < self.pieces), T.Then():
                     self._put(turn, slot, k, place)
             else:
@@ -115,6 +124,10 @@ class Stage:
             return
         for i in range(lanes):
             T.buffer_store(shared, carried[first + i], [(k + i) * stride + place])
+
+    def _partly(self, turn: int) -> bool:
+        """Whether some threads have no piece in this turn."""
+        return (turn + 1) * self.threads > self.pieces
 
     def _place(self, turn: int) -> tuple[Any, Any]:
         """Where in the tile the piece of this thread and turn begins: along the sum, along the width."""
@@ -139,7 +152,7 @@ class WeightStage:
         self.threads, self.thread = threads, thread
         self.pieces = depth * width // _PIECE
         self.turns = -(-self.pieces // threads)
-        self.shared = _two_tiles(width * self.stride, dtype)
+        self.shared = _tiles(width * self.stride, dtype, 2)
         if not asynchronous:
             self.registers = T.alloc_buffer((self.turns * _WORDS,), "int32", scope="local")
             size = width * self.stride // 2
@@ -183,6 +196,6 @@ class WeightStage:
                 action(turn, k, place)
 
 
-def _two_tiles(size: int, dtype: str) -> list[Any]:
-    """Two buffers of one dimension: TVM would put barriers between slots of one, and cut the padding of rows."""
-    return [T.alloc_buffer((size,), dtype, scope="shared") for _ in range(2)]
+def _tiles(size: int, dtype: str, count: int) -> list[Any]:
+    """Buffers of one dimension: TVM would put barriers between slots of one, and cut the padding of rows."""
+    return [T.alloc_buffer((size,), dtype, scope="shared") for _ in range(count)]

@@ -40,7 +40,7 @@ def start() -> None:
 
 def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
     """The kernels of generated CUDA C++ as an image of the emulated driver."""
-    source = as_cpp(source.replace(copies_source(), ""))
+    source = as_cpp(_without_functions(source))
     names = _KERNEL.findall(source)
     assert names, "no kernel in the source"
     entries = [f'extern "C" void emulated_{n}(void **arguments) {{ emulated::call({n}, arguments); }}' for n in names]
@@ -54,11 +54,13 @@ def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
     return b"EMULATED" + struct.pack("<Q", len(image)) + image, "fatbin"
 
 
-def copies_source() -> str:
-    """What is in front of kernels with asynchronous copies: device.h has it in another form."""
-    from graphwright.backends.gpu.copies import CUDA_SOURCE
+def _without_functions(source: str) -> str:
+    """Without what is in front of kernels that copy and multiply fragments: device.h has it in another form."""
+    from graphwright.backends.gpu.device_functions import CUDA_SOURCES
 
-    return CUDA_SOURCE
+    for text in CUDA_SOURCES.values():
+        source = source.replace(text, "")
+    return source
 
 
 def as_cpp(source: str) -> str:

@@ -17,9 +17,11 @@ import kernels
 
 from graphwright.backends.gpu.attention import Plan, attention, plan_attention
 from graphwright.backends.gpu.dots import Dots, dots
+from graphwright.backends.gpu.matrix_attention import MatrixPlan, matrix_attention
 from graphwright.backends.gpu.matrix_product import matrix_product
 from graphwright.backends.gpu.matrix_tile import MatrixTile
-from graphwright.backends.gpu.mfma import Mfma
+from graphwright.backends.gpu.mfma import Mfma, MfmaLanes
+from graphwright.backends.gpu.mma import MmaLanes
 from graphwright.backends.gpu.product import Finish, product
 from graphwright.backends.gpu.product_call import as_weights, packed_shape, packed_weights
 from graphwright.backends.gpu.stage import Operand
@@ -44,6 +46,7 @@ COUNTS = {
     "attention_causal": (4, 8, 0),
     "rounded_deep_float16_copied": (10, 0, 3),
     "few_one_float16": (0, 5, 0),
+    "matrix_causal_float16": (5, 16, 0),
 }
 BROKEN = ("sync", "shuffle", "wait")
 # Of matrix units: with a thread for each piece of the weights, and on waves of 64 with more.
@@ -52,7 +55,9 @@ TILES = (MatrixTile(64, 64, 32, 2, 2), MatrixTile(32, 32, 32, 2, 2, warp_threads
 FEW = {"one": (1, 4, 512), "tail": (5, 37, 264), "wide": (15, 20, 256)}
 FEW_DTYPES = ("float32", *NARROW)
 # Batch, heads, heads of keys, queries, keys, depth, depth of values.
-ATTENTIONS = {"plain": (2, 2, 2, 20, 70, 24, 24), "causal": (1, 4, 2, 37, 37, 16, 20), "odd": (1, 3, 1, 17, 33, 7, 5)}
+ATTENTIONS = {"plain": (2, 2, 2, 20, 70, 24, 24), "causal": (1, 4, 2, 77, 77, 16, 20), "odd": (1, 3, 1, 17, 33, 7, 5)}
+# The powers of scores are rounded to 16 bits by as much as 2^-11 or 2^-8 of themselves, against what v has of up to 4.
+TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
 
 
 def multiplication(tile: Tile, rows: int, columns: int, depth: int):
@@ -111,7 +116,7 @@ def few(case: str, dtype: str, warp_threads: int = 32):
     return dots(plan, (rows, columns, depth), buffers, (rows, columns), finish)
 
 
-def attended(name: str):
+def attended(name: str, dtype: str = "float32", units: type = MmaLanes):
     p = Problem(*ATTENTIONS[name])
     shapes = (
         (p.batch, p.heads, p.queries, p.depth),
@@ -120,7 +125,10 @@ def attended(name: str):
         (p.batch, p.heads, p.queries, p.value_depth),
     )
     mask = ((1, 1, p.queries, p.keys), "float32", (p.queries, p.keys)) if name == "odd" else None
-    return attention(p, Plan(16, 32, 1), 0.3, shapes, causal=name == "causal", mask=mask)
+    if dtype == "float32":
+        return attention(p, Plan(16, 32, 1), 0.3, shapes, causal=name == "causal", mask=mask)
+    plan = MatrixPlan(2, 16 if name == "odd" else 32, dtype, 1, 32 if units is MmaLanes else 64)
+    return matrix_attention(p, plan, 0.3, shapes, units, causal=name == "causal", mask=mask)
 
 
 class EmulatedMfma(Mfma):
@@ -128,6 +136,14 @@ class EmulatedMfma(Mfma):
 
     def add_product(self, columns, rows, sums):
         parts = (T.address_of(part) for part in (self.y[columns], self.x[rows], self.sums[sums]))
+        T.evaluate(T.call_extern("void", "mfma", *parts))
+
+
+class EmulatedMfmaLanes(MfmaLanes):
+    """The same for attention."""
+
+    def multiply(self, sums, at, rows, row_at, columns, column_at):
+        parts = (T.address_of(part) for part in (columns[column_at], rows[row_at], sums[at]))
         T.evaluate(T.call_extern("void", "mfma", *parts))
 
 
@@ -142,6 +158,9 @@ def on_waves():
     functions["product_ragged_64x64"] = multiplication(Tile(64, 64, 16, 4, 4), *SIZES["ragged"])
     functions["attention_causal"] = attended("causal")
     functions["few_tail_bfloat16"] = few("tail", "bfloat16", 64)
+    functions |= {
+        f"matrix_{name}_{dtype}": attended(name, dtype, EmulatedMfmaLanes) for name in ATTENTIONS for dtype in NARROW
+    }
     sources, launches = kernels.generated(functions, lookup("a100"))
     return kernels.compiled(sources, launches, 64), tuple(functions)
 
@@ -154,6 +173,7 @@ def everything():
         for tile in CANDIDATES if name == "ragged" else CANDIDATES[-1:]:
             functions[f"product_{name}_{tile[0]}x{tile[1]}"] = multiplication(Tile(*tile), *sizes)
     functions |= {f"attention_{name}": attended(name) for name in ATTENTIONS}
+    functions |= {f"matrix_{name}_{dtype}": attended(name, dtype) for name in ATTENTIONS for dtype in NARROW}
     for case, dtype, form in ROUNDINGS:
         functions[f"rounded_{case}_{dtype}_{form}"] = rounded(dtype, *SIZES[case], form)
     functions |= {f"few_{case}_{dtype}": few(case, dtype) for case in FEW for dtype in FEW_DTYPES}
@@ -202,7 +222,9 @@ def arrays(name: str, waves: bool = False) -> tuple[dict[str, np.ndarray], np.nd
         batch, heads, key_heads, queries, keys, depth, width = ATTENTIONS[case]
         operands = [drawn(batch, heads, queries, depth), drawn(batch, key_heads, keys, depth)]
         operands.append(drawn(batch, key_heads, keys, width))
-        q, k, v = (np.repeat(x, heads // x.shape[1], axis=1).astype(np.float64) for x in operands)
+        dtype = getattr(torch, rest[0] if rest else "float32")
+        seen = (torch.from_numpy(x).to(dtype).double().numpy() for x in operands)
+        q, k, v = (np.repeat(x, heads // x.shape[1], axis=1) for x in seen)
         scores = q @ k.swapaxes(-1, -2) * 0.3
         if case == "causal":
             scores[..., np.triu(np.ones((queries, keys), bool), 1)] = -np.inf
@@ -227,6 +249,12 @@ def error(name: str, reverse: bool, waves: bool = False) -> float:
     return np.inf if np.isnan(difference) else float(difference)
 
 
+def allowed(name: str) -> float:
+    """Sums of up to 512 products of normal numbers in float32: roundings of 2^-24 of some 50; or what is rounded on
+    purpose in the middle."""
+    return TOLERANCE[name.split("_")[2]] if name.startswith("matrix") else 5e-5
+
+
 NAMES = [
     f"product_{name}_{c[0]}x{c[1]}" for name in SIZES for c in (CANDIDATES if name == "ragged" else CANDIDATES[-1:])
 ]
@@ -239,13 +267,13 @@ NAMES = [
     [
         *NAMES,
         *(f"attention_{name}" for name in ATTENTIONS),
+        *(f"matrix_{name}_{dtype}" for name in ATTENTIONS for dtype in NARROW),
         *(f"rounded_{case}_{dtype}_{form}" for case, dtype, form in ROUNDINGS),
         *(f"few_{case}_{dtype}" for case in FEW for dtype in FEW_DTYPES),
     ],
 )
 def test_kernels_keep_their_numbers_in_both_orders_of_lanes(name, reverse):
-    # Sums of up to 512 products of normal numbers in float32: roundings of 2^-24 of some 50.
-    assert error(name, reverse) < 5e-5
+    assert error(name, reverse) < allowed(name)
 
 
 @pytest.mark.slow
@@ -254,7 +282,7 @@ def test_kernels_for_waves_of_64_keep_their_numbers(reverse):
     """Those on AMD's matrix cores with the instruction emulated by the documented lanes: all else is the same code."""
     _, names = on_waves()
     for name in names:
-        assert error(name, reverse, waves=True) < 5e-5, name
+        assert error(name, reverse, waves=True) < allowed(name), name
 
 
 @pytest.mark.slow
@@ -266,7 +294,7 @@ def test_every_barrier_shuffle_and_wait_is_needed(name):
     for what in BROKEN:
         for number in range(counts[name, what]):
             variant = f"{name}:{what} {number}"
-            assert max(error(variant, reverse) for reverse in (False, True)) > 1e-3, variant
+            assert max(error(variant, reverse) for reverse in (False, True)) > 20 * allowed(name), variant
 
 
 @pytest.mark.parametrize("target", ["a100", "mi300x", "orin", "h100"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import pairwise
 
 import pytest
@@ -331,3 +332,55 @@ def test_sums_are_as_wide_as_the_operands(dtype: torch.dtype) -> None:
     x = torch.tensor([[1 + 2.0**-20]], dtype=dtype)
     assert mixed.linear_bf16(x, w, None, None, "none", [], False, False).item() == x.item()
     assert mixed.linear_bf16(x, w, None, None, "none", [], True, False).item() == 1.0
+
+
+def heads(queries: int = 32, keys: int = 48, depth: int = 24, groups: int = 1) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    k = torch.randn(2, 4 // groups, keys, depth)
+    return torch.randn(2, 4, queries, depth), k, torch.randn(*k.shape[:3], 16)
+
+
+def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return dialect.attention(q, k, v, None, False, 0.25)
+
+
+def test_attention_is_rounded_on_the_matrix_units_of_gpus_alone() -> None:
+    def choice(machine: str, precision: str = "fp16", *, body=attended, inputs=None) -> Choice:
+        graph = trace_core(body, inputs or list(heads()), pre_dispatch=True)
+        (found,) = choose_precisions(graph, lookup(machine), precision)
+        assert assign_precision(graph, (found,)) == (found.dtype != "float32")
+        targets = {node.target for node in graph.graph.nodes}
+        assert (dialect.attention in targets) == (found.dtype == "float32")
+        return found
+
+    for machine, precision in (("a100", "fp16"), ("a100", "bf16"), ("t4", "fp16"), ("mi300x", "fp16")):
+        assert choice(machine, precision).dtype == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert "both operands are computed" in choice(DOTS, "bf16").reason
+    assert "no faster matrix instructions" in choice("t4", "bf16").reason
+    assert "TVM makes float32 of bfloat16" in choice("mi300x", "bf16").reason
+    assert "no kernel uses the matrix units" in choice("gfx1100").reason
+    assert "15 queries and 48 keys is too narrow" in choice("a100", inputs=list(heads(15))).reason
+    assert "32 queries and 12 keys is too narrow" in choice("a100", inputs=list(heads(keys=12))).reason
+    assert "heads of 136 and 16 are more" in choice("a100", inputs=list(heads(depth=136))).reason
+    assert "too narrow" in choice("a100", inputs=[x[:0] for x in heads()]).reason
+    assert "too narrow" in choice("a100", inputs=list(heads(depth=0))).reason
+    double = choice("a100", inputs=[x.double() for x in heads()])
+    assert "is not float32" in double.reason
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtype"), [(mixed.attention_f16, torch.float16), (mixed.attention_bf16, torch.bfloat16)]
+)
+def test_attention_of_16_bits_rounds_its_operands_and_the_powers_of_its_scores(operator, dtype) -> None:
+    q, k, v = heads(32, 32, groups=2)
+    stopped = torch.ones(32, 32).tril() == 0
+    stopped[5] = True  # a row of which nothing is let through
+    q, k, v = (x.to(dtype).double() for x in (q, k, v))
+    exact = dialect.attention(q, k, v, ~stopped, False, 0.25)
+    found = operator(q.float(), k.float(), v.float(), ~stopped, False, 0.25)
+    unit = torch.finfo(dtype).eps / 2
+    assert torch.equal(found[:, :, 5], torch.zeros_like(found[:, :, 5]))
+    assert 0 < (found - exact).abs().max() < 2 * unit * v.abs().max()  # powers and their sum
+    causal = torch.ones(32, 32, dtype=torch.bool).tril()
+    assert torch.equal(operator(q, k, v, None, True, 0.25), operator(q, k, v, causal, False, 0.25))
+    assert operator(q, k, v, ~stopped, False, 0.25, -math.inf).isnan()[:, :, 5].all()

@@ -140,3 +140,4 @@ inline int __float_as_int(float value) {
 
 #include "matrix.h"
 #include "mfma.h"
+#include "fragments.h"
