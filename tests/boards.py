@@ -21,7 +21,8 @@ from graphwright.backends.aot.codegen import compile_object
 from graphwright.hwdb import Hardware
 
 EMULATORS = {"aarch64": "qemu-aarch64-static", "armv7": "qemu-arm-static"}
-# Where Debian's libc6-arm64-cross and libc6-armhf-cross put a glibc for programs that are not static.
+# Where these packages of Debian put a glibc for programs that are not static.
+PACKAGES = {"aarch64": "libc6-arm64-cross", "armv7": "libc6-armhf-cross"}
 ROOTS = {"aarch64": Path("/usr/aarch64-linux-gnu"), "armv7": Path("/usr/arm-linux-gnueabihf")}
 
 

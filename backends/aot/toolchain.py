@@ -72,7 +72,8 @@ def flags(triple: str, name: str) -> tuple[str, ...]:
 
 
 def start_flags(triple: str) -> tuple[str, ...]:
-    """What a program is linked with, so that the C library's start runs on processors that are then refused."""
+    """What a bundle's files are linked with: the C library's start, and what is taken from the compiler's own library
+    (memcpy), run on processors that are then refused."""
     return (_ARM_FIRST,) if zig_target(triple).startswith("arm-") else ()
 
 

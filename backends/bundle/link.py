@@ -66,9 +66,9 @@ def library(model: Path | None, table: str, triple: str, output: Path, files: Pa
         script = scratch / "exports.map"
         script.write_text(f"{{ global: {'; '.join(_EXPORTS)}; local: *; }};\n")
         toolchain.zig(
-            "cc", "-target", glibc, "-shared", *_OPTIONS, "-Wl,-z,now", f"-Wl,-soname,{output.name}",
-            f"-Wl,--version-script={script}", f"-Wl,-T,{_last(scratch)}", *map(str, objects), "-lm", "-lpthread",
-            "-o", str(output), scratch=scratch,
+            "cc", "-target", glibc, *toolchain.start_flags(triple), "-shared", *_OPTIONS, "-Wl,-z,now",
+            f"-Wl,-soname,{output.name}", f"-Wl,--version-script={script}", f"-Wl,-T,{_last(scratch)}",
+            *map(str, objects), "-lm", "-lpthread", "-o", str(output), scratch=scratch,
         )  # fmt: skip
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from boards import ROOTS, Doubled, emulator
+from boards import PACKAGES, ROOTS, Doubled, emulator
 
 import graphwright
 from graphwright.backends.aot import toolchain
 
-PACKAGES = {"aarch64": "libc6-arm64-cross", "armv7": "libc6-armhf-cross"}
 CPUS = {"aarch64": "cortex-a72", "armv7": "cortex-a7"}
 TARGETS = {"aarch64": "raspberry-pi-4b", "armv7": "raspberry-pi-2b"}
 
@@ -31,8 +30,9 @@ def program(made: Path, source: Path, work: Path) -> subprocess.CompletedProcess
     target = json.loads((made / "manifest.json").read_text())["target"]
     output = work / "program"
     toolchain.zig(
-        "cc", "-target", f"{toolchain.zig_target(target['triple'])}.2.28", "-O1", "-Wall", "-Werror", f"-I{made}",
-        str(source), str(made / "model.so"), "-lpthread", f"-Wl,-rpath,{made}", "-o", str(output),
+        "cc", "-target", f"{toolchain.zig_target(target['triple'])}.2.28", *toolchain.start_flags(target["triple"]),
+        "-O1", "-Wall", "-Werror", f"-I{made}", str(source), str(made / "model.so"), "-lpthread", f"-Wl,-rpath,{made}",
+        "-o", str(output),
     )  # fmt: skip
     isa = target["isa"]
     command = [emulator(isa), "-cpu", CPUS[isa], "-L", str(ROOTS[isa]), str(output), str(made / "weights.safetensors")]

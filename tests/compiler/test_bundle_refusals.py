@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from boards import ROOTS, Doubled, emulator, refused, run
+from boards import PACKAGES, ROOTS, Doubled, emulator, refused, run
 
 import graphwright
 from graphwright.backends.aot import toolchain
@@ -50,25 +51,35 @@ def test_processors_without_neon_or_older_than_armv7(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not (ROOTS["aarch64"] / "lib").is_dir():
-        pytest.skip("glibc for aarch64 is not installed (Debian: apt-get install libc6-arm64-cross)")
+    need_glibc("aarch64")
     return bundle("raspberry-pi-5", tmp_path_factory.mktemp("library") / "out")
+
+
+def need_glibc(isa: str) -> None:
+    if not (ROOTS[isa] / "lib").is_dir():
+        pytest.skip(f"glibc for {isa} is not installed (Debian: apt-get install {PACKAGES[isa]})")
 
 
 def with_example(made: Path, work: Path, cpu: str) -> subprocess.CompletedProcess[str]:
     """Compile example.c against the library, and run it with the system's glibc for ARM."""
-    program = work / "example"
+    program, triple = work / "example", target_of(made)["triple"]
     toolchain.zig(
-        "cc", "-target", "aarch64-linux-gnu.2.28", "-O1", f"-I{made}", str(made / "example.c"), str(made / "model.so"),
-        f"-Wl,-rpath,{work}", "-o", str(program),
+        "cc", "-target", f"{toolchain.zig_target(triple)}.2.28", *toolchain.start_flags(triple), "-O1", f"-I{made}",
+        str(made / "example.c"), str(made / "model.so"), f"-Wl,-rpath,{work}", "-o", str(program),
     )  # fmt: skip
     shutil.copyfile(made / "model.so", work / "model.so")
     return example(program, made, cpu)
 
 
 def example(program: Path, made: Path, cpu: str) -> subprocess.CompletedProcess[str]:
-    command = [emulator("aarch64"), "-cpu", cpu, "-L", str(ROOTS["aarch64"]), str(program)]
-    return subprocess.run([*command, str(made / "weights.safetensors")], capture_output=True, text=True, check=False)
+    isa = target_of(made)["isa"]
+    command = [emulator(isa), "-cpu", cpu, "-L", str(ROOTS[isa]), str(program), str(made / "weights.safetensors")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def target_of(made: Path) -> dict[str, str]:
+    found: dict[str, str] = json.loads((made / "manifest.json").read_text())["target"]
+    return found
 
 
 def test_a_library_on_a_processor_that_lacks_instructions(library: Path, tmp_path: Path) -> None:
@@ -78,9 +89,27 @@ def test_a_library_on_a_processor_that_lacks_instructions(library: Path, tmp_pat
     assert with_example(library, tmp_path, "cortex-a76").returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("target", "cpus", "missing"),
+    [("armv7", ("cortex-a9,neon=off", "cortex-a8,neon=off"), "neon"), ("raspberry-pi-2b", ("cortex-a9",), "vfp4")],
+)
+def test_a_32_bit_library_on_processors_without(
+    target: str, cpus: tuple[str, ...], missing: str, tmp_path: Path
+) -> None:
+    """Loading it, its constructors and what it takes from the compiler's library (memcpy) run there."""
+    need_glibc("armv7")
+    made = bundle(target, tmp_path / "out")
+    assert with_example(made, tmp_path, "cortex-a7").returncode == 0
+    for cpu in cpus:
+        done = example(tmp_path / "example", made, cpu)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert (
+            f"this processor lacks instructions that the model, compiled for {target}, uses: {missing}" in done.stderr
+        )
+
+
 def test_a_library_that_was_cut(tmp_path: Path) -> None:
-    if not (ROOTS["aarch64"] / "lib").is_dir():
-        pytest.skip("glibc for aarch64 is not installed (Debian: apt-get install libc6-arm64-cross)")
+    need_glibc("aarch64")
     inside = (torch.nn.Linear(512, 512).eval(), (torch.ones(2, 512),))
     made = graphwright.compile(*inside, target="raspberry-pi-4b").bundle(tmp_path / "out", single_file=True)
     assert with_example(made, tmp_path, "cortex-a72").returncode == 0
