@@ -18,6 +18,7 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .compiler.api import compile as compile
+    from .compiler.api import tune as tune
     from .compiler.compiled import Compiled as Compiled
     from .compiler.compression.prune import KeptZeros as KeptZeros
     from .compiler.compression.prune import keep_zeros as keep_zeros
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `import graphwright` imports neither torch nor tvm.
 _LAZY = {
     "compile": ("compiler.api", "compile"),
+    "tune": ("compiler.api", "tune"),
     "load": ("compiler.loading", "load"),
     "KeptZeros": ("compiler.compression.prune", "KeptZeros"),
     "convert": ("compiler.compression.qat", "convert"),
@@ -64,6 +66,7 @@ __all__ = [
     "prepare_qat",
     "prune",
     "quantize",
+    "tune",
 ]
 
 

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from ..errors import InputError
 from ..hwdb import Hardware, Target, compile_target
 from . import tune as tuning
-from .assemble import assemble
+from .assemble import assemble, tuned
 from .calibration import check_options
 from .capture import Model, arguments, example_of, export
 from .compiled import Compiled
@@ -94,7 +94,8 @@ def compile(
     cache: reuse and store results under the user's cache directory (GRAPHWRIGHT_CACHE).
     threads: threads one call uses; None takes torch.get_num_threads(), at most the machine's cores.
     tune: a time such as "30s": measure the cost model's best candidates so long, and keep what wins for this and later
-        compilations on this machine. Without it nothing is measured, and what was kept is used.
+        compilations on this machine. Without it nothing is measured, and what was kept is used. On a board `tune` does
+        that.
     memory_limit: the most bytes, such as "64MB", that the activations of one call may take in compiled code; where the
         order of operators does not keep it, cheap values are computed again instead of being kept.
     passes: the passes to run, in order; None is `graphwright.passes.default.PASSES`, the list to start one's own from.
@@ -134,6 +135,45 @@ def compile(
     if example_inputs is not None:
         lazy.prepare(*arguments(example_inputs))
     return lazy
+
+
+def tune(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    target: Target = "native",
+    remote: str | None = None,
+    time: str | float = "60s",
+    precision: str = "fp32",
+    threads: int | None = None,
+    passes: Sequence[Pass] | None = None,
+    kernel_fusion: Sequence[str] | None = None,
+) -> tuning.Tuned:
+    """Measure the cost model's best candidates for a model, and keep what wins: `compile` for the target then uses it.
+
+    remote: a board as ssh names it ("pi@raspberrypi"), on which the candidates run; None is this machine. `target` says
+        what the board is (`graphwright hw list`).
+    time: "60s", "2m" or seconds, about which building and measuring may take.
+    threads: of one call; None is all cores of the board, and on this machine as many as PyTorch uses.
+    The others are as in `compile`; example_inputs are those that are measured with.
+
+    Raises InputError where there are no example inputs, for targets that cannot be measured so and boards of another
+    kind, GraphwrightError where ssh or a program on the board fails, and what `compile` raises for the model.
+    """
+    options = _options(target, precision, None, False, False, threads, time, passes, kernel_fusion)
+    if remote is not None:
+        options = replace(options, threads=threads or min(options.hw.cores, THREADS))
+    with _TRACING:
+        if isinstance(model, (ExportedProgram, str, os.PathLike)):
+            program = export(model)
+            example = example_of(program, example_inputs)
+        else:
+            example = None if example_inputs is None else arguments(example_inputs)
+            if example is None:
+                raise InputError("tune measures the model on example inputs: give some")
+            program = export(model, *example)
+        assert options.tune is not None
+        return tuned(program, example, options, options.tune, remote)
 
 
 def _compile(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, started: float) -> Compiled:

@@ -94,13 +94,10 @@ def save(directory: Path, path: Path) -> Path:
     `path` cannot be written.
     """
     path = Path(path)
+    check_place(path)
     manifest = _read_manifest(directory / MANIFEST_NAME)
     names = [MANIFEST_NAME, *manifest["files"]]
     single = path.suffix == SUFFIX
-    if path.is_dir() and (single or (any(path.iterdir()) and not (path / MANIFEST_NAME).is_file())):
-        raise ArtifactError(f"{path} is a directory that is not an artifact; choose another name to save to")
-    if not single and path.exists() and not path.is_dir():
-        raise ArtifactError(f"{path} is a file; end the name in {SUFFIX} to save one file, or choose another name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
@@ -117,6 +114,20 @@ def save(directory: Path, path: Path) -> Path:
     except OSError as error:
         raise ArtifactError(f"cannot save to {path}: {error}; nothing was changed there") from error
     return path
+
+
+def check_place(path: Path) -> None:
+    """Raise ArtifactError where `save` would have to refuse `path`, as far as can be told without touching it."""
+    single = path.suffix == SUFFIX
+    if path.is_dir() and (single or (any(path.iterdir()) and not (path / MANIFEST_NAME).is_file())):
+        raise ArtifactError(f"{path} is a directory that is not an artifact; choose another name to save to")
+    if not single and path.exists() and not path.is_dir():
+        raise ArtifactError(f"{path} is a file; end the name in {SUFFIX} to save one file, or choose another name")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ArtifactError(f"cannot save to {path}: {above} is a file; choose another name")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ArtifactError(f"cannot save to {path}: {above} may not be written; choose another directory")
 
 
 def load(path: Path) -> Artifact:

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from ..backends.aot.library import BUNDLED
 from ..backends.choices import Choices
 from ..backends.gpu.identity import gpu_compiler
 from ..errors import InputError, NumericMismatch, PassError
@@ -59,7 +60,7 @@ def assemble(
     """
     graph = _Graph(exported, parameters, options)
     if options.tune is not None:
-        options = replace(options, preferred=_tuned(graph, example, options, options.tune))
+        options = replace(options, preferred=_tuned(graph, example, options, options.tune).preferred)
     passes, unknown = identities(options.passes)
     if options.cache and unknown is not None:
         log.warning("the result is not cached: %s", unknown)
@@ -99,15 +100,36 @@ def _decisive(options: Options, example: Any) -> dict[str, Any]:
     }
 
 
-def _tuned(graph: _Graph, example: Any, options: Options, seconds: float) -> dict[str, str]:
-    if example is None or obstacle(options.hw) is not None:
-        reason = "there are no example inputs" if example is None else obstacle(options.hw)
-        raise InputError(f"tune= measures the model on this machine, and {reason}")
-    inputs = example_tensors(example, graph.captured.signature)
+def tuned(
+    exported: ExportedProgram,
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    options: Options,
+    seconds: float,
+    remote: str | None,
+) -> tune.Tuned:
+    """Measure candidates for an exported program, on this machine or on the board `remote`, and keep what won."""
+    return _tuned(_Graph(exported, (), options), example, options, seconds, remote)
+
+
+def _tuned(graph: _Graph, example: Any, options: Options, seconds: float, remote: str | None = None) -> tune.Tuned:
+    hw = options.hw
+    if example is None:
+        raise InputError("tune= measures the model on example inputs: give some")
     if options.precision == "int8":
         raise InputError("tune= ranks candidates of float kernels, and kernels of int8 have one each: leave it out")
+    if remote is None and (reason := obstacle(hw)) is not None:
+        board = f"; `graphwright tune --target {hw.id} --remote user@board` measures there" if hw.isa in BUNDLED else ""
+        raise InputError(f"tune= measures the model on this machine, and {reason}{board}")
+    captured = graph.captured
+    inputs = example_tensors(example, captured.signature)
     precision = Precision(options.precision)
-    return tune.tune(graph.captured.graph, options.hw, inputs, seconds, options.threads, precision, options.passes)
+    if remote is None:
+        here = partial(tune.on_this_machine, inputs, options.threads)
+        return tune.tune(captured.graph, hw, seconds, here, precision, options.passes)
+    from .commands.tune_board import measuring
+
+    with measuring(remote, hw, captured.signature, inputs, options.threads, seconds) as there:
+        return tune.tune(captured.graph, hw, seconds, there, precision, options.passes)
 
 
 class _Graph:

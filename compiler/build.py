@@ -26,6 +26,7 @@ from .plan import Plan, called, make_plan
 from .precision import FP32, Precision
 from .report import EagerRow
 from .rewriting import rewrite
+from .users_line import users_line
 
 if TYPE_CHECKING:
     from ..backends.gpu.lower import Lowered as OnGpu
@@ -261,11 +262,13 @@ def _eager_rows(parts: Partition) -> tuple[EagerRow, ...]:
 
 
 def _refusal(parts: Partition, hw: Hardware) -> str:
-    lines = [f"{len(parts.reasons)} operators cannot be compiled for {hw.id}, where PyTorch cannot take over:"]
+    count = len(parts.reasons)
+    operators = "1 operator" if count == 1 else f"{count} operators"
+    lines = [f"{operators} cannot be compiled for {hw.id}, where PyTorch cannot take over:"]
     for node, reason in parts.reasons.items():
         lines.append(f"  {called(node)}: {reason}")
-        if trace := node.meta.get("stack_trace"):
-            lines.append("    " + trace.strip().splitlines()[-2].strip())
+        if line := users_line(node):
+            lines.append(f"    {line}")
     return "\n".join(lines)
 
 

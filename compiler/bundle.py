@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ from ..backends.bundle.table import Copy, Table, Tensor, c_source
 from ..errors import ArtifactError, InputError
 from . import artifact, loading
 from .build import CONSTANTS_NAME
-from .capture import TensorSpec
+from .capture import Signature, TensorSpec
 from .plan import OperatorCall, Plan, RegionCall
 
 if TYPE_CHECKING:
@@ -53,19 +54,13 @@ def bundle(directory: Path, path: Path, executable: bool = False, single_file: b
     Raises InputError where the model cannot be bundled, and ArtifactError where `path` is something else.
     """
     path = Path(path)
-    if path.suffix == artifact.SUFFIX:
-        raise InputError(f"a bundle is a directory: write it to a name that does not end in {artifact.SUFFIX}")
     manifest = artifact.inspect(directory)
     target = manifest["target"]
+    check_bundled(target["id"], target["isa"], path)
     described = loading.from_data(manifest["description"])
-    if target["isa"] not in BUNDLED:
-        raise InputError(
-            f"bundles are made for {' and '.join(BUNDLED)}, and {target['id']} is {target['isa']}: "
-            "save the model instead"
-        )
     if described.twin is not None:
         raise InputError("a model of two builds (fallback=, precision='adaptive') chooses between them in Python")
-    table = _table(directory, target, described)
+    table = table_of(directory, target, described.plan, described.signature)
     with tempfile.TemporaryDirectory(prefix="graphwright-") as scratch:
         made = Path(scratch, "bundle")
         made.mkdir()
@@ -91,13 +86,27 @@ def bundle(directory: Path, path: Path, executable: bool = False, single_file: b
         return artifact.save(made, path)
 
 
+def check_bundled(target: str, isa: str, path: Path) -> None:
+    """Raise InputError where no bundle for `target` can be written to `path`."""
+    if path.suffix == artifact.SUFFIX:
+        raise InputError(f"a bundle is a directory: write it to a name that does not end in {artifact.SUFFIX}")
+    if isa not in BUNDLED:
+        raise InputError(
+            f"bundles are made for {' and '.join(BUNDLED)}, and {target} is {isa}: save the model (--artifact), for "
+            "graphwright.load on a machine with Python and graphwright"
+        )
+
+
 def _digest_of(manifest: dict[str, Any]) -> str:
     known = manifest["files"].get(WEIGHTS_NAME)
     return str(known["sha256"]) if known else ""
 
 
-def _table(directory: Path, target: dict[str, Any], described: loading.Description) -> Table:
-    plan, signature = described.plan, described.signature
+def table_of(directory: Path, target: Mapping[str, Any], plan: Plan, signature: Signature) -> Table:
+    """What the program of a bundle has to know of the model whose files are in `directory`.
+
+    target: `id`, `isa` and `features`, as a manifest has them. Raises InputError where operators run in PyTorch.
+    """
     left = sorted({call.operator for call in plan.calls if isinstance(call, OperatorCall)})
     if left:
         raise InputError(

@@ -19,6 +19,7 @@ from ..errors import GraphwrightError, InputError
 from .commands.calibrate import calibrate
 from .commands.hardware import hardware
 from .commands.predict import predict
+from .commands.tune import tune as tune_model
 
 MODEL_HELP = (
     "A .pt2 file, module:factory (the factory returns a model or (model, example_inputs)), or an example model."
@@ -54,6 +55,7 @@ app = typer.Typer(
 )
 hardware.command()(predict)
 hardware.command()(calibrate)
+app.command("tune")(tune_model)
 app.add_typer(hardware, name="hw")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -132,6 +134,9 @@ def compile(
     bundled = _is_bundled(target, output, bundle, executable or single_file)
     _check_page("--damage", damage)
     with progress(f"loading {model}"):
+        from .artifact import check_place
+
+        check_place(output)
         from . import api
         from .compiled import Compiled
         from .compression.int8_method import options_of
@@ -197,9 +202,10 @@ def run_remote(
 ) -> None:
     """Run a bundle on a board by ssh: copy it there once, time it, and bring the results back."""
     with progress(f"running {bundle} on {host}"):
-        from .commands.run_artifact import write_results
+        from .commands.run_artifact import check_output, write_results
         from .commands.run_remote import run_remote as call
 
+        check_output(output)
         done = call(host, bundle, input, repeat, threads)
     typer.echo(f"copied {done.copied_bytes} bytes" if done.copied_bytes else "the bundle was there already")
     typer.echo(done.printed.rstrip())
@@ -321,16 +327,24 @@ def progress(what: str) -> Iterator[None]:
 
 
 def _is_bundled(target: str, output: Path, asked: bool | None, options: bool) -> bool:
-    """A bundle is made where it is asked for, and for boards that cannot run here, unless OUT is a .gw file."""
-    if asked is False and options:
-        raise InputError("--executable and --single-file are about bundles: leave --artifact out")
-    if asked is not None or options:
-        return bool(asked or options)
-    from ..backends.aot.library import BUNDLED
+    """A bundle is made where it is asked for, and for boards that cannot run here, unless OUT is a .gw file.
+
+    Raises InputError where there is none for the target.
+    """
+    if asked is False:
+        if options:
+            raise InputError("--executable and --single-file are about bundles: leave --artifact out")
+        return False
     from ..hwdb import lookup, obstacle
 
     hw = lookup(target)
-    return hw.isa in BUNDLED and obstacle(hw) is not None and output.suffix != ".gw"
+    own = hw.kind == "gpu" or hw.isa == "x86_64" or obstacle(hw) is None  # where Python is at home
+    if not asked and not options and (own or output.suffix == ".gw"):
+        return False
+    from .bundle import check_bundled
+
+    check_bundled(hw.id, hw.isa, output)
+    return True
 
 
 def _names(given: str | None) -> list[str] | None:

@@ -193,6 +193,13 @@ def _leaf_to_data(leaf: TensorSpec | Constant) -> dict[str, Any]:
     return {"constant": value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)}
 
 
+def tensors_from_data(data: dict[str, Any]) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """The tensors that go in and come out, by a description as JSON data; the model's own types are not asked for."""
+    sides = [[_leaf_from_data(leaf) for leaf in data["signature"][side]] for side in ("inputs", "outputs")]
+    given, made = ([leaf for leaf in side if isinstance(leaf, TensorSpec)] for side in sides)
+    return given, made
+
+
 def _leaf_from_data(data: dict[str, Any]) -> TensorSpec | Constant:
     if "constant" in data:
         return Constant(data["constant"])

@@ -2,10 +2,13 @@
 
 The whole model is built once with the first candidate of every decision, once with the second, once with the third, as
 far as the time allows; the builds take turns, every kernel is timed in its place, and a candidate that is faster there
-by more than noise is preferred from then on. So a candidate meets the caches as the model leaves them.
+by more than noise is preferred from then on. So a candidate meets the caches as the model leaves them. The winners are
+then built together and timed beside the first build: where that is no faster, all stays as it was.
 
-What was found lies in the cache directory, in a file of this machine and this version of the compiler. A preference can
+What was found lies in the cache directory, in a file of the target and this version of the compiler. A preference can
 only choose between candidates that the cost model offers, so a wrong or foreign file makes nothing but speed worse.
+
+Who times the builds is a `Measure`: this machine, or a board (commands/tune_board.py).
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,6 +47,45 @@ log = logging.getLogger(__name__)
 GAIN = 0.97  # of the first candidate's time: less is noise
 TURNS = 5
 LARGEST_FILE = 16 << 20
+
+Candidate = tuple[Path, Built]  # a build, and the directory of its files
+# The microseconds of every kernel of every build; it takes turns until the time (of perf_counter) is up, one at least.
+Measure = Callable[[Sequence[Candidate], float], list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A decision: the candidates that were measured, with the mean microseconds of the kernels they decide."""
+
+    problem: str
+    candidates: tuple[tuple[str, float], ...]  # (candidate, microseconds); the first is the cost model's
+    kept: str
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What measuring candidates found, and where it is kept."""
+
+    rows: tuple[Row, ...]
+    before_us: float  # in kernels of one call, as the cost model chooses
+    after_us: float  # with what was kept: never more
+    builds: int  # of SHORTLIST candidates, those that there was time for
+    preferred: Mapping[str, str]  # problem -> candidate: all that is kept for this machine, of other models too
+    path: Path
+
+    def text(self) -> str:
+        """The decisions that were open, each with its candidates, the one kept with a star; the time of a call."""
+        lines = []
+        for row in self.rows:
+            if len(row.candidates) > 1:
+                lines.append(row.problem)
+                lines += [f" {'*' if name == row.kept else ' '} {us:10.1f} us  {name}" for name, us in row.candidates]
+        if self.builds < SHORTLIST:
+            lines.append(f"there was time for {self.builds} of {SHORTLIST} candidates: give more for the others")
+        changed = sum(row.kept != row.candidates[0][0] for row in self.rows)
+        kept = f"{changed} of {len(self.rows)} decisions differ from the cost model's"
+        lines.append(f"kernels of a call: {self.before_us:.1f} us before, {self.after_us:.1f} us now; {kept}")
+        return "\n".join(lines)
 
 
 def budget(given: str | float | None) -> float | None:
@@ -76,17 +119,22 @@ def stored(hw: Hardware) -> dict[str, str]:
 def tune(
     graph: fx.GraphModule,
     hw: Hardware,
-    inputs: Sequence[torch.Tensor],
     seconds: float,
-    threads: int,
+    measure: Measure,
     precision: Precision = FP32,
     passes: Sequence[Pass] | None = None,
-) -> dict[str, str]:
-    """Measure candidates for about `seconds`, store what won, and return all that is stored."""
+) -> Tuned:
+    """Measure candidates for about `seconds` and store what won."""
     started = time.perf_counter()
     rewritten, _ = pipeline.run(graph, hw, default_passes(hw) if passes is None else passes)
     with tempfile.TemporaryDirectory(prefix="graphwright-tune-") as directory:
-        builds: list[tuple[Path, Built]] = []
+
+        def made(name: str, choices: Choices) -> Candidate:
+            place = Path(directory, name)
+            place.mkdir()
+            return place, build(rewritten, hw, place, passes=(), choices=choices, precision=precision)
+
+        builds: list[Candidate] = []
         last = 0.0
         for rank in range(SHORTLIST):
             begun = time.perf_counter()
@@ -94,18 +142,24 @@ def tune(
             if builds and begun - started + 1.5 * last > seconds:
                 log.info("tune: time for %d of %d candidates", rank, SHORTLIST)
                 break
-            place = Path(directory, str(rank))
-            place.mkdir()
-            built = build(rewritten, hw, place, passes=(), choices=Choices(rank=rank), precision=precision)
-            builds.append((place, built))
+            builds.append(made(str(rank), Choices(rank=rank)))
             last = time.perf_counter() - begun
-        times = _measure(builds, inputs, threads, started + seconds)
-    preferred = {**stored(hw), **winners([built.kernels for _, built in builds], times)}
+        times = measure(builds, started + seconds)
+        rows = weighed([built.kernels for _, built in builds], times)
+        before = after = sum(times[0])
+        if any(row.kept != row.candidates[0][0] for row in rows):
+            both = [builds[0], made("winners", Choices({row.problem: row.kept for row in rows}))]
+            before, after = map(sum, measure(both, max(started + seconds, time.perf_counter() + 0.2 * seconds)))
+            if after >= before:
+                log.info("tune: the winners together take %.1f us, and %.1f without them", after, before)
+                rows = tuple(replace(row, kept=row.candidates[0][0]) for row in rows)
+                after = before
+    preferred = {**stored(hw), **{row.problem: row.kept for row in rows}}
     _store(hw, preferred)
-    return preferred
+    return Tuned(rows, before, after, len(builds), preferred, _path(hw))
 
 
-def winners(builds: Sequence[Sequence[KernelInfo]], times: Sequence[Sequence[float]]) -> dict[str, str]:
+def weighed(builds: Sequence[Sequence[KernelInfo]], times: Sequence[Sequence[float]]) -> tuple[Row, ...]:
     """The candidate to prefer for every problem, from the times of the kernels of builds that differ in rank only."""
     first = builds[0]
     spent: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -115,7 +169,7 @@ def winners(builds: Sequence[Sequence[KernelInfo]], times: Sequence[Sequence[flo
         for kernel, microseconds in zip(kernels, measured, strict=True):
             for decision in kernel.decisions:
                 spent[decision.problem][decision.reason].append(microseconds)
-    found = {}
+    rows = []
     for problem, default in {d.problem: d.reason for kernel in first for d in kernel.decisions}.items():
         candidates = spent[problem]
         calls = len(candidates[default])
@@ -123,14 +177,15 @@ def winners(builds: Sequence[Sequence[KernelInfo]], times: Sequence[Sequence[flo
         means = {r: sum(samples) / len(samples) for r, samples in candidates.items() if len(samples) % calls == 0}
         best = min(means, key=lambda reason: means[reason])
         # The default is noted too: it may have been measured as worse before.
-        found[problem] = best if means[best] < GAIN * means[default] else default
-    return found
+        kept = best if means[best] < GAIN * means[default] else default
+        rows.append(Row(problem, tuple(sorted(means.items(), key=lambda item: item[0] != default)), kept))
+    return tuple(rows)
 
 
-def _measure(
-    builds: Sequence[tuple[Path, Built]], inputs: Sequence[torch.Tensor], threads: int, end: float
+def on_this_machine(
+    inputs: Sequence[torch.Tensor], threads: int, builds: Sequence[Candidate], end: float
 ) -> list[list[float]]:
-    """Microseconds of every kernel of every build: medians over turns."""
+    """A `Measure` (of two arguments more): medians over turns."""
     with contextlib.ExitStack() as libraries:
         opened = []
         for place, built in builds:
@@ -143,7 +198,7 @@ def _measure(
 
 def _turns(
     opened: Sequence[tuple[Library | None, Run]],
-    builds: Sequence[tuple[Path, Built]],
+    builds: Sequence[Candidate],
     inputs: Sequence[torch.Tensor],
     end: float,
 ) -> list[list[list[float]]]:

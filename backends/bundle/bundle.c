@@ -32,6 +32,10 @@ const char *graphwright_target(void) { return bundle.target; }
 
 int graphwright_threads(const graphwright_model *model) { return model->context ? gw_get_threads(model->context) : 1; }
 
+int bundle_trace(graphwright_model *model, int64_t *nanoseconds) {
+    return model->context ? gw_trace(model->context, nanoseconds) : 0;
+}
+
 static int check_processor(void) {
     int missing = 0;
     for (int i = 0; i < bundle.feature_count; i++) {

@@ -35,4 +35,7 @@ typedef struct {
 
 extern const bundle_table bundle;
 
+/* For the program: gw_trace of runtime.h; 0 where the model has no code. */
+int bundle_trace(graphwright_model *model, int64_t *nanoseconds);
+
 #endif

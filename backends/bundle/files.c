@@ -4,10 +4,14 @@
  */
 #include "files.h"
 
+#include <errno.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #define MAGIC "\x93NUMPY"
 #define MOST_HEADER (1u << 20)
@@ -33,6 +37,11 @@ static const char *code_of(const char *dtype) {
     for (size_t i = 0; i < sizeof DTYPES / sizeof *DTYPES; i++)
         if (!strcmp(DTYPES[i][0], dtype)) return DTYPES[i][1];
     die("the model has a tensor of %s, which .npy files do not hold: use a file of bare bytes", dtype);
+}
+
+static int is_npy(const char *path) {
+    size_t length = strlen(path);
+    return length >= 4 && !strcmp(path + length - 4, ".npy");
 }
 
 static void write_shape(char *text, size_t size, const graphwright_tensor *tensor, const char *after_one) {
@@ -88,7 +97,9 @@ static void read_all(FILE *file, const char *path, void *to, size_t bytes, const
 
 void *read_tensor(const char *path, const graphwright_tensor *tensor) {
     FILE *file = fopen(path, "rb");
-    if (!file) die("%s: cannot be opened", path);
+    struct stat about;
+    if (!file || fstat(fileno(file), &about)) die("%s: cannot be opened: %s", path, strerror(errno));
+    if (S_ISDIR(about.st_mode)) die("%s: is a directory, not the file of %s", path, tensor->name);
     unsigned char start[12] = {0};
     size_t got = fread(start, 1, 8, file);
     if (got == 8 && !memcmp(start, MAGIC, 6)) {
@@ -117,11 +128,26 @@ void *read_tensor(const char *path, const graphwright_tensor *tensor) {
     return data;
 }
 
+void check_writable(const char *path, const graphwright_tensor *tensor) {
+    struct stat about;
+    int there = !stat(path, &about);
+    if (there && S_ISDIR(about.st_mode)) die("%s: is a directory: name a file for %s", path, tensor->name);
+    if (there && access(path, W_OK)) die("%s: cannot be written: %s", path, strerror(errno));
+    if (is_npy(path)) code_of(tensor->dtype);
+    if (there) return;
+    char folder[PATH_MAX];
+    const char *slash = strrchr(path, '/');
+    size_t length = slash ? (size_t)(slash - path) + 1 : 1;
+    if (length >= sizeof folder) die("%s: the name is too long", path);
+    memcpy(folder, slash ? path : ".", length);
+    folder[length] = 0;
+    if (access(folder, W_OK | X_OK)) die("%s: cannot be written into %s: %s", path, folder, strerror(errno));
+}
+
 void write_tensor(const char *path, const graphwright_tensor *tensor, const void *data) {
     FILE *file = fopen(path, "wb");
-    if (!file) die("%s: cannot be written", path);
-    size_t name = strlen(path);
-    if (name >= 4 && !strcmp(path + name - 4, ".npy")) {
+    if (!file) die("%s: cannot be written: %s", path, strerror(errno));
+    if (is_npy(path)) {
         char shape[1024], header[2048];
         write_shape(shape, sizeof shape, tensor, ",");
         int used = snprintf(header, sizeof header, "{'descr': '%s', 'fortran_order': False, 'shape': (%s), }",

@@ -44,7 +44,7 @@ int graphwright_outputs(const graphwright_tensor **tensors);
 /* Check the processor, map the weights, and prepare to run.
  *
  * weights: the path of the weights file; NULL where the weights are inside the library (a single-file bundle).
- * threads: of one call, the caller's included; 0 or less is as many as the process may run on.
+ * threads: of one call, the caller's included; 0 or less is as many as the process may run on, more than 256 are 256.
  */
 int graphwright_init(const char *weights, int threads, graphwright_model **model);
 

@@ -1,6 +1,6 @@
 /* The program `run` of a bundle: one model, inputs from files, results to files, and the time of a call. */
+#include "bundle.h"
 #include "files.h"
-#include "graphwright.h"
 
 #include <limits.h>
 #include <stdio.h>
@@ -10,15 +10,18 @@
 #include <time.h>
 #include <unistd.h>
 
+#define MOST_THREADS 256 /* that the runtime can hold */
+
 static const char USAGE[] =
     "usage: run [--input [NAME=]FILE]... [--output [NAME=]FILE]... [--repeat N] [--threads N] [--pause N]\n"
-    "           [--weights FILE]\n"
+    "           [--weights FILE] [--profile]\n"
     "\n"
     "  --input    a .npy file, or the bare bytes of a tensor; in the model's order, or by name. Without any: noise\n"
     "  --output   where a result goes: .npy, or the bare bytes under any other name\n"
     "  --repeat   calls to time, after one that warms up (default: one call in all)\n"
-    "  --threads  threads of a call (default: all cores)\n"
+    "  --threads  threads of a call, 256 at most (default: all cores)\n"
     "  --pause    milliseconds between timed calls, in which the other threads go to sleep (default: none)\n"
+    "  --profile  print the microseconds of each kernel, the median of the timed calls\n"
     "  --weights  the weights file (default: weights.safetensors beside this program)\n"
     "  --describe print what goes in and what comes out, and stop\n";
 
@@ -54,11 +57,21 @@ static int place(const char **path, const graphwright_tensor *tensors, int count
     return (*next)++;
 }
 
-static int number(const char *option, const char *text) {
+static int number(const char *option, const char *text, int most) {
     char *end;
     long value = strtol(text, &end, 10);
-    if (*end || end == text || value < 1 || value > INT_MAX) die("%s %s: a whole number of at least 1", option, text);
+    if (*end || end == text || value < 1) die("%s %s: a whole number of at least 1", option, text);
+    if (value > most) die("%s %s: at most %d", option, text, most);
     return (int)value;
+}
+
+/* The file of one more tensor: an input or output that has one already is an error. */
+static void give(const char **files, const char *option, const char *value, const graphwright_tensor *tensors, int count,
+                 int *next) {
+    const char *path = value;
+    int to = place(&path, tensors, count, option, next);
+    if (files[to]) die("--%s %s: %s has %s already", option, value, tensors[to].name, files[to]);
+    files[to] = path;
 }
 
 /* `value` in the leading bits of a half: multiples of 1/1024 between -1 and 1 are exact in it. */
@@ -124,12 +137,28 @@ static int ascending(const void *left, const void *right) {
     return (a > b) - (a < b);
 }
 
+/* The median of every step: stamps are `marks` nanoseconds of each call. */
+static void print_steps(const int64_t *stamps, int marks, int calls) {
+    double *times = calloc((size_t)calls, sizeof *times);
+    if (!times) die("out of memory");
+    for (int step = 0; step + 1 < marks; step++) {
+        for (int i = 0; i < calls; i++) {
+            const int64_t *at = stamps + (size_t)i * (size_t)marks + step;
+            times[i] = 1e-3 * (double)(at[1] - at[0]);
+        }
+        qsort(times, (size_t)calls, sizeof *times, ascending);
+        printf("step %d: %.3f us\n", step, times[calls / 2]);
+    }
+    free(times);
+}
+
 int main(int argc, char **argv) {
     const graphwright_tensor *inputs, *outputs;
     int input_count = graphwright_inputs(&inputs), output_count = graphwright_outputs(&outputs);
     const char **files = calloc((size_t)(input_count + output_count) + 1, sizeof *files);
     const char **results = files + input_count, *weights = NULL;
-    int repeat = 0, threads = 0, pause = 0, next_input = 0, next_output = 0;
+    int repeat = 0, threads = 0, pause = 0, profile = 0, next_input = 0, next_output = 0;
+    if (!files) die("out of memory");
     for (int i = 1; i < argc; i++) {
         if (!strcmp(argv[i], "--help")) {
             fputs(USAGE, stdout);
@@ -141,6 +170,10 @@ int main(int argc, char **argv) {
             for (int k = 0; k < output_count; k++) printf("output %s: %s\n", outputs[k].name, describe(&outputs[k]));
             return 0;
         }
+        if (!strcmp(argv[i], "--profile")) {
+            profile = 1;
+            continue;
+        }
         const char *option = argv[i], *value = i + 1 < argc ? argv[++i] : NULL;
         int known = !strcmp(option, "--input") || !strcmp(option, "--output") || !strcmp(option, "--repeat") ||
                     !strcmp(option, "--threads") || !strcmp(option, "--pause") || !strcmp(option, "--weights");
@@ -149,21 +182,25 @@ int main(int argc, char **argv) {
             die(known ? "%s needs a value" : "there is no option %s", option);
         }
         if (!strcmp(option, "--input")) {
-            int to = place(&value, inputs, input_count, "input", &next_input);
-            files[to] = value;
+            give(files, "input", value, inputs, input_count, &next_input);
         } else if (!strcmp(option, "--output")) {
-            int to = place(&value, outputs, output_count, "output", &next_output);
-            results[to] = value;
+            give(results, "output", value, outputs, output_count, &next_output);
         } else if (!strcmp(option, "--repeat")) {
-            repeat = number(option, value);
+            repeat = number(option, value, INT_MAX);
         } else if (!strcmp(option, "--threads")) {
-            threads = number(option, value);
+            threads = number(option, value, MOST_THREADS);
         } else if (!strcmp(option, "--pause")) {
-            pause = number(option, value);
+            pause = number(option, value, INT_MAX);
         } else {
             weights = value;
         }
     }
+    if (weights && (bundle.embedded || !bundle.weights_bytes))
+        die("--weights %s: %s; leave it out", weights,
+            bundle.embedded ? "the weights are inside this program" : "this model has no weights");
+    for (int i = 0; i < output_count; i++)
+        if (results[i]) check_writable(results[i], &outputs[i]);
+    if (profile && !repeat) repeat = 1;
     int given = 0;
     for (int i = 0; i < input_count; i++) given += files[i] != NULL;
     double started = seconds();
@@ -176,7 +213,9 @@ int main(int argc, char **argv) {
     const void **sources = calloc((size_t)input_count + 1, sizeof *sources);
     void **targets = calloc((size_t)output_count + 1, sizeof *targets);
     double *times = calloc((size_t)repeat + 1, sizeof *times);
-    if (!sources || !targets || !times) die("out of memory");
+    int marks = profile ? bundle_trace(model, NULL) : 0;
+    int64_t *stamps = calloc((size_t)repeat * (size_t)marks + 1, sizeof *stamps);
+    if (!sources || !targets || !times || !stamps) die("out of memory");
     for (int i = 0; i < input_count; i++) {
         if (given && !files[i]) die("--input for %s is missing: %s", inputs[i].name, describe(&inputs[i]));
         sources[i] = given ? read_tensor(files[i], &inputs[i]) : noise(&inputs[i], i);
@@ -188,6 +227,7 @@ int main(int argc, char **argv) {
     double first = seconds() - started, total = 0;
     for (int i = 0; i < repeat; i++) {
         for (double until = seconds() + 1e-3 * pause; pause && seconds() < until;) continue;
+        if (marks) bundle_trace(model, stamps + (size_t)i * (size_t)marks);
         started = seconds();
         if (graphwright_run(model, sources, targets)) die("%s", graphwright_error());
         total += times[i] = seconds() - started;
@@ -197,6 +237,7 @@ int main(int argc, char **argv) {
         printf("output %s: %s\n", outputs[i].name, describe(&outputs[i]));
         if (results[i]) write_tensor(results[i], &outputs[i], targets[i]);
     }
+    if (marks) print_steps(stamps, marks, repeat);
     printf("latency: first call %.3f ms", 1e3 * first);
     if (repeat)
         printf(", then min %.3f, median %.3f, mean %.3f ms of %d", 1e3 * times[0], 1e3 * times[repeat / 2],
@@ -204,7 +245,7 @@ int main(int argc, char **argv) {
     putchar('\n');
     for (int i = 0; i < input_count; i++) free((void *)sources[i]);
     for (int i = 0; i < output_count; i++) free(targets[i]);
-    free(sources), free(targets), free(times), free(files);
+    free(sources), free(targets), free(times), free(stamps), free(files);
     graphwright_free(model);
     return 0;
 }

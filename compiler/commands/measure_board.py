@@ -42,7 +42,7 @@ def measure_board(host: str, hw: Hardware, seconds: float, say: Callable[[str], 
     """
     if hw.isa not in library.BUNDLED:
         raise InputError(f"boards are {' and '.join(library.BUNDLED)}, and {hw.id} is {hw.isa}")
-    check_machine(host, {"target": {"id": hw.id, "isa": hw.isa}})
+    check_machine(host, hw.id, hw.isa)
     say("building the kernels")
     made = programs(hw)
     with tempfile.TemporaryDirectory(prefix="graphwright-calibrate-") as scratch:

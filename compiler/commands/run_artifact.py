@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from .model_argument import InputSpec
 def run_artifact(compiled: Any, inputs: Path | None, output: Path | None, repeat: int) -> Iterator[str]:
     """Call `compiled`, write its results to `output`, and yield lines that describe them.
 
-    Raises InputError where `inputs` is not a .npz file of exactly the arrays that the model takes.
+    Raises InputError, before any call, where `inputs` is not a .npz file of exactly the arrays that the model takes, or
+    `output` cannot be written.
     """
+    check_output(output)
     specs: Sequence[TensorSpec] = compiled.inputs
     tensors = _noise(specs) if inputs is None else _read(inputs, specs)
     if inputs is None:
@@ -37,6 +41,19 @@ def run_artifact(compiled: Any, inputs: Path | None, output: Path | None, repeat
         write_results(output, {name: _array(value) for name, value in named.items()})
         yield f"wrote {output}"
     yield f"{seconds * 1e3:.3f} ms a call, the fastest of {repeat}"
+
+
+def check_output(output: Path | None) -> None:
+    """Raise InputError where results cannot be written to `output`, as far as can be told without touching it."""
+    if output is None:
+        return
+    folder = output.absolute().parent
+    if output.is_dir():
+        raise InputError(f"--output {output} is a directory: name a file in it")
+    if not folder.is_dir():
+        raise InputError(f"--output {output}: there is no directory {folder}")
+    if not os.access(output if output.exists() else folder, os.W_OK):
+        raise InputError(f"--output {output}: may not be written")
 
 
 def write_results(output: Path, arrays: dict[str, Any]) -> None:
@@ -79,8 +96,12 @@ def arrays(file: Path, option: str) -> dict[str, Any]:
     try:
         with numpy.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, BadZipFile, AttributeError, TypeError) as error:
-        raise InputError(f"{option} {file}: not a .npz file of arrays: {error}") from error
+    except OSError as error:
+        raise InputError(f"{option} {file}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, BadZipFile, AttributeError, TypeError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"{option} {file}: is not a .npz file of arrays, or damaged: write it by numpy.savez(FILE, NAME=ARRAY)"
+        ) from error
 
 
 def _tensor(array: Any, spec: TensorSpec) -> torch.Tensor:

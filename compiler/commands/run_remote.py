@@ -16,13 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import GraphwrightError, InputError
+from ...errors import GraphwrightError, InputError, size
 from .. import artifact
 from ..bundle import PROGRAM_NAME
-from ..loading import from_data
+from ..loading import tensors_from_data
 from .run_artifact import arrays
 
 _MACHINES = {"aarch64": {"aarch64", "arm64"}, "armv7": {"armv7l", "armv8l", "aarch64"}}
+# No question that nobody answers; a board that is not there, or is gone, is noticed within a minute.
+_SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=20", "ServerAliveInterval=15", "ServerAliveCountMax=4")
+ANSWER_S = 60.0  # for a question that takes no time
+_SSH_FAILED = 255  # ssh's own failure; any other status is the script's
 # Results come as one archive on standard output, what the program prints as files in it.
 _SCRIPT = """
 set -e
@@ -59,10 +63,10 @@ def run_remote(
     manifest = artifact.check(bundle)
     if PROGRAM_NAME not in manifest["files"]:
         raise InputError(f"{bundle} is no bundle: it has no program {PROGRAM_NAME}; compile the model for a board")
-    signature = from_data(manifest["description"]).signature
-    given = {} if inputs is None else _checked(inputs, [spec.name for spec in signature.tensors])
-    names = [spec.name for spec in signature.outputs if hasattr(spec, "name")]
-    check_machine(host, manifest)
+    taken, made = tensors_from_data(manifest["description"])
+    given = {} if inputs is None else _checked(inputs, [spec.name for spec in taken])
+    names = [spec.name for spec in made]
+    check_machine(host, manifest["target"]["id"], manifest["target"]["isa"])
     directory = f".cache/graphwright/{manifest['digest'][:24]}"
     copied = _copy(host, bundle, manifest, directory)
     command = [f"../{PROGRAM_NAME}"]
@@ -91,11 +95,11 @@ def _checked(file: Path, names: list[str]) -> dict[str, Any]:
     return given
 
 
-def check_machine(host: str, manifest: dict[str, Any]) -> None:
-    machine = ssh(host, "uname -m").decode(errors="replace").strip()
-    target = manifest["target"]
-    if machine not in _MACHINES[target["isa"]]:
-        raise InputError(f"{host} is {machine} and the bundle is for {target['id']}, {target['isa']}: compile it again")
+def check_machine(host: str, target: str, isa: str) -> None:
+    """Raise InputError where the board at `host` does not run code for `target`, which is `isa`."""
+    machine = ssh(host, "uname -m", limit=ANSWER_S).decode(errors="replace").strip()
+    if machine not in _MACHINES[isa]:
+        raise InputError(f"{host} is {machine}, and {target} is {isa}: compile for the board that it is")
 
 
 def _copy(host: str, bundle: Path, manifest: dict[str, Any], directory: str) -> int:
@@ -105,7 +109,8 @@ def _copy(host: str, bundle: Path, manifest: dict[str, Any], directory: str) -> 
         return 0
     names = [name for name in manifest["files"] if name == PROGRAM_NAME or name.endswith(".safetensors")]
     content = archive({name: (bundle / name).read_bytes() for name in names})
-    ssh(host, f"cd {directory} && tar xf - && chmod +x {PROGRAM_NAME} && touch whole", content)
+    unpack = f"tar xf - && chmod +x {PROGRAM_NAME} && touch whole"
+    ssh(host, f"cd {directory} && {{ {unpack} || {{ rm -f ./*; exit 1; }}; }}", content)
     return len(content)
 
 
@@ -131,17 +136,24 @@ def _unpacked(content: bytes) -> dict[str, bytes]:
         return {name: file.read() for name, file in files.items() if file is not None}
 
 
-def ssh(host: str, script: str, content: bytes = b"") -> bytes:
-    """What `script` writes on `host` to standard output, given `content` on standard input."""
-    command = ["ssh", "-o", "BatchMode=yes", host, script]
+def ssh(host: str, script: str, content: bytes = b"", limit: float | None = None) -> bytes:
+    """What `script` writes on `host` to standard output, given `content` on standard input.
+
+    limit: the most seconds it may take; a board that no longer answers is noticed in any case. Raises GraphwrightError.
+    """
+    command = ["ssh", *(part for option in _SSH_OPTIONS for part in ("-o", option)), host, script]
     try:
-        done = subprocess.run(command, input=content, capture_output=True, check=False)
+        done = subprocess.run(command, input=content, capture_output=True, check=False, timeout=limit)
     except FileNotFoundError as error:
-        raise GraphwrightError("run-remote needs the ssh program; install OpenSSH's client") from error
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise GraphwrightError(
-            f"ssh {host} failed with {done.returncode}: {said}; `ssh {shlex.quote(host)} true` has to work without a "
-            "password"
-        )
-    return done.stdout
+        raise GraphwrightError("boards are reached by the ssh program: install OpenSSH's client") from error
+    except subprocess.TimeoutExpired as error:
+        raise GraphwrightError(f"{host} did not finish within {limit:.0f} s: see what else runs there") from error
+    if not done.returncode:
+        return done.stdout
+    said = " ".join(done.stderr.decode(errors="replace").split())
+    if "No space left on device" in said:
+        needed = f" for {size(len(content))}" if content else ""
+        raise GraphwrightError(f"{host} has no space left{needed}: `rm -r ~/.cache/graphwright` there removes bundles")
+    if done.returncode == _SSH_FAILED:
+        raise GraphwrightError(f"{host} is not reached: {said}; `ssh {shlex.quote(host)} true` has to work by itself")
+    raise GraphwrightError(f"on {host}: {said or f'a command ended with status {done.returncode}'}")

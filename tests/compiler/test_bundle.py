@@ -130,6 +130,7 @@ def test_one_file_and_one_program(image: torch.Tensor, tmp_path: Path) -> None:
     assert (alone / "run").stat().st_mode & 0o111
     (found,) = call(alone, "cortex-a72", {"input": image}, tmp_path)
     assert_like_float64(found, network(), {"input": image}, ROUNDING)
+    refused(run(alone, "cortex-a72", "--weights", tmp_path / "w"), "the weights are inside this program; leave it out")
     other = network()
     with torch.no_grad():
         other[5].bias += 1.0  # equal code and weights of equal size: the old weights must not be taken from a cache
@@ -201,6 +202,7 @@ def test_a_model_that_computes_nothing(tmp_path: Path) -> None:
     made = bundle(nn.Identity(), (x,), tmp_path / "identity")
     (found,) = call(made, "cortex-a53", {"input": x}, tmp_path)
     np.testing.assert_array_equal(found, x.numpy())
+    refused(run(made, "cortex-a53", "--weights", "w"), "--weights w: this model has no weights; leave it out")
 
 
 @pytest.mark.parametrize(
@@ -276,12 +278,36 @@ def test_an_array_that_ends_early(made: Path, image: torch.Tensor, tmp_path: Pat
         (("--input", "image=x.npy"), "there is no input image; the model has input"),
         (("--output", "scores=y.npy"), "there is no output scores; the model has linear"),
         (("--output", "a", "--output", "b"), "the model has 1 output"),
-        (("--output", "/nowhere/y.npy"), "cannot be written"),
-        (("--input", "/"), "/"),
+        (("--input", "/"), "/: is a directory, not the file of input"),
+        (("--input", "a.npy", "--input", "input=b.npy"), "--input input=b.npy: input has a.npy already"),
+        (("--threads", "257"), "--threads 257: at most 256"),
     ],
 )
 def test_wrong_arguments(made: Path, arguments: tuple[str, ...], message: str) -> None:
     refused(run(made, "cortex-a72", *arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("/nowhere/y.npy", "cannot be written into /nowhere/: No such file or directory"),
+        ("/", "/: is a directory: name a file for linear"),
+        ("/proc/version/y", "/proc/version/y: cannot be written"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(made: Path, output: str, message: str) -> None:
+    done = run(made, "cortex-a72", "--output", output)
+    refused(done, message)
+    assert done.stdout == ""  # not even loaded
+
+
+def test_the_time_of_each_kernel(made: Path) -> None:
+    done = run(made, "cortex-a72", "--profile", "--repeat", "3", "--threads", "1")
+    times = [float(us) for us in re.findall(r"^step \d+: ([\d.]+) us$", done.stdout, re.MULTILINE)]
+    assert len(times) > 1
+    found = re.search(r"min ([\d.]+), median ([\d.]+)", done.stdout)
+    assert found is not None
+    assert 0 < sum(times) <= 1e3 * float(found[2]) * 3  # medians one by one, of three calls
 
 
 def test_what_is_not_bundled(image: torch.Tensor, made: Path, tmp_path: Path) -> None:
@@ -345,12 +371,17 @@ def test_models_of_several_shapes_are_not_bundled(tmp_path: Path) -> None:
 
 
 class Unsupported(nn.Module):
-    """Two operators that have no lowering, on lines of their own."""
+    """Operators that have no lowering, on lines of their own; one inside a module of PyTorch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(10, 4)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         values = torch.linalg.eigvalsh(x @ x.T)
         waves = torch.fft.rfft(x).abs()
-        return values, waves, torch.relu(x)
+        words = self.bag(x.abs().long())
+        return values, waves, words, torch.relu(x)
 
 
 def test_all_that_has_no_lowering_is_named_before_code_is_generated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,9 +392,17 @@ def test_all_that_has_no_lowering_is_named_before_code_is_generated(monkeypatch:
     with pytest.raises(UnsupportedOp, match="cannot be compiled for raspberry-pi-4b") as raised:
         graphwright.compile(Unsupported().eval(), (torch.randn(4, 4),), target="raspberry-pi-4b")
     source, first = inspect.getsourcelines(Unsupported)
-    for operator, line in (("_linalg_eigh", "eigvalsh"), ("_fft_r2c", "rfft")):
-        number = first + next(i for i, text in enumerate(source) if line in text)
-        assert re.search(rf"{operator}.*\n\s+File \"{__file__}\", line {number}, in forward", str(raised.value))
+    for operator, line in (("_linalg_eigh", "eigvalsh"), ("_fft_r2c", "rfft"), ("_embedding_bag", "self.bag(")):
+        number, text = next((first + i, text.strip()) for i, text in enumerate(source) if line in text)
+        expected = rf"{operator}.*\n\s+File \"{__file__}\", line {number}, in forward: {re.escape(text)}"
+        assert re.search(expected, str(raised.value))
+
+
+def test_an_operator_of_pytorchs_own_modules_alone_is_found_by_its_module() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Identity(), nn.EmbeddingBag(10, 4))).eval()
+    with pytest.raises(UnsupportedOp, match=r"^1 operator cannot be compiled") as raised:
+        graphwright.compile(model, (torch.zeros(2, 3, dtype=torch.int64),), target="raspberry-pi-4b")
+    assert "in the module '0.1', torch.nn.modules.sparse.EmbeddingBag" in str(raised.value)
 
 
 def test_the_command_makes_bundles_for_boards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = compiled._directory
     # What a processor must have is asked on ARM only; here nothing is.
     target = {"id": "here", "isa": "aarch64", "features": []}
-    table = bundle._table(directory, target, loading.describe(directory))
+    described = loading.describe(directory)
+    table = bundle.table_of(directory, target, described.plan, described.signature)
     link.library(directory / "model.o", c_source(table), detect().triple, out / "model.so", out)
     shutil.copyfile(directory / "weights.safetensors", out / "weights.safetensors")
     shutil.copyfile(Path(link.__file__).with_name("example.py"), out / "example.py")

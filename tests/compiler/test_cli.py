@@ -87,11 +87,13 @@ def fails(*arguments: str) -> str:
 def test_help_names_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    for command in ("compile", "run", "bench", "explain", "verify", "hw", "doctor"):
+    for command in ("compile", "run", "run-remote", "tune", "bench", "explain", "verify", "hw", "doctor"):
         assert command in result.output
 
 
-@pytest.mark.parametrize("command", ["compile", "run", "bench", "explain", "verify", "doctor", "hw"])
+@pytest.mark.parametrize(
+    "command", ["compile", "run", "run-remote", "tune", "bench", "explain", "verify", "doctor", "hw"]
+)
 def test_every_command_has_help(command):
     assert run(command, "--help").exit_code == 0
 
@@ -332,9 +334,36 @@ def test_run_refuses_wrong_inputs(tmp_path):
     assert "expected float32[2, 3]" in fails("run", "heads", "--input", "shape.npz")
     Path("text.npz").write_text("hello")
     assert "not a .npz file" in fails("run", "heads", "--input", "text.npz")
-    assert "nothing.npz" in fails("run", "heads", "--input", "nothing.npz")
+    assert "numpy.savez" in fails("run", "heads", "--input", "text.npz")
+    assert "nothing.npz: cannot be read: No such file" in fails("run", "heads", "--input", "nothing.npz")
     numpy.savez("objects.npz", x=numpy.array([{}]), scale=numpy.float32(1), allow_pickle=True)
     assert "not a .npz file" in fails("run", "heads", "--input", "objects.npz")  # nothing is unpickled
+
+
+def test_run_looks_at_the_output_before_the_work():
+    assert run("compile", "my_models:heads", "-o", "heads", "--no-verify").exit_code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graphwright.compiler.compiled.Compiled.__call__", None)  # whoever calls it fails
+        assert "there is no directory" in fails("run", "heads", "-o", "nodir/r.npz")
+        assert "heads is a directory" in fails("run", "heads", "-o", "heads")
+
+
+def test_compile_looks_at_the_output_before_the_work():
+    Path("letter").write_text("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graphwright.compiler.commands.model_argument.load_model", None)
+        assert "letter is a file" in fails("compile", "my_models:mlp", "-o", "letter")
+        assert "letter is a file" in fails("compile", "my_models:mlp", "-o", "letter/out")
+    assert Path("letter").read_text() == "mine"
+
+
+@pytest.mark.parametrize("more", [(), ("--executable",)])
+def test_boards_without_bundles_are_not_given_something_else(more):
+    arguments = ("compile", "my_models:mlp", "-o", "out", "--target", "visionfive-2")
+    assert "bundles are made for aarch64 and armv7, and visionfive-2 is riscv64" in fails(*arguments, *more)
+    assert not Path("out").exists()
+    assert run(*arguments, "--artifact").exit_code == 0
+    assert "does not end in .gw" in fails("compile", "my_models:mlp", "-o", "out.gw", "--target", "armv7", "--bundle")
 
 
 def test_compile_report_as_json():

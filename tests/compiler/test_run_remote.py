@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from boards import emulator
+from remote_board import Board
 from torch import nn
 from typer.testing import CliRunner
 
@@ -18,28 +18,6 @@ from graphwright.compiler.cli import app
 from graphwright.compiler.commands.run_remote import run_remote
 from graphwright.errors import ArtifactError, GraphwrightError, InputError
 from graphwright.hwdb import lookup
-
-# ssh -o BatchMode=yes HOST SCRIPT: the script runs in a directory that is the board's home.
-SSH = """#!/bin/sh
-echo "$3" >> {log}
-if [ "$3" = nobody@nowhere ]; then echo "Could not resolve hostname nowhere" >&2; exit 255; fi
-cd {home} && exec env PATH={commands}:$PATH sh -c "$4"
-"""
-
-
-class Board:
-    """The stand-in: its home directory, and the calls of ssh."""
-
-    def __init__(self, root: Path, machine: str) -> None:
-        self.home, self.log, commands, local = root / "home", root / "log", root / "commands", root / "local"
-        for directory in (self.home, commands, local):
-            directory.mkdir()
-        self.log.touch()
-        (commands / "uname").write_text(f"#!/bin/sh\necho {machine}\n")
-        (local / "ssh").write_text(SSH.format(log=self.log, home=self.home, commands=commands))
-        for script in (commands / "uname", local / "ssh"):
-            script.chmod(0o755)
-        self.path = f"{local}:{os.environ['PATH']}"
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
-    found = Board(tmp_path, "aarch64")
-    monkeypatch.setenv("PATH", found.path)
-    return found
+    return Board.reached(tmp_path, monkeypatch)
 
 
 def through_emulator(board: Board, bundle: Path) -> Path:
@@ -107,13 +83,15 @@ def test_what_can_go_wrong(board: Board, made: Path, tmp_path: Path) -> None:
     with pytest.raises(GraphwrightError, match=r"on pi@board: run: .*the file has '<f8'"):
         run_remote("pi@board", through_emulator(board, made), tmp_path / "in.npz")
     (board.home / "made" / "run").write_text("#!/bin/sh\n")
+    done = CliRunner().invoke(app, ["run-remote", "nobody@nowhere", str(made), "-o", str(tmp_path / "no" / "out.npz")])
+    assert "there is no directory" in done.output  # before the board is asked
     with pytest.raises(ArtifactError, match="is damaged"):
         run_remote("pi@board", board.home / "made")
 
 
 def test_a_board_of_another_kind(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", Board(tmp_path, "riscv64").path)
-    with pytest.raises(InputError, match="is riscv64 and the bundle is for raspberry-pi-4b"):
+    with pytest.raises(InputError, match="is riscv64, and raspberry-pi-4b is aarch64: compile for"):
         run_remote("pi@board", made)
 
 
@@ -123,18 +101,9 @@ def test_without_ssh(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run_remote("pi@board", made)
 
 
-def emulated_programs(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the board run programs for ARM in its directories by QEMU."""
-    script = board.path.split(":")[0]
-    text = SSH.format(log=board.log, home=board.home, commands=board.home.parent / "commands")
-    Path(script, "ssh").write_text(
-        text.replace('sh -c "$4"', f'''sh -c "$(echo "$4" | sed 's#&& ./#\\&\\& {emulator("aarch64")} ./#')"''')
-    )
-
-
 def test_calibrating_a_board(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record that comes of it is a target; QEMU's times are none of a board, and only have to be times."""
-    emulated_programs(board, monkeypatch)
+    board.emulate()
     file = tmp_path / "records" / "my-pi.toml"
     file.parent.mkdir()
     arguments = ["hw", "calibrate", "--remote", "pi@board", "--target", "raspberry-pi-4b", "--seconds", "0.01"]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import graphwright
 from graphwright.backends.choices import Choices, Decision, choosing, noting, pick
 from graphwright.backends.lowering.registry import KernelInfo
-from graphwright.compiler import tune
+from graphwright.compiler import plan, tune
+from graphwright.compiler.build import Built
 from graphwright.compiler.explaining.explain import explain
 from graphwright.compiler.report import Report
 from graphwright.errors import InputError
@@ -48,19 +50,52 @@ def kernel(problem: str, reason: str, operators: str = "conv") -> KernelInfo:
     return KernelInfo("k", operators, "a", reason, None, decisions=(Decision(problem, ((reason, 1.0),), 0),))
 
 
+def kept(builds: list[list[KernelInfo]], times: list[list[float]]) -> dict[str, str]:
+    return {row.problem: row.kept for row in tune.weighed(builds, times)}
+
+
 def test_winners_are_the_faster_by_more_than_noise() -> None:
     first = [kernel("p", "a"), kernel("p", "a"), kernel("q", "x"), kernel("r", "m")]
     second = [kernel("p", "b"), kernel("p", "b"), kernel("q", "y"), kernel("other", "n")]
     times = [[10.0, 10.0, 5.0, 5.0], [9.0, 8.0, 4.9, 1.0]]
     # p: clearly faster. q: by 2 %. r: the second build solved another problem there.
-    assert tune.winners([first, second], times) == {"p": "b", "q": "x", "r": "m"}
-    assert tune.winners([first, second[:3]], [times[0], times[1][:3]]) == {"p": "a", "q": "x", "r": "m"}
+    assert kept([first, second], times) == {"p": "b", "q": "x", "r": "m"}
+    assert kept([first, second[:3]], [times[0], times[1][:3]]) == {"p": "a", "q": "x", "r": "m"}
+    rows = tune.weighed([first, second], times)
+    assert rows[0] == tune.Row("p", (("a", 10.0), ("b", 8.5)), "b")
 
 
 def test_the_last_of_fewer_candidates_than_builds_can_win() -> None:
     builds = [[kernel("p", "a")], [kernel("p", "b")], [kernel("p", "b")]]
-    assert tune.winners(builds, [[10.0], [5.0], [5.0]]) == {"p": "b"}
-    assert tune.winners(builds, [[10.0], [11.0], [11.0]]) == {"p": "a"}
+    assert kept(builds, [[10.0], [5.0], [5.0]]) == {"p": "b"}
+    assert kept(builds, [[10.0], [11.0], [11.0]]) == {"p": "a"}
+
+
+@pytest.mark.parametrize(("together", "expected"), [(7.0, "b"), (13.0, "a")])
+def test_winners_that_are_slower_together_are_not_kept(
+    together: float, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each build is timed 12 us, but for the second candidates (9) and the winners."""
+    monkeypatch.setenv("GRAPHWRIGHT_CACHE", str(tmp_path))
+    wanted: list[dict[str, str]] = []
+
+    def built(*_: object, choices: Choices, **__: object) -> Built:
+        wanted.append(dict(choices.preferred))
+        candidate = choices.preferred.get("p", "ab"[min(choices.rank, 1)])
+        return Built(plan.Plan((), 0, (), 0, {}), graph, (), kernels=(kernel("p", candidate),))
+
+    def measure(builds: Sequence[tune.Candidate], end: float) -> list[list[float]]:
+        times = {"0": 12.0, "1": 9.0, "2": 9.0, "winners": together}
+        return [[times[place.name]] for place, _ in builds]
+
+    monkeypatch.setattr(tune, "build", built)
+    graph = fx.symbolic_trace(nn.Identity())
+    monkeypatch.setattr(tune.pipeline, "run", lambda graph, hw, passes: (graph, ()))
+    found = tune.tune(graph, detect(), 100.0, measure)
+    assert wanted == [{}, {}, {}, {"p": "b"}]
+    assert found.preferred == tune.stored(detect()) == {"p": expected}
+    assert (found.before_us, found.after_us) == (12.0, min(together, 12.0))
+    assert f"{12:.1f} us before, {min(together, 12.0):.1f} us now" in found.text()
 
 
 @pytest.mark.parametrize(
