@@ -13,13 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..backends.gpu.device_library import DeviceLibrary
 from ..errors import ArtifactError, InputError
 from .capture import Constant, Signature, TensorSpec
 from .variants import Variants
 
 if TYPE_CHECKING:
     from ..backends.aot.library import Library
-    from ..backends.gpu.device_library import DeviceLibrary
     from .executor import Run
     from .profile import Profile
     from .report import Report
@@ -29,7 +29,8 @@ class Compiled:
     """A model as machine code for one set of input shapes.
 
     Called with the model's positional and keyword arguments; tensors may have any strides and results are fresh
-    tensors. Safe to call from several threads at once; the GIL is released while machine code runs.
+    tensors, on the GPU where the inputs are there and the model was compiled for it. Safe to call from several threads
+    at once; the GIL is released while machine code runs.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Compiled:
         self._run = run
         self._signature = signature
         self._library = library
+        self._on_cpu = not isinstance(library, DeviceLibrary)
         self._directory = directory
         self._report = report
         self._make_graph = graph
@@ -66,7 +68,7 @@ class Compiled:
                 or tensor.shape != shape
                 or tensor.dtype != dtype
                 or tensor.requires_grad
-                or not tensor.is_cpu
+                or (not tensor.is_cpu and self._on_cpu)
                 or tensor.layout is not torch.strided
                 or (type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter)
             ):
@@ -211,7 +213,7 @@ class Compiled:
                 raise InputError(f"{spec.name}: is a {type(tensor).__name__}, which wraps other tensors; unwrap it")
             if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                 raise InputError(f"{spec.name}: holds no data: a compiled model cannot be traced, vmapped or faked")
-            if not tensor.is_cpu:
+            if not tensor.is_cpu and self._on_cpu:
                 raise InputError(
                     f"{spec.name}: is on device {tensor.device}; the model is compiled for the CPU: x.cpu()"
                 )

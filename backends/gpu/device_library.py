@@ -3,7 +3,8 @@
     library = DeviceLibrary(directory)
     results = library.call([x, ...])
 
-Inputs and results are CPU tensors: they are copied to the device and back.
+Tensors on the GPU are read where they lie, on PyTorch's current stream, and results stay there: no copy, no waiting.
+Tensors on the CPU are copied to the device, and results back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ...errors import ArtifactError
+from ...errors import ArtifactError, InputError
 from ...hwdb import Hardware
 from .launches import DEVICE_NAME, HOST_NAME, WEIGHTS_NAME, Description, module_bytes
 
@@ -57,6 +58,7 @@ class DeviceLibrary:
     def __init__(self, directory: Path) -> None:
         """Load code and weights onto the first device. Raises ArtifactError where there is none that runs the code."""
         import tvm
+        import tvm_ffi
         from tvm import relax
 
         described = Description.read(directory / DEVICE_NAME)
@@ -72,23 +74,70 @@ class DeviceLibrary:
         (launching,) = host.imports  # the compiled functions; the host module itself is bytecode
         launching.import_module(kernels)
         self._device = tvm.device(described.kind, 0)
-        self._tensor = tvm.runtime.tensor
+        self._from_torch, self._on_stream, self._empty = tvm_ffi.from_dlpack, tvm_ffi.use_raw_stream, tvm.runtime.empty
         self._main = relax.VirtualMachine(host, self._device)["main"]
+        self._sources: list[Any] = []  # device memory of inputs that come from the CPU; made at the first such call
         weights = load_file(directory / WEIGHTS_NAME)
-        self._weights = [self._there(weights[name]) for name in described.weights]
-        self._lock = threading.Lock()  # one call at a time: the machine keeps its registers between instructions
+        self._weights = [self._copied(weights[name], None) for name in described.weights]
+        self._device.sync()  # the copies read `weights`, which ends here
+        self._stream: Any = None  # PyTorch's, of the last call with tensors on the GPU
+        self._lock = threading.Lock()  # one call at a time: activations have the same memory in every call
 
     def call(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run on CPU tensors, contiguous, of the shapes and dtypes the model was compiled for."""
+        """Run on tensors of the shapes and dtypes the model was compiled for, all on the CPU or all on the GPU.
+
+        Results are on the same side. Raises InputError where the tensors are on both, or on another GPU.
+        """
+        there = [not tensor.is_cpu for tensor in tensors]
         with self._lock:
-            results = self._main(*[self._there(tensor) for tensor in tensors], *self._weights)
-            return [torch.utils.dlpack.from_dlpack(result.copyto(_cpu())).clone() for result in results]
+            if not any(there):
+                return self._from_cpu(tensors)
+            if not all(there):
+                raise InputError("some inputs are on the CPU and some on the GPU: move all of them to one side")
+            return self._where_they_lie(tensors)
 
-    def _there(self, tensor: torch.Tensor) -> Any:
-        return self._tensor(tensor.detach().contiguous().numpy(), self._device)
+    def _from_cpu(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if self._stream is not None:
+            self._stream.synchronize()  # this call uses TVM's stream, and the memory of the call before
+            self._stream = None
+        before = self._sources or [None] * len(tensors)
+        self._sources = [self._copied(*pair) for pair in zip(tensors, before, strict=True)]
+        results = self._main(*self._sources, *self._weights)
+        copies = [torch.empty(tuple(result.shape), dtype=_dtype(result)) for result in results]
+        for result, copy in zip(results, copies, strict=True):
+            result.copyto(self._from_torch(copy))
+        self._device.sync()
+        return copies
+
+    def _where_they_lie(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        for tensor in tensors:
+            if tensor.device.type != "cuda" or tensor.device.index != self._device.index:
+                raise InputError(
+                    f"an input is on {tensor.device} and the model was loaded on cuda:{self._device.index}: "
+                    f'x.to("cuda:{self._device.index}")'
+                )
+        stream = torch.cuda.current_stream(self._device.index)
+        if self._stream is None:
+            self._device.sync()
+        elif stream != self._stream:
+            stream.wait_stream(self._stream)  # calls share memory, and results that were freed are used again
+        self._stream = stream
+        operands = [self._from_torch(tensor.detach().contiguous()) for tensor in tensors]
+        with self._on_stream(self._device, stream.cuda_stream):
+            results = self._main(*operands, *self._weights)
+        return [torch.utils.dlpack.from_dlpack(result) for result in results]
+
+    def _copied(self, tensor: torch.Tensor, to: Any) -> Any:
+        """A CPU tensor on the device, in the memory of `to` where there is one."""
+        source = self._from_torch(tensor.detach().contiguous())
+        if to is None:
+            to = self._empty(tuple(tensor.shape), str(source.dtype), self._device)
+        source.copyto(to)
+        return to
 
 
-def _cpu() -> Any:
-    import tvm
-
-    return tvm.cpu()
+def _dtype(tensor: Any) -> torch.dtype:
+    """PyTorch's name of the type of a TVM tensor."""
+    found = getattr(torch, str(tensor.dtype))
+    assert isinstance(found, torch.dtype)
+    return found

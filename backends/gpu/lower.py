@@ -36,16 +36,16 @@ _JOIN = (
     transform.FuseTIR,
     transform.DeadCodeElimination,
 )
-_FINISH = (
+_PLAN = (
     transform.RewriteDataflowReshape,
     transform.ToNonDataflow,
     transform.RemovePurityChecking,
     transform.CallTIRRewrite,
     transform.StaticPlanBlockMemory,
-    transform.LowerAllocTensor,
-    transform.KillAfterLastUse,
 )
 _BYTECODE = (
+    transform.LowerAllocTensor,
+    transform.KillAfterLastUse,
     transform.LowerRuntimeBuiltin,
     transform.ComputePrimValue,
     transform.VMShapeLower,
@@ -77,10 +77,11 @@ def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
     target = Target(hw.tvm_target(), host=host)
     with target:
         joined = _apply(_several_results_apart(fused.module), _JOIN)
-        planned = _apply(joined, _FINISH)
+        planned = _apply(joined, _PLAN)
         storage = _storage_bytes(planned)
         builder = relax.ExecBuilder()
-        rest = tvm.get_global_func("relax.VMCodeGen")(builder, _apply(planned, _BYTECODE))
+        recorded = _recorded(planned, len(fused.inputs)) if target.kind.name == "cuda" else planned
+        rest = tvm.get_global_func("relax.VMCodeGen")(builder, _apply(recorded, _BYTECODE))
     functions = {gv: function for gv, function in rest.functions_items() if isinstance(function, tirx.PrimFunc)}
     host_functions: dict[Any, Any] = {}
     kernels: dict[Any, Any] = {}
@@ -126,6 +127,18 @@ def _several_results_apart(module: Any) -> Any:
     for variable in several:
         marked.update_func(variable, module[variable].with_attr("op_pattern", _OPAQUE))
     return marked
+
+
+def _recorded(module: Any, inputs: int) -> Any:
+    """The module with kernels that neither read an input nor write a result in CUDA graphs.
+
+    Those have the same memory in every call; weights, behind the first `inputs` parameters, have too. Recorded in the
+    first call, they are one launch from then on.
+    """
+    module = ir.IRModule(dict(module.functions_items()))
+    module.update_func(module.get_global_var("main"), module["main"].with_attr("num_input", inputs))
+    with ir.transform.PassContext(config={"relax.backend.use_cuda_graph": True}):
+        return transform.RewriteCUDAGraph()(module)
 
 
 def _apply(module: Any, passes: tuple[Any, ...]) -> Any:

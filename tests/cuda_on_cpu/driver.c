@@ -1,6 +1,7 @@
 /* The functions of libcuda.so.1 and libcudart.so.13 that TVM's CUDA runtime calls, over memory of the host. A module is
  * a shared library that emulator.py compiled from the kernels. Types and numbers are those of CUDA's headers.
- * Fresh memory holds NaN. EMULATED_REVERSE runs lanes and warps in the other order. */
+ * Fresh memory holds NaN. EMULATED_REVERSE runs lanes and warps in the other order.
+ * While a stream is captured, launches are recorded instead of made, and what a capture forbids fails. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>
@@ -9,12 +10,32 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, NOT_FOUND = 500, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_IMAGE = 200, NOT_FOUND = 500, LAUNCH_FAILED = 719, NOT_SUPPORTED = 801, CAPTURE_UNSUPPORTED = 900, CAPTURE_WRONG = 901 };
 
 typedef struct { unsigned grid[3], block[3], shared_bytes; void *stream, *attributes; unsigned attribute_count; } LaunchConfig;
 typedef const char *Launch(void (*)(void **), void **, const unsigned *, const unsigned *, size_t, int);
-typedef struct { void (*kernel)(void **); Launch *launch; char name[200]; } Function;
+typedef struct { void (*kernel)(void **); Launch *launch; int arguments; char name[200]; } Function;
 typedef struct { int attribute, value; } Attribute;
+
+typedef struct Recorded { Function *function; LaunchConfig config; unsigned char (*values)[8]; struct Recorded *next; } Recorded;
+typedef struct { Recorded *first, **end; void *stream; } Graph;
+
+/* What the two libraries made of this file share: that of the first one loaded. */
+typedef struct {
+  Graph *capture;
+  unsigned long long launches, replays; /* launches made one by one, replays of graphs */
+  void *stream;                         /* of the last of either */
+} Shared;
+Shared *cudaEmulatedShared(void) {
+  static Shared own;
+  return &own;
+}
+static Shared *shared(void) {
+  static Shared *first;
+  if (!first) first = ((Shared *(*)(void))dlsym(RTLD_DEFAULT, "cudaEmulatedShared"))();
+  return first;
+}
+static int capturing(void) { return shared()->capture != NULL; }
 
 /* libcuda: modules and launches */
 
@@ -45,18 +66,31 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
   Function *found = calloc(1, sizeof *found);
   memcpy(&found->kernel, &kernel, sizeof kernel);
   memcpy(&found->launch, &launch, sizeof launch);
+  snprintf(symbol, sizeof symbol, "emulated_arguments_%s", name);
+  found->arguments = *(const int *)dlsym(module, symbol);
   snprintf(found->name, sizeof found->name, "%s", name);
   *function = found;
   return SUCCESS;
 }
 int cuFuncSetAttribute(void *function, int attribute, int value) { return SUCCESS; }
+static int make_launch(const LaunchConfig *config, Function *function, void **arguments) {
+  int reversed = getenv("EMULATED_REVERSE") != NULL;
+  const char *error = function->launch(function->kernel, arguments, config->grid, config->block, config->shared_bytes, reversed);
+  if (error) fprintf(stderr, "emulated CUDA: %s: %s\n", function->name, error);
+  return error ? LAUNCH_FAILED : SUCCESS;
+}
 int cuLaunchKernelEx(const LaunchConfig *config, Function *function, void **arguments, void **extra) {
   const unsigned *block = config->block;
   if (block[0] * block[1] * block[2] > 1024 || config->shared_bytes > 49152) return INVALID_VALUE;
-  int reversed = getenv("EMULATED_REVERSE") != NULL;
-  const char *error = function->launch(function->kernel, arguments, config->grid, block, config->shared_bytes, reversed);
-  if (error) fprintf(stderr, "emulated CUDA: %s: %s\n", function->name, error);
-  return error ? LAUNCH_FAILED : SUCCESS;
+  Graph *capture = shared()->capture;
+  if (!capture) return shared()->launches++, shared()->stream = config->stream, make_launch(config, function, arguments);
+  if (config->stream != capture->stream) return CAPTURE_UNSUPPORTED;
+  Recorded *row = calloc(1, sizeof *row);
+  *row = (Recorded){.function = function, .config = *config, .values = calloc((size_t)function->arguments + 1, 8)};
+  for (int i = 0; i < function->arguments; i++) memcpy(row->values[i], arguments[i], 8); /* as they are now */
+  *capture->end = row;
+  capture->end = &row->next;
+  return SUCCESS;
 }
 int cuGetErrorName(int code, const char **text) { return *text = "error of the emulated driver", SUCCESS; }
 int cuGetErrorString(int code, const char **text) { return cuGetErrorName(code, text); }
@@ -77,19 +111,20 @@ int cudaGetDeviceCount(int *count) { return *count = 1, SUCCESS; }
 int cudaGetDevice(int *device) { return *device = 0, SUCCESS; }
 int cudaSetDevice(int device) { return device ? INVALID_VALUE : SUCCESS; }
 int cudaMalloc(void **memory, size_t size) {
+  if (capturing()) return CAPTURE_UNSUPPORTED;
   *memory = aligned_alloc(256, (size / 256 + 1) * 256);
   return *memory ? (memset(*memory, 0xff, size), SUCCESS) : OUT_OF_MEMORY;
 }
-int cudaFree(void *memory) { return free(memory), SUCCESS; }
+int cudaFree(void *memory) { return capturing() ? CAPTURE_UNSUPPORTED : (free(memory), SUCCESS); }
 int cudaMallocHost(void **memory, size_t size) { return cudaMalloc(memory, size); }
 int cudaFreeHost(void *memory) { return cudaFree(memory); }
-int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) { return memmove(to, from, size), SUCCESS; }
+int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) { return capturing() ? CAPTURE_UNSUPPORTED : (memmove(to, from, size), SUCCESS); }
 int cudaMemcpyPeerAsync(void *to, int there, const void *from, int here, size_t size, void *stream) { return memmove(to, from, size), SUCCESS; }
 int cudaMemGetInfo(size_t *unused, size_t *total) { return *unused = *total = (size_t)8 << 30, SUCCESS; }
 int cudaStreamCreate(void **stream) { return *stream = (void *)1, SUCCESS; }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) { return cudaStreamCreate(stream); }
 int cudaStreamDestroy(void *stream) { return SUCCESS; }
-int cudaStreamSynchronize(void *stream) { return SUCCESS; }
+int cudaStreamSynchronize(void *stream) { return capturing() ? CAPTURE_UNSUPPORTED : SUCCESS; }
 int cudaStreamWaitEvent(void *stream, void *event, unsigned flags) { return SUCCESS; }
 int cudaEventCreate(void **event) { return *event = (void *)1, SUCCESS; }
 int cudaEventDestroy(void *event) { return SUCCESS; }
@@ -100,9 +135,30 @@ const char *cudaGetErrorName(int code) { return "error of the emulated runtime";
 const char *cudaGetErrorString(int code) { return cudaGetErrorName(code); }
 int cudaGetLastError(void) { return SUCCESS; }
 int cudaPeekAtLastError(void) { return SUCCESS; }
-int cudaStreamBeginCapture(void *stream, int mode) { return NOT_SUPPORTED; }
-int cudaStreamEndCapture(void *stream, void **graph) { return NOT_SUPPORTED; }
-int cudaGraphInstantiate(void **ready, void *graph, unsigned long long flags) { return NOT_SUPPORTED; }
-int cudaGraphLaunch(void *ready, void *stream) { return NOT_SUPPORTED; }
-int cudaGraphDestroy(void *graph) { return SUCCESS; }
+
+/* CUDA graphs: a list of launches with the arguments they had */
+
+int cudaStreamBeginCapture(void *stream, int mode) {
+  if (capturing()) return CAPTURE_WRONG;
+  Graph *graph = calloc(1, sizeof *graph);
+  *graph = (Graph){.end = &graph->first, .stream = stream};
+  return shared()->capture = graph, SUCCESS;
+}
+int cudaStreamEndCapture(void *stream, void **graph) {
+  if (!capturing() || stream != shared()->capture->stream) return CAPTURE_WRONG;
+  return *graph = shared()->capture, shared()->capture = NULL, SUCCESS;
+}
+int cudaGraphInstantiate(void **ready, void *graph, unsigned long long flags) { return *ready = graph, SUCCESS; }
+int cudaGraphLaunch(Graph *ready, void *stream) {
+  if (capturing()) return CAPTURE_UNSUPPORTED;
+  shared()->replays++, shared()->stream = stream;
+  for (Recorded *row = ready->first; row; row = row->next) {
+    void *arguments[row->function->arguments + 1];
+    for (int i = 0; i < row->function->arguments; i++) arguments[i] = row->values[i];
+    int status = make_launch(&row->config, row->function, arguments);
+    if (status) return status;
+  }
+  return SUCCESS;
+}
+int cudaGraphDestroy(void *graph) { return SUCCESS; } /* the instance is the same list; both live on */
 int cudaGraphExecDestroy(void *ready) { return SUCCESS; }

@@ -1,6 +1,7 @@
 """CUDA on the CPU: TVM's own host code and runtime, over a driver of ours that runs kernels as threads of one block.
 
     start()                     before tvm is imported: from then on this process has a CUDA device
+    take_over()                 graphwright compiles for it
     compile_cuda(source, arch)  in the place of backends.gpu.cuda.compile_cuda: an image that the driver loads
 
 A kernel is compiled as C++ for this processor, with CUDA's words defined in include/device.h. What it shows: indexing,
@@ -38,12 +39,43 @@ def start() -> None:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
+class Counts(ctypes.Structure):
+    """What driver.c calls Shared."""
+
+    _fields_ = (
+        ("capture", ctypes.c_void_p),
+        ("launches", ctypes.c_ulonglong),
+        ("replays", ctypes.c_ulonglong),
+        ("stream", ctypes.c_void_p),
+    )
+
+
+def counts() -> Counts:
+    """Launches made one by one and replays of graphs so far, and the stream of the last; stays up to date."""
+    shared = ctypes.CDLL("libcudart.so.13").cudaEmulatedShared
+    shared.restype = ctypes.POINTER(Counts)
+    return shared().contents
+
+
+def take_over() -> None:
+    """Let graphwright compile for the emulator instead of by nvcc."""
+    from graphwright.backends.gpu import cuda
+
+    cuda.compile_cuda = compile_cuda
+    cuda.find_compiler = lambda: cuda.Compiler("emulator", Path(__file__))
+    cuda.check_architecture = lambda compiler, arch: None
+
+
 def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:
     """The kernels of generated CUDA C++ as an image of the emulated driver."""
     source = as_cpp(_without_functions(source))
     names = _KERNEL.findall(source)
     assert names, "no kernel in the source"
-    entries = [f'extern "C" void emulated_{n}(void **arguments) {{ emulated::call({n}, arguments); }}' for n in names]
+    entries = [
+        f'extern "C" {{ void emulated_{n}(void **arguments) {{ emulated::call({n}, arguments); }}'
+        f" extern const int emulated_arguments_{n} = emulated::count({n}); }}"
+        for n in names
+    ]
     text = "\n".join(['#include "device.h"', source, *entries, '#include "threads.h"', ""])
     with tempfile.TemporaryDirectory() as scratch:
         code, library = Path(scratch, "kernels.cpp"), Path(scratch, "kernels.so")

@@ -24,12 +24,9 @@ import models  # noqa: E402  (torch and tvm come behind the driver)
 import torch  # noqa: E402
 
 import graphwright  # noqa: E402
-from graphwright.backends.gpu import cuda  # noqa: E402
 
 BROKEN = "EMULATED_WITHOUT_BARRIERS" in os.environ
-cuda.compile_cuda = emulator.compile_cuda
-cuda.find_compiler = lambda: cuda.Compiler("emulator", Path(emulator.__file__))
-cuda.check_architecture = lambda compiler, arch: None
+emulator.take_over()
 
 
 def tensors(result: Any) -> list[torch.Tensor]:
@@ -46,7 +43,7 @@ def error(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 def measured(name: str) -> dict[str, Any]:
     """Compile (which verifies on the device), save, load, run in both orders of lanes; errors of ours and of eager
-    against float64.
+    against float64; and what a second call launches.
 
     "block:fp16" is the block in that precision.
     """
@@ -58,6 +55,8 @@ def measured(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         loaded = graphwright.load(compiled.save(Path(scratch, "model.gw")))
         first, eager = tensors(loaded(*inputs)), tensors(model(*inputs))
+        counts = emulator.counts()
+        launches, replays = counts.launches, counts.replays
         os.environ["EMULATED_REVERSE"] = "1"
         try:
             second = tensors(loaded(*inputs))
@@ -68,6 +67,9 @@ def measured(name: str) -> dict[str, Any]:
     return {
         "errors": [(error(a, c), error(b, c)) for a, b, c in zip(first, eager, exact, strict=True)],
         "same": all(torch.equal(a, b) for a, b in zip(first, second, strict=True)),
+        "launches": counts.launches - launches,
+        "replays": counts.replays - replays,
+        "kernels": len(compiled.report().kernels),
         "rules": sorted({kernel.algorithm for kernel in compiled.report().kernels}),
     }
 

@@ -57,6 +57,10 @@ def test_models_keep_their_numbers_in_both_orders_of_lanes(names):
         for ours, eager in result["errors"]:
             # float32 sums in another order: a few times eager's own rounding; 1e-6 where eager happens to be exact.
             assert ours <= max(8 * eager, 1e-6), (name, ours, eager)
+        if name != "several":  # whose kernels all read an input or write a result
+            # From the second call on, the rest is in CUDA graphs: half of them at least, in models so small.
+            assert result["replays"], name
+            assert result["launches"] <= result["kernels"] / 2, (name, result)
     if names == GROUPS[0]:
         assert {rule for result in results.values() for rule in result["rules"]} >= RULES
 

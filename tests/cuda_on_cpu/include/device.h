@@ -66,6 +66,7 @@ void call(void (*kernel)(A...), void **arguments, std::index_sequence<I...>) {
 template <class... A> void call(void (*kernel)(A...), void **arguments) {
   call(kernel, arguments, std::index_sequence_for<A...>{});
 }
+template <class... A> constexpr int count(void (*)(A...)) { return sizeof...(A); }
 }  // namespace emulated
 
 #define threadIdx (emulated::current->index)

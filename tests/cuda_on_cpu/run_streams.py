@@ -1,0 +1,123 @@
+"""Calls with tensors on the GPU, over the emulated driver; prints a line of JSON.
+
+The PyTorch here has no CUDA: tensors on the device are TVM's, with the few members of a torch.Tensor that a call reads,
+and streams are numbers. What PyTorch itself does with DLPack and streams is not run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import emulator
+
+emulator.start()
+
+import torch  # noqa: E402  (torch and tvm come behind the driver)
+import tvm  # noqa: E402
+from torch import nn  # noqa: E402
+
+import graphwright  # noqa: E402
+from graphwright.backends.gpu.device_library import DeviceLibrary  # noqa: E402
+from graphwright.errors import InputError  # noqa: E402
+
+emulator.take_over()
+
+
+class There:
+    """A tensor on the device, as a call sees it."""
+
+    is_cpu = False
+
+    def __init__(self, content: Any, device: str = "cuda:0") -> None:
+        self.content, self.device = content, torch.device(device)
+
+    def detach(self) -> There:
+        """No gradients here."""
+        return self
+
+    contiguous = detach
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.content.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self.content.__dlpack_device__()
+
+    def back(self) -> torch.Tensor:
+        """On the CPU."""
+        return torch.from_numpy(self.content.numpy().copy())
+
+
+class Stream:
+    """A stream of PyTorch's by its number, which keeps what is asked of it."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream, self.asked = number, []
+
+    def wait_stream(self, other: Stream) -> None:
+        """Note it."""
+        self.asked.append(f"wait for {other.cuda_stream}")
+
+    def synchronize(self) -> None:
+        """Note it."""
+        self.asked.append("synchronize")
+
+
+def there(tensor: torch.Tensor) -> There:
+    """A CPU tensor on the device."""
+    return There(tvm.runtime.tensor(tensor.numpy(), tvm.cuda(0)))
+
+
+def main() -> None:
+    """Call on two streams, on the CPU, and wrongly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 48), nn.Softmax(-1), nn.Linear(48, 8)).eval()
+    inputs = [torch.randn(20, 40) for _ in range(5)]
+    streams = [Stream(11), Stream(12)]
+    current = [streams[0]]
+    torch.cuda.current_stream = lambda index: current[0]
+    torch.utils.dlpack.from_dlpack = lambda tensor: There(tensor)
+    compiled = graphwright.compile(model, (inputs[0],), target="a100", cache=False, verify=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        library = DeviceLibrary(compiled.save(Path(scratch, "out")))
+    seen: list[int] = []
+    errors: list[float] = []
+    for number, x in zip((0, 0, 1), inputs, strict=False):
+        current[0] = streams[number]
+        (made,) = library.call([there(x)])
+        seen.append(emulator.counts().stream)
+        errors.append(difference(made.back(), model(x)))
+    (made,) = library.call([inputs[3]])
+    errors.append(difference(made, model(inputs[3])))
+    refused = []
+    for wrong in ([there(inputs[4]), inputs[4]], [There(there(inputs[4]).content, "cuda:1")]):
+        try:
+            library.call(wrong)
+        except InputError as error:
+            refused.append(str(error))
+    print(
+        json.dumps(
+            {
+                "streams": seen,
+                "on_cpu": emulator.counts().stream,
+                "asked": [s.asked for s in streams],
+                "errors": errors,
+                "refused": refused,
+            }
+        )
+    )
+
+
+def difference(result: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative L2 distance."""
+    return float((result - exact).norm() / exact.norm())
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
