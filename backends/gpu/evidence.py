@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgpack
+
 from ...hwdb import Hardware
 from .instructions import Counts, counts
 from .launches import Launch
-from .messagepack import unpacked
 
 _REGISTERS, _FRAME = 0x2F, 0x11  # attributes of .nv.info whose value is (symbol, number)
 _VALUE_SIZED = 4  # how an attribute's value is stored: behind its size
@@ -151,5 +152,5 @@ def metadata(image: bytes) -> dict[str, Any]:
     """The note of an AMD code object."""
     start = image.index(b"AMDGPU\0\0")
     (size,) = struct.unpack_from("<I", image, start - 8)
-    found: dict[str, Any] = unpacked(image[start + 8 : start + 8 + size])
+    found: dict[str, Any] = msgpack.unpackb(image[start + 8 : start + 8 + size])
     return found
