@@ -53,6 +53,9 @@ def _gather(graph: fx.GraphModule, last: fx.Node) -> bool:
     if not wrapped or (len(copies) == 1 and not move.is_identity):
         return False
     value = last.meta["val"]
+    if not value.shape:
+        keep(log, last, "it is one number")
+        return False
     if value.shape[-1] * value.element_size() < _SHORT_BYTES:
         keep(log, last, "rows of %d elements are shorter than what says where they come from", value.shape[-1])
         return False

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 import tvm
 import tvm.tirx.build  # not an attribute of tvm.tirx, where a function has its name
 import tvm_ffi
@@ -189,11 +190,24 @@ def _lower_function(variable: Any, function: Any, target: Target, units: int) ->
 def _split(variable: Any, function: Any, target: Target) -> tuple[Any, Any]:
     """The function through TVM's passes: what runs on the host, and the kernels."""
     build = sys.modules["tvm.tirx.build"]
-    module = tirx.transform.BindTarget(target)(ir.IRModule({variable: function}))
+    module = tirx.transform.BindTarget(target)(ir.IRModule({variable: _with_bits(function)}))
     pipeline, finish_host, finish_device = tirx.get_tir_pipeline("s_tir")
     on_host, by_target = build.split_host_device_mods(pipeline(module))
-    (on_device,) = by_target.values()
+    (on_device,) = by_target.values() or (ir.IRModule({}),)  # a result without elements takes no kernel
     return finish_host()(on_host), finish_device()(on_device)
+
+
+def _with_bits(function: Any) -> Any:
+    """The function with constants of bfloat16 as their bits: TVM keeps that type in memory as integers of 16 bits, and
+    forgets constants that are stored as they are."""
+
+    def as_bits(constant: Any) -> Any:
+        if str(constant.ty.dtype) != "bfloat16":
+            return constant
+        bits = torch.tensor(float(constant.value), dtype=torch.bfloat16).view(torch.uint16)
+        return tirx.reinterpret("bfloat16", tirx.const(int(bits), "uint16"))
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (tirx.FloatImm, as_bits)))
 
 
 def _launch(kernel: Any) -> Launch:
@@ -236,6 +250,8 @@ def _check_limits(launch: Launch, target: Target) -> None:
 
 
 def _described(launches: tuple[Launch, ...]) -> str:
+    if not launches:
+        return "no kernel"
     shared = max(launch.shared_bytes for launch in launches)
     text = " + ".join(f"{launch.threads} threads a block" for launch in launches)
     return f"{text}, {shared} bytes shared" if shared else text

@@ -6,6 +6,7 @@ import torch
 
 from ..lowering.registry import Kernel
 from .attention_operators import ATTENTIONS
+from .extreme import EXTREMES
 from .product_operators import PRODUCTS
 
-GPU_KERNELS: dict[torch._ops.OpOverload, Kernel] = {**PRODUCTS, **ATTENTIONS}
+GPU_KERNELS: dict[torch._ops.OpOverload, Kernel] = {**PRODUCTS, **ATTENTIONS, **EXTREMES}

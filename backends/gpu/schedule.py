@@ -23,7 +23,7 @@ from math import prod
 from typing import Any
 
 import tvm_ffi
-from tvm import get_global_func, s_tir
+from tvm import get_global_func, s_tir, tirx
 from tvm.s_tir import dlight
 from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.target import Target
@@ -46,6 +46,9 @@ _LAST = dlight.gpu.Fallback()
 
 def schedules(function: Any, target: Target, units: int) -> Iterator[tuple[str, Any]]:
     """Name and scheduled function of every rule that applies, in the order to try them; the device has `units`."""
+    if not _has_elements(function):
+        yield "nothing to compute", function.with_body(tirx.Evaluate(0))
+        return
     _register_reducers()
     if is_imperative(function):
         if (alone := in_one_thread(function, target)) is not None:
@@ -90,6 +93,20 @@ def _register_reducers() -> None:
             # TVM keeps them in a global that is destroyed when Python is gone: they must never be freed.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(function))
         register(1, *pair)
+
+
+def _has_elements(function: Any) -> bool:
+    """Whether a block writes something: loops in an order of their own do not say what, unless it is empty."""
+    found = False
+
+    def look(block: Any) -> None:
+        nonlocal found
+        if block.name_hint != "root":
+            shapes = [region.source.shape for region in block.writes]
+            found = found or not shapes or any(all(int(extent) for extent in shape) for shape in shapes)
+
+    tvm_ffi.structural_walk(function.body, [(s_tir.SBlock, look)])
+    return found
 
 
 def _reductions(function: Any) -> list[int]:

@@ -338,7 +338,7 @@ class _Builder:
             source = node.args[0]
             assert isinstance(source, fx.Node)
             if 0 in out.shape:  # Relax takes a 0 in the new shape for "as it was"
-                return self.block.emit_te(lambda _: filled(out, 0), self._value(source))
+                return self.block.emit_te(lambda _: filled(out, 0), self._value(source), primfunc_name_hint="empty")
             return self.block.emit(relax.op.reshape(self._value(source), relax.ShapeExpr(out.shape)))
         if "kernel_call" in node.meta:
             return self._kernel(node, node.meta["kernel_call"])

@@ -210,8 +210,9 @@ class _Argmax(nn.Module):
 
 @pytest.mark.parametrize("target", ["a100", "mi300x"])
 def test_positions_of_extremes_are_built_without_their_values(target):
-    report = graphwright.compile(_Argmax(), (torch.ones(2, 3),), target=target, cache=False).report()
-    assert {kernel.algorithm for kernel in report.kernels} == {"one thread"}
+    report = graphwright.compile(_Argmax(), (torch.ones(2, 300),), target=target, cache=False).report()
+    assert {kernel.algorithm for kernel in report.kernels} == {"first extreme"}
+    assert all("256 threads a row" in kernel.choice for kernel in report.kernels)
 
 
 def test_bfloat16_products_for_amd_stay_float32_and_the_report_says_why():

@@ -40,6 +40,22 @@ class Several(nn.Module):
         return {"sums": sums, "means": x.mean(0), "same": x, "largest": x.argmax(-1), "smallest": x.argmin(0)}
 
 
+class Edges(nn.Module):
+    """Moves of 16-bit numbers with constants among them, and results without elements."""
+
+    def forward(self, x: Tensor, half: Tensor, empty: Tensor) -> dict[str, Tensor]:
+        """x in bfloat16 and half in float16 [rows, columns], empty [0, columns]."""
+        return {
+            "flipped": x.flip(0),
+            "blocks": torch.block_diag(x, x),
+            "halves": torch.block_diag(half, half),
+            "padded": F.pad(x, (1, 2), value=3.0),
+            "none": torch.sort(empty).values,
+            "shaped": empty.reshape(2, 0, 2),
+            "sum": empty.sum(0) + 1,
+        }
+
+
 class Transposed(nn.Module):
     """Transposed convolutions of drawn strides, dilations, paddings, kernels and groups; a result each."""
 
@@ -69,6 +85,9 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
         return Block().eval(), (torch.randn(2, 24, 64),)
     if name == "several":
         return Several().eval(), (torch.randn(5, 70), torch.tensor([4, 0, 3, 3, 1]))
+    if name == "edges":
+        x = torch.randn(3, 5).bfloat16()
+        return Edges().eval(), (x, x.half(), torch.zeros(0, 4))
     if name == "transposed":
         return Transposed().eval(), (torch.randn(2, 16, 5, 6),)
     from graphwright.compiler.benchmarking import zoo

@@ -81,6 +81,15 @@ def test_products_on_matrix_units_err_by_the_rounding_of_their_operands(names):
 
 
 @pytest.mark.slow
+def test_16_bit_constants_and_results_without_elements_are_right():
+    result = run("edges")["edges"]
+    assert "failure" not in result, result["failure"]
+    assert result["same"]
+    assert [ours for ours, _ in result["errors"]] == [0.0] * 7
+    assert "nothing to compute" in result["rules"]
+
+
+@pytest.mark.slow
 def test_transposed_convolutions_keep_their_numbers_for_all_strides_and_dilations():
     result = run("transposed")["transposed"]
     assert "failure" not in result, result["failure"]

@@ -72,6 +72,12 @@ def test_short_rows_are_not_gathered(caplog):
     assert "shorter than" in caplog.text
 
 
+def test_one_number_has_no_rows(caplog):
+    with caplog.at_level("DEBUG", logger="graphwright.passes"):
+        kept(lambda x: torch.roll(torch.roll(x.reshape(1), 1, 0), 1, 0).reshape(()).sin(), [torch.tensor(2.0)])
+    assert "it is one number" in caplog.text
+
+
 def test_a_row_that_is_cut_is_no_row():
     def model(x):  # halves of rows change places
         return x.flip(1).view(2, 2, 2, 4).transpose(1, 2).reshape(4, 8).sin()

@@ -50,6 +50,7 @@ inline bool __hgt(float a, float b) { return a > b; }
 inline bool __hlt(float a, float b) { return a < b; }
 inline float __half2float(half x) { return x; }
 inline half __float2half(float x) { return x; }
+inline half __float2half_rn(float x) { return x; }
 inline float __bfloat162float(nv_bfloat16 x) { return x; }
 inline nv_bfloat16 __float2bfloat16(float x) { return x; }
 
