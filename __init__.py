@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .compiler.api import compile as compile
     from .compiler.api import tune as tune
     from .compiler.compiled import Compiled as Compiled
+    from .compiler.compression.gate import gate as gate
     from .compiler.compression.prune import KeptZeros as KeptZeros
     from .compiler.compression.prune import keep_zeros as keep_zeros
     from .compiler.compression.prune import prune as prune
@@ -38,6 +39,7 @@ _LAZY = {
     "load": ("compiler.loading", "load"),
     "KeptZeros": ("compiler.compression.prune", "KeptZeros"),
     "convert": ("compiler.compression.qat", "convert"),
+    "gate": ("compiler.compression.gate", "gate"),
     "keep_zeros": ("compiler.compression.prune", "keep_zeros"),
     "prepare_qat": ("compiler.compression.qat", "prepare_qat"),
     "prune": ("compiler.compression.prune", "prune"),
@@ -61,6 +63,7 @@ __all__ = [
     "UnsupportedOp",
     "compile",
     "convert",
+    "gate",
     "keep_zeros",
     "load",
     "prepare_qat",

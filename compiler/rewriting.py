@@ -91,9 +91,10 @@ def divided(passes: Sequence[Pass]) -> tuple[tuple[Pass, ...], tuple[Pass, ...]]
     """The passes in front of the decision on int8, and those behind it, which hide products."""
     from ..passes.fuse_conv_depthwise import fuse_conv_depthwise
     from ..passes.read_planar_images import read_planar_images
+    from ..passes.skip_gated_rows import skip_gated_rows
     from ..passes.skip_zero_blocks import skip_zero_blocks
 
-    hiding = (fuse_conv_depthwise, read_planar_images, skip_zero_blocks)
+    hiding = (fuse_conv_depthwise, read_planar_images, skip_gated_rows, skip_zero_blocks)
     return tuple(p for p in passes if p not in hiding), tuple(p for p in passes if p in hiding)
 
 

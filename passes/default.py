@@ -39,6 +39,7 @@ from .route_channels import route_channels
 from .simplify import simplify
 from .sink_moves import sink_moves
 from .sink_row_moves import sink_row_moves
+from .skip_gated_rows import skip_gated_rows
 from .skip_zero_blocks import skip_zero_blocks
 from .split_batch_norm import split_batch_norm
 
@@ -81,6 +82,7 @@ PASSES: tuple[Pass, ...] = (
     give_bytes,
     merge_duplicates,  # again: moves of one head, or roundings, may have become equal
     fold_constants,  # again: fusions transpose weights and flatten biases by operators on constants
+    skip_gated_rows,  # behind the fusions, whose epilogues it takes up; before skip_zero_blocks, which hides products
     skip_zero_blocks,  # behind the fusions, which know the products it hides, and the folding of weights it looks at
     remove_dead,  # last: constants that nobody reads must not reach the artifact
 )
@@ -90,6 +92,7 @@ _FOR_CPUS: Mapping[Pass, str] = {
     route_channels: "it serves kernels for CPUs that read channels by runs",
     read_planar_images: "a permute is a kernel of its own there",
     fuse_conv_depthwise: "its operator has a kernel for CPUs and no definition",
+    skip_gated_rows: "its operators have kernels for CPUs alone",
     skip_zero_blocks: "its operator has a kernel for CPUs, and multiplies the zeros elsewhere",
     sink_row_moves: "operands gathered by rows are no product that a rule would recognise",
     fuse_head_moves: "likewise: attention with strides has one thread an element",
@@ -126,7 +129,10 @@ FAMILIES: Mapping[str, Family] = {
     "norm": Family("layer and RMS norms that are written out, as one operator", (recognise_norms,)),
     "attention": Family("attention that is written out, as one operator", (recognise_attention,)),
     "qkv": Family("products of one input, as one product of all their weights", (merge_products,)),
-    "sparsity": Family("products that skip blocks of zeros in their weights", (skip_zero_blocks,)),
+    "sparsity": Family(
+        "products that skip blocks of zeros in their weights, or rows that a gate emptied",
+        (skip_gated_rows, skip_zero_blocks),
+    ),
     "layout": Family("images in NHWC where that costs less", (assign_layout,)),
     "moves": Family(
         "chains of reshapes, transposes and rolls merged, dropped, or done by what reads them",

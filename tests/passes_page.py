@@ -19,6 +19,7 @@ from rewriting import HW, trace
 from torch import nn
 from windows import image, rolled, windows
 
+import graphwright
 from graphwright.passes import dialect_int8
 from graphwright.passes.default import FAMILIES, PASSES
 from graphwright.passes.printer import diff_graphs, format_graph
@@ -201,6 +202,15 @@ class _Projections(nn.Module):
         return F.scaled_dot_product_attention(q, k, v)
 
 
+class _Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(64, 256), nn.Linear(256, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.narrow(F.gelu(self.wide(graphwright.gate(x, 0.1))))
+
+
 class _Pruned(nn.Module):
     """Blocks of zeros, all but one in four."""
 
@@ -287,6 +297,7 @@ EXAMPLES: dict[str, Example] = {
         ((1, 4, 6, 8),),
         ("fuse_attention", "fuse_matmul_bias", "fuse_reshape_transpose", "remove_dead", "gather_rows"),
     ),
+    "skip_gated_rows": Example(_Gated, ((128, 64),), ("fuse_matmul_bias",)),
     "skip_zero_blocks": Example(_Pruned, ((128, 64),), ("fuse_matmul_bias",)),
     "fuse_head_moves": Example(_heads, ((1, 16, 8),) * 3, ("fuse_attention", "fuse_reshape_transpose")),
     "recognise_quantised": Example(_Stored, ((2, 8),), ("fuse_matmul_bias",)),

@@ -267,10 +267,12 @@ def multiply_chunk(
     out: Any,
     epilogue: Epilogue,
     row_offset: Any = 0,
+    end: Any = None,
 ) -> None:
     """All row tiles of one unit: left(row, k, n) are n neighbours, right(k, column in the panel) vectors.
 
-    Row 0 of the product is row `row_offset` of `out` and of the residual.
+    Row 0 of the product is row `row_offset` of `out` and of the residual. Tiles that begin at row `end` or behind are
+    left out.
     """
     t, acc, partial = tiling, scratch.accumulators, scratch.partial
 
@@ -297,11 +299,18 @@ def multiply_chunk(
                     lambda at, a, j: T.buffer_store(partial, acc[at], [offset + a, span(j, t.lanes)]),
                 )
 
+    def wanted(rows: int, row: Any, block: Any) -> None:
+        if end is None:
+            tile(rows, row, block)
+            return
+        with T.If(row < end), T.Then():
+            tile(rows, row, block)
+
     if t.depth_blocks == 1:
-        each_row_tile(t, chunk, lambda rows, row: tile(rows, row, 0))
+        each_row_tile(t, chunk, lambda rows, row: wanted(rows, row, 0))
     else:
         with T.serial(0, t.depth_blocks) as block:
-            each_row_tile(t, chunk, lambda rows, row: tile(rows, row, block))
+            each_row_tile(t, chunk, lambda rows, row: wanted(rows, row, block))
 
 
 def matmul(

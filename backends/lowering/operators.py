@@ -13,6 +13,7 @@ for name in (
     "kernels_attention",
     "kernels_conv",
     "kernels_conv_other",
+    "kernels_gating",
     "kernels_int8",
     "kernels_joined",
     "kernels_low_precision",

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import CaptureError
-from ...passes import dialect, dialect_joined, dialect_pairs, dialect_planar, dialect_sparse
+from ...passes import dialect, dialect_gating, dialect_joined, dialect_pairs, dialect_planar, dialect_sparse
 from ...passes.rewrite import arguments, shape_of
 
 aten = torch.ops.aten
@@ -186,6 +186,11 @@ def _sparse(node: fx.Node, given: Mapping[str, Any]) -> tuple[Product, ...]:
     return (Product(math.prod(shape_of(node)) // columns, columns, min(depth, round(kept))),)
 
 
+def _packed(node: fx.Node, given: Mapping[str, Any]) -> tuple[Product, ...]:
+    columns, depth = shape_of(given["weight"])
+    return (Product(max(1, round((1.0 - given["share"]) * shape_of(node)[0])), columns, depth),)
+
+
 def _matmul(node: fx.Node, given: Mapping[str, Any]) -> tuple[Product, ...]:
     a, out = shape_of(given["a"]), shape_of(node)
     depth = a[-2] if given["transpose_a"] else a[-1]
@@ -216,6 +221,7 @@ _COUNTED: Mapping[Any, Callable[[fx.Node, Mapping[str, Any]], tuple[Product, ...
     dialect_pairs.conv_depthwise: _pair,
     dialect.linear: _linear,
     dialect_joined.joined_linear: _linear,
+    dialect_gating.packed_linear: _packed,
     dialect_sparse.sparse_linear: _sparse,
     dialect.matmul: _matmul,
     dialect.attention: _attention,
