@@ -47,14 +47,17 @@ def find_compiler() -> Compiler:
 
 def find_nvrtc() -> Compiler | None:
     """NVRTC and its headers as pip installs them (nvidia-cuda-nvrtc, -runtime, -cccl), or None."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
-    libraries = sorted(path for folder in folders for path in folder.glob("*/lib/libnvrtc.so.*"))
+    libraries = from_pip("*/lib/libnvrtc.so.*")
     if not libraries:
         return None
-    names = ("*/include", "*/include/cccl")
-    headers = tuple(path for folder in folders for name in names for path in sorted(folder.glob(name)))
-    return Compiler("NVRTC", libraries[-1], headers)
+    return Compiler("NVRTC", libraries[-1], (*from_pip("*/include"), *from_pip("*/include/cccl")))
+
+
+def from_pip(pattern: str) -> list[Path]:
+    """The files of NVIDIA's packages that match, those of each folder on the path of modules in order of names."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
+    return [path for folder in folders for path in sorted(folder.glob(pattern))]
 
 
 def compile_cuda(source: str, arch: str) -> tuple[bytes, str]:

@@ -9,6 +9,8 @@ Tensors on the CPU are copied to the device, and results back.
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import shutil
 import tempfile
 import threading
@@ -21,11 +23,18 @@ from safetensors.torch import load_file
 
 from ...errors import ArtifactError, InputError
 from ...hwdb import Hardware
+from .cuda import from_pip
 from .launches import DEVICE_NAME, HOST_NAME, WEIGHTS_NAME, Description, module_bytes
+
+log = logging.getLogger(__name__)
 
 # By the kind of TVM's target: the loader of its runtime, and the form it is told.
 _LOADERS = {"cuda": ("cuda", "cubin"), "rocm": ("hip", "hsaco")}
 _KINDS = {"nvptx": "cuda", "amdgcn": "rocm"}
+_NEEDED = {
+    "cuda": "libcuda.so.1 (NVIDIA's driver) and libcudart.so.13 (CUDA's toolkit, or pip install 'graphwright[cuda]')",
+    "rocm": "a build of TVM with ROCm",
+}
 
 
 def absence(hw: Hardware) -> str | None:
@@ -36,9 +45,8 @@ def absence(hw: Hardware) -> str | None:
 def _absence(kind: str, arch: str) -> str | None:
     import tvm
 
-    if tvm.get_global_func(f"device_api.{kind}", allow_missing=True) is None:
-        needed = "libcuda.so.1 and libcudart.so.13" if kind == "cuda" else "a build of TVM with ROCm"
-        return f"there is no {arch} device here: TVM's {kind} runtime does not load, which needs {needed}"
+    if not _has_runtime(kind):
+        return f"there is no {arch} device here: TVM's {kind} runtime does not load, which needs {_NEEDED[kind]}"
     device = tvm.device(kind, 0)
     if not device.exist:
         return f"there is no {arch} device here: the {kind} runtime finds none"
@@ -48,6 +56,24 @@ def _absence(kind: str, arch: str) -> str | None:
         if here[0] != major or int(here[1]) < int(minor):
             return f"it is {arch} code and the device here is sm_{''.join(here)}"
     return None
+
+
+def _has_runtime(kind: str) -> bool:
+    """Whether TVM has a runtime for the kind of target. It looked for CUDA's when it was imported; pip's has no place
+    where the loader looks.
+    """
+    import tvm
+    from tvm_ffi.libinfo import load_lib_ctypes
+
+    name = f"device_api.{kind}"
+    if kind == "cuda" and tvm.get_global_func(name, allow_missing=True) is None:
+        try:
+            for runtime in from_pip("*/lib/libcudart.so.13")[:1]:
+                ctypes.CDLL(str(runtime))
+            load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", tvm.libinfo.package_lib_paths())
+        except (OSError, RuntimeError) as error:
+            log.info("no CUDA runtime: %s", error)
+    return tvm.get_global_func(name, allow_missing=True) is not None
 
 
 class DeviceLibrary:

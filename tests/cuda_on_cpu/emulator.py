@@ -31,12 +31,17 @@ _DYNAMIC = re.compile(r"extern __shared__ (?:alignas\(\d+\) |__align__\(\d+\) )?
 def start() -> None:
     """Compile the driver and load it, for all that follows in this process."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name, exported in _LIBRARIES.items():
-            script, library = Path(scratch, "exports.map"), Path(scratch, name)
-            script.write_text(f"{name} {{ global: {exported}; local: *; }};\n")
-            options = [f"-Wl,-soname,{name}", f"-Wl,--version-script={script}", "-ldl"]
-            _compile("cc", str(HERE / "driver.c"), library, options)
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        for name in _LIBRARIES:
+            ctypes.CDLL(str(build_driver(name, Path(scratch))), mode=ctypes.RTLD_GLOBAL)
+
+
+def build_driver(name: str, directory: Path) -> Path:
+    """One of the driver's libraries, under its name in `directory`."""
+    script, library = directory / "exports.map", directory / name
+    script.write_text(f"{name} {{ global: {_LIBRARIES[name]}; local: *; }};\n")
+    options = [f"-Wl,-soname,{name}", f"-Wl,--version-script={script}", "-ldl"]
+    _compile("cc", str(HERE / "driver.c"), library, options)
+    return library
 
 
 class Counts(ctypes.Structure):

@@ -1,14 +1,18 @@
-"""Calls with tensors that are on the GPU already: where they run, and what waits for what. run_streams.py says how."""
+"""The runtime: where it is found; calls with tensors that are on the GPU already, as run_streams.py makes them."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import emulator
 
 RUN = Path(__file__).parent / "run_streams.py"
 
@@ -39,3 +43,36 @@ def test_tensors_on_two_devices_and_on_another_gpu_are_refused(result):
     assert "some inputs are on the CPU and some on the GPU" in mixed
     assert "cuda:1" in other
     assert 'x.to("cuda:0")' in other
+
+
+# TVM does not load its runtime by itself, as on a machine without CUDA's toolkit; this one may have it.
+NOT_FOUND = {"TVM_DEVICE_BACKEND_AUTOLOAD": "0"}
+ABSENCE = """
+from graphwright.backends.gpu.device_library import absence
+from graphwright.hwdb import lookup
+print(absence(lookup("a100")))
+"""
+
+
+@pytest.mark.parametrize("driver", [True, False], ids=["with the driver", "without"])
+def test_the_cuda_runtime_that_pip_installs_is_found(driver, tmp_path):
+    """It lies where the loader does not look. What nvidia-cuda-runtime installs is the emulator's here."""
+    package, system = tmp_path / "nvidia" / "cu13" / "lib", tmp_path / "system"
+    package.mkdir(parents=True)
+    (tmp_path / "nvidia" / "__init__.py").touch()  # in front of the one that is installed
+    system.mkdir()
+    emulator.build_driver("libcudart.so.13", package)
+    if driver:
+        emulator.build_driver("libcuda.so.1", system)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", ABSENCE],
+        env={**os.environ, "PYTHONPATH": path, "LD_LIBRARY_PATH": str(system), **NOT_FOUND},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if driver:
+        assert done.stdout == "None\n"
+    else:
+        assert "needs libcuda.so.1 (NVIDIA's driver) and libcudart.so.13 (CUDA's toolkit" in done.stdout
