@@ -313,8 +313,12 @@ def _flatten(exported: ExportedProgram, parameters: tuple[str, ...]) -> tuple[fx
     read = strides_read(graph)
     call = exported.module_call_graph[0].signature
     assert call is not None
+    made = tuple(
+        replace(leaf, name=name or leaf.name) if isinstance(leaf, TensorSpec) else leaf
+        for leaf, name in zip(outputs, _result_names(call.out_spec), strict=True)
+    )
     given = tuple(replace(i, strides=read.get(i.name)) if isinstance(i, TensorSpec) else i for i in inputs)
-    return fx.GraphModule(root, graph), Signature(given, tuple(outputs), call.in_spec, call.out_spec, parameters)
+    return fx.GraphModule(root, graph), Signature(given, made, call.in_spec, call.out_spec, parameters)
 
 
 def _stored(exported: ExportedProgram, spec: Any) -> torch.Tensor:
@@ -362,6 +366,32 @@ def _effect_result(graph: fx.Graph, old: fx.Node, nodes: dict[fx.Node, fx.Node])
         nodes[old].meta = dict(old.meta)
     else:
         nodes[old] = nodes[source]
+
+
+def _result_names(spec: pytree.TreeSpec) -> list[str | None]:
+    """A name for every leaf of the result that lies under a key or a field: `logits`, `layers.0`; else None."""
+    found: list[str | None] = [None] * spec.num_leaves
+
+    def walk(part: Any, path: str, named: bool) -> None:
+        if isinstance(part, _Place):
+            found[part.index] = path if named else None
+        elif isinstance(part, Mapping):
+            for key, value in part.items():
+                walk(value, f"{path}.{key}" if path else str(key), named or isinstance(key, str))
+        elif isinstance(part, (tuple, list)):
+            keys = getattr(part, "_fields", range(len(part)))
+            for key, value in zip(keys, part, strict=True):
+                walk(value, f"{path}.{key}" if path else str(key), named or isinstance(key, str))
+
+    walk(pytree.tree_unflatten([_Place(i) for i in range(spec.num_leaves)], spec), "", False)
+    return found if len(set(found) - {None}) == sum(name is not None for name in found) else [None] * len(found)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A leaf of a structure: which."""
+
+    index: int
 
 
 def _output_spec(node: fx.Node) -> TensorSpec:

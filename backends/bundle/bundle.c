@@ -72,6 +72,11 @@ static int refuse_weights(const char *path, const char *why) {
 static int map_weights(const char *path, graphwright_model *model) {
     int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file < 0) return refuse_weights(path, " cannot be opened");
+    char first;
+    if (read(file, &first, 1) < 0) { /* a directory can be opened */
+        close(file);
+        return refuse_weights(path, " cannot be read");
+    }
     off_t size = lseek(file, 0, SEEK_END);
     uint64_t expected = bundle.header_bytes + bundle.weights_bytes;
     if (size < 0 || (uint64_t)size != expected) {

@@ -96,10 +96,12 @@ static void read_all(FILE *file, const char *path, void *to, size_t bytes, const
 }
 
 void *read_tensor(const char *path, const graphwright_tensor *tensor) {
-    FILE *file = fopen(path, "rb");
     struct stat about;
-    if (!file || fstat(fileno(file), &about)) die("%s: cannot be opened: %s", path, strerror(errno));
-    if (S_ISDIR(about.st_mode)) die("%s: is a directory, not the file of %s", path, tensor->name);
+    if (stat(path, &about)) die("%s: cannot be opened: %s", path, strerror(errno));
+    if (!S_ISREG(about.st_mode))
+        die("%s: is a %s, not a file of %s", path, S_ISDIR(about.st_mode) ? "directory" : "pipe or device", tensor->name);
+    FILE *file = fopen(path, "rb");
+    if (!file) die("%s: cannot be opened: %s", path, strerror(errno));
     unsigned char start[12] = {0};
     size_t got = fread(start, 1, 8, file);
     if (got == 8 && !memcmp(start, MAGIC, 6)) {

@@ -159,3 +159,20 @@ def test_nodes_of_a_function_know_its_lines() -> None:
     (sine,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)
     assert "torch.sin(x) + 1" in sine.meta["stack_trace"]
     assert "functions.py" not in sine.meta["stack_trace"]
+
+
+class Named(nn.Module):
+    """Results under keys that are text, in lists within, and under a number."""
+
+    def forward(self, x: torch.Tensor) -> dict[Any, Any]:
+        return {"best": torch.max(x, 1), "more": [x + 1, {"half": x / 2}], 3: x * 3}
+
+
+def test_results_are_called_by_their_keys() -> None:
+    outputs = capture(export(Named(), (torch.zeros(2, 3),))).signature.outputs
+    assert [spec.name for spec in outputs] == ["best.0", "best.1", "more.0", "more.1.half", "mul"]
+
+
+def test_results_without_keys_are_called_by_their_operators() -> None:
+    outputs = capture(export(lambda x: (x + 1, [x * 2]), (torch.zeros(2, 3),))).signature.outputs
+    assert [spec.name for spec in outputs] == ["add", "mul"]
