@@ -1,15 +1,15 @@
 """Models on this machine's NVIDIA GPU against PyTorch's eager mode and torch.compile: one command, one table.
 
-    python benchmarks/gpu.py --target a100                           all of the list below
-    python benchmarks/gpu.py --target a100 --only resnet50 bert      some of them
-    python benchmarks/gpu.py --target a100 --batch 16 --precision fp32
+    python benchmarks/gpu.py                                 all of the list below, on the GPU that the driver names
+    python benchmarks/gpu.py --only resnet50 bert            some of them
+    python benchmarks/gpu.py --target a100 --batch 16 --precision fp16
 
-It has never been run: no machine of ours has a GPU. It needs a PyTorch built for CUDA, the driver and
-libcudart.so.13.
+It has never run on a GPU: no machine of ours has one. A test runs it on a small model over an emulated driver.
 
 Every subject gets the same inputs, is checked against eager on the CPU in float64, warmed up, and timed by events of
 the device around each call; the table has the median and the fastest tenth. The column "with copies" is the host's
-clock around a call whose inputs come from the CPU and whose result goes back.
+clock around a call whose inputs come from the CPU and whose result goes back. A PyTorch without CUDA runs eager mode on
+the CPU, and has no events: the first column is empty then.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from dataclasses import dataclass
 import torch
 
 import graphwright
+from graphwright.backends.gpu.device_library import absence
 from graphwright.compiler.benchmarking import zoo
+from graphwright.hwdb import lookup
+from graphwright.hwdb.host_gpus import detect_gpus, record_of
 
 MODELS = ("resnet18", "resnet50", "mobilenetv2", "bert", "gpt2", "vit")
 WARM_UP, CALLS = 10, 50
@@ -37,7 +40,7 @@ class Row:
 
     model: str
     subject: str
-    device_ms: float  # between events on the device
+    device_ms: float | None  # between events on the device
     with_copies_ms: float
     fastest_ms: float  # tenth percentile, with copies
     error: float  # relative L2 against eager in float64 on the CPU
@@ -46,34 +49,33 @@ class Row:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True, help="this machine's GPU: `graphwright hw list --kind gpu`")
+    parser.add_argument("--target", help="this machine's GPU, where the driver does not name it")
     parser.add_argument("--only", nargs="*", default=MODELS, choices=MODELS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", default="fp32", choices=sorted(TOLERANCE))
     options = parser.parse_args()
-    if reason := obstacle():
+    target = options.target or present()
+    if target is None:
+        sys.exit("benchmarks/gpu.py measures on an NVIDIA GPU, and no driver names one here: name it with --target")
+    hw = lookup(target)
+    if reason := absence(hw):
         sys.exit(f"benchmarks/gpu.py measures on a GPU, and {reason}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, batch {options.batch}, {options.precision}")
-    print(f"{'model':14}{'subject':16}{'device ms':>11}{'with copies':>13}{'fastest':>10}{'error':>10}")
+    print(f"{hw.name}, torch {torch.__version__}, batch {options.batch}, {options.precision}")
+    print(f"{'model':14}{'subject':18}{'device ms':>11}{'with copies':>13}{'fastest':>10}{'error':>10}")
     for name in options.only:
-        for row in measured(name, options.target, options.batch, options.precision):
+        for row in measured(name, target, options.batch, options.precision):
+            device = "" if row.device_ms is None else f"{row.device_ms:.3f}"
             print(
-                f"{row.model:14}{row.subject:16}{row.device_ms:11.3f}{row.with_copies_ms:13.3f}{row.fastest_ms:10.3f}"
+                f"{row.model:14}{row.subject:18}{device:>11}{row.with_copies_ms:13.3f}{row.fastest_ms:10.3f}"
                 f"{row.error:10.1e}",
                 flush=True,
             )
 
 
-def obstacle() -> str | None:
-    """Why nothing can be measured here, or None."""
-    if not torch.cuda.is_available():
-        return "PyTorch finds none: install the driver and a PyTorch built for CUDA"
-    import tvm
-
-    if tvm.get_global_func("device_api.cuda", allow_missing=True) is None:
-        return "TVM's CUDA runtime does not load: it needs libcuda.so.1 and libcudart.so.13"
-    return None
+def present() -> str | None:
+    """The record of the first NVIDIA GPU here, or None."""
+    return next((record for gpu in detect_gpus() if gpu.vendor == "nvidia" and (record := record_of(gpu))), None)
 
 
 def measured(name: str, target: str, batch: int, precision: str) -> list[Row]:
@@ -83,13 +85,13 @@ def measured(name: str, target: str, batch: int, precision: str) -> list[Row]:
         exact = first(model.double()(*[x.double() if x.is_floating_point() else x for x in inputs]))
         model = model.float()
         ours = graphwright.compile(model, inputs, target=target, precision=precision, cache=False)
-        there = model.cuda()
-        subjects: dict[str, Callable[..., object]] = {
-            "eager": there,
-            "torch.compile": torch.compile(there),
-            "graphwright": ours,
-        }
-        rows = [on_device(name, subject, call, inputs, exact) for subject, call in subjects.items()]
+        if not torch.cuda.is_available():
+            subjects: dict[str, Callable[..., object]] = {"eager on the CPU": model, "graphwright": ours}
+            rows = [on_host(name, subject, call, inputs, exact) for subject, call in subjects.items()]
+        else:
+            there = model.cuda()
+            subjects = {"eager": there, "torch.compile": torch.compile(there), "graphwright": ours}
+            rows = [on_device(name, subject, call, inputs, exact) for subject, call in subjects.items()]
     for row in rows:
         if row.error > TOLERANCE[precision]:
             sys.exit(f"{name}: {row.subject} is wrong by {row.error:.1e}: its time means nothing")
@@ -114,6 +116,14 @@ def on_device(
     device = statistics.median(start.elapsed_time(end) for start, end in events)
     times, result = timed(lambda: first(call(*[x.cuda() for x in inputs])).cpu())
     return Row(name, subject, device, *times, difference(result, exact))
+
+
+def on_host(
+    name: str, subject: str, call: Callable[..., object], inputs: tuple[torch.Tensor, ...], exact: torch.Tensor
+) -> Row:
+    """The time of calls from the CPU."""
+    times, result = timed(lambda: call(*inputs))
+    return Row(name, subject, None, *times, difference(result, exact))
 
 
 def timed(call: Callable[[], object]) -> tuple[tuple[float, float], object]:

@@ -26,6 +26,8 @@ from graphwright.backends.gpu.device_library import DeviceLibrary  # noqa: E402
 from graphwright.errors import InputError  # noqa: E402
 
 emulator.take_over()
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import gpu  # noqa: E402
 
 
 class There:
@@ -108,9 +110,17 @@ def main() -> None:
                 "asked": [s.asked for s in streams],
                 "errors": errors,
                 "refused": refused,
+                "benchmark": benchmark(model, inputs[0]),
             }
         )
     )
+
+
+def benchmark(model: nn.Module, x: torch.Tensor) -> list[Any]:
+    """What benchmarks/gpu.py measures of the model."""
+    gpu.zoo.build = lambda name, batch: (model, (x,))
+    gpu.WARM_UP, gpu.CALLS = 1, 2
+    return [(row.subject, row.device_ms, row.error) for row in gpu.measured("small", "a100", 1, "fp32")]
 
 
 def difference(result: torch.Tensor, exact: torch.Tensor) -> float:

@@ -45,6 +45,12 @@ def test_tensors_on_two_devices_and_on_another_gpu_are_refused(result):
     assert 'x.to("cuda:0")' in other
 
 
+def test_the_benchmark_for_gpus_runs_and_checks_its_results(result):
+    (eager, _, exact), (ours, no_events, error) = result["benchmark"]
+    assert (eager, ours, no_events) == ("eager on the CPU", "graphwright", None)
+    assert max(error, exact) < 1e-6  # float32 against float64
+
+
 # TVM does not load its runtime by itself, as on a machine without CUDA's toolkit; this one may have it.
 NOT_FOUND = {"TVM_DEVICE_BACKEND_AUTOLOAD": "0"}
 ABSENCE = """
