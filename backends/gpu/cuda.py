@@ -45,6 +45,14 @@ def find_compiler() -> Compiler:
     return nvrtc
 
 
+def makes_fatbins() -> bool:
+    """Whether the compiler here is nvcc, whose fatbins hold PTX for later architectures."""
+    try:
+        return find_compiler().name == "nvcc"
+    except ToolMissing:
+        return False
+
+
 def find_nvrtc() -> Compiler | None:
     """NVRTC and its headers as pip installs them (nvidia-cuda-nvrtc, -runtime, -cccl), or None."""
     libraries = from_pip("*/lib/libnvrtc.so.*")

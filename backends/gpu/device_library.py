@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from ...errors import ArtifactError, InputError
 from ...hwdb import Hardware
-from .cuda import from_pip
+from .cuda import from_pip, makes_fatbins
 from .launches import DEVICE_NAME, HOST_NAME, WEIGHTS_NAME, Description, module_bytes
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,12 @@ _NEEDED = {
 
 
 def absence(hw: Hardware) -> str | None:
-    """Why code for the GPU `hw` cannot run here, or None where it can."""
-    return _absence(_KINDS[hw.isa], hw.llvm_cpu)
+    """Why code for the GPU `hw`, made by the compiler that is here, cannot run here, or None where it can."""
+    kind = _KINDS[hw.isa]
+    return _absence(kind, hw.llvm_cpu, kind == "cuda" and makes_fatbins())
 
 
-def _absence(kind: str, arch: str) -> str | None:
+def _absence(kind: str, arch: str, has_ptx: bool) -> str | None:
     import tvm
 
     if not _has_runtime(kind):
@@ -50,12 +51,19 @@ def _absence(kind: str, arch: str) -> str | None:
     device = tvm.device(kind, 0)
     if not device.exist:
         return f"there is no {arch} device here: the {kind} runtime finds none"
-    if kind == "cuda":
-        here, wanted = str(device.compute_version).split("."), arch.removeprefix("sm_").rstrip("af")
-        major, minor = wanted[:-1], wanted[-1]
-        if here[0] != major or int(here[1]) < int(minor):
-            return f"it is {arch} code and the device here is sm_{''.join(here)}"
+    if kind == "cuda" and not runs_on(arch, here := str(device.compute_version).replace(".", ""), has_ptx):
+        return f"it is {arch} code and the device here is sm_{here}"
     return None
+
+
+def runs_on(arch: str, here: str, has_ptx: bool) -> bool:
+    """Whether a device of compute capability `here` ("90") runs code for `arch` ("sm_80").
+
+    Machine code runs on later devices of the same major number, PTX on all later ones (CUDA C++ Programming Guide,
+    Binary and PTX Compatibility).
+    """
+    wanted = arch.removeprefix("sm_").rstrip("af")
+    return int(here) >= int(wanted) and (has_ptx or wanted[:-1] == here[:-1])
 
 
 def _has_runtime(kind: str) -> bool:
@@ -88,7 +96,7 @@ class DeviceLibrary:
         from tvm import relax
 
         described = Description.read(directory / DEVICE_NAME)
-        if reason := _absence(described.kind, described.arch):
+        if reason := _absence(described.kind, described.arch, described.image.endswith(".fatbin")):
             raise ArtifactError(f"this model cannot run: {reason}")
         loader, form = _LOADERS[described.kind]
         content = module_bytes((directory / described.image).read_bytes(), described.kernels, form)

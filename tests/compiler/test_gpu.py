@@ -13,6 +13,7 @@ from torch import nn
 
 import graphwright
 from graphwright.backends.gpu import cuda, evidence, instructions, lower, rocm
+from graphwright.backends.gpu.device_library import runs_on
 from graphwright.backends.gpu.launches import Description, Launch
 from graphwright.compiler import artifact
 from graphwright.compiler.commands import doctor
@@ -299,3 +300,20 @@ def test_options_that_are_for_cpus(options):
 def test_gpus_of_other_makers():
     with pytest.raises(UnknownTarget, match="made with CUDA and ROCm, not spirv"):
         graphwright.compile(model(), (IMAGE,), target="arc-a770", cache=False)
+
+
+@pytest.mark.parametrize(
+    ("arch", "here", "has_ptx", "runs"),
+    [
+        ("sm_80", "80", False, True),
+        ("sm_80", "86", False, True),  # later, of the same major number
+        ("sm_86", "80", True, False),
+        ("sm_80", "90", False, False),
+        ("sm_80", "90", True, True),  # the driver translates PTX
+        ("sm_90a", "90", False, True),
+        ("sm_90", "120", True, True),
+        ("sm_100", "90", True, False),
+    ],
+)
+def test_code_runs_on_the_devices_that_cuda_says(arch, here, has_ptx, runs):
+    assert runs_on(arch, here, has_ptx) is runs
