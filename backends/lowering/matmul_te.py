@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from tvm import te, tirx
 
-from ...passes import dialect
+from ...passes import dialect, mixed
 from . import expressions as ex
 from .epilogue import activate
 from .expressions import Scalar, pointwise
@@ -151,7 +151,7 @@ def fused_matmul(
     return _finish(out, product(a, b, transpose_a, transpose_b), bias, residual, activation, activation_args)
 
 
-@lowers(dialect.attention)
+@lowers(dialect.attention, mixed.attention_f16, mixed.attention_bf16)
 def attention(
     out: Out,
     q: te.Tensor,
@@ -162,7 +162,10 @@ def attention(
     scale: float,
     fill: float | None = None,
 ) -> te.Tensor:
-    """softmax(q k^T scale + mask) v; a row the mask leaves nothing of is zeros, as torch has it, NaN with `fill`."""
+    """softmax(q k^T scale + mask) v; a row the mask leaves nothing of is zeros, as torch has it, NaN with `fill`.
+
+    Those of 16 bits are not rounded where no kernel serves them.
+    """
     dtype = ex.compute_dtype(out.dtype)
     lead = out.shape[:-2]
     queries, keys, depth = shape_of(q)[-2], shape_of(k)[-2], shape_of(q)[-1]
@@ -205,7 +208,7 @@ def attention(
 
     powers = te.compute((*lead, queries, keys), power, name="powers")
     total = sum_of(powers, last, dtype)
-    mixed = _sum_of_products(
+    sums = _sum_of_products(
         out.shape, keys, dtype, lambda i, t: powers(*i[:-1], t), lambda i, t: of_group(v, (*i[:-2], t, i[-1]))
     )
 
@@ -213,7 +216,7 @@ def attention(
         whole = total(*index[:-1], 0)
         empty = whole.equal(ex.constant(0, dtype))
         one = ex.constant(1 if fill is None or not keys else math.nan, dtype)  # a sum of no keys is 0
-        return ex.cast(mixed(*index) / tirx.Select(empty, one, whole), out.dtype)
+        return ex.cast(sums(*index) / tirx.Select(empty, one, whole), out.dtype)
 
     return te.compute(out.shape, finished, name="attention")
 

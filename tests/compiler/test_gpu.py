@@ -137,6 +137,23 @@ def _raised(error: Exception) -> None:
     raise error
 
 
+def test_attention_of_16_bits_that_cannot_be_lowered_gives_way_to_rules_in_float32(monkeypatch):
+    class Attention(nn.Module):
+        def forward(self, q):
+            return nn.functional.scaled_dot_product_attention(q, q, q)
+
+    heads = torch.linspace(-1.0, 1.0, 2 * 16 * 16).reshape(1, 2, 16, 16)
+    rules = []
+    for fails in (False, True):
+        if fails:
+            refuse = lambda v, f, call, t: _raised(lower.KernelFailed(call, "no such luck"))  # noqa: E731
+            monkeypatch.setattr(lower, "_lower_kernel", refuse)
+        compiled = graphwright.compile(Attention(), (heads,), target="a100", precision="fp16", cache=False)
+        rules.append({kernel.algorithm for kernel in compiled.report().kernels})
+    assert rules[0] == {"float16 online attention"}
+    assert not any("attention" in rule for rule in rules[1])
+
+
 @pytest.mark.parametrize("name", ["orin", "jetson-orin"])
 def test_the_name_of_a_jetson_is_its_gpu(name):
     hw = graphwright.hwdb.lookup(name)
