@@ -12,7 +12,8 @@ within a budget of error are found by precision_cut.py. "bf16" and "fp16" choose
 "auto" among all that the machine has.
 
 Stored      a product of rounded inputs stores its result as bfloat16 where only such products read it (as input, or as
-            residual of one); a value that is read in another format than it is stored in is cast, which costs seconds
+            residual of one); a value that is read in another format than it is stored in is cast, which costs seconds.
+            On GPUs: store_rounded.py
 
 Refused: operators that are no products (softmax, norms, reductions, exp: float32), other products of computed operands,
 other dtypes than float32, grouped convolutions (a group is narrower than a dot product), 3x3 convolutions where
@@ -34,6 +35,7 @@ from . import dialect, mixed, mixed_half
 from .precision_cut import Cost, Problem, Value, within
 from .precision_forms import (
     ASKED,
+    IN_PLACE,
     LABELS,
     PRODUCTS,
     UNMEASURED,
@@ -46,6 +48,7 @@ from .precision_forms import (
     streamed_bytes,
 )
 from .rewrite import arguments, constant
+from .store_rounded import store_rounded
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -228,6 +231,7 @@ def assign_precision(graph: fx.GraphModule, choices: Collection[Choice]) -> int:
     attentions = [n for n in graph.graph.nodes if n.name in chosen and n.target is dialect.attention]
     for node in attentions:
         node.target = _ATTENTIONS[chosen[node.name].dtype]
+    store_rounded(graph, [n for n in (*nodes, *attentions) if chosen[n.name].form in IN_PLACE])
     if nodes or attentions:
         graph.recompile()
     return len(nodes) + len(attentions)

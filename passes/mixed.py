@@ -180,11 +180,18 @@ def _rounding_conv2d_fake(
     return input.new_empty(shape, dtype=dtype if narrow else torch.float32)
 
 
-def _attention(dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The body of an attention that rounds q, k, v and the powers of the scores to `dtype`."""
+def _attention(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """The body and the fake kernel of an attention that rounds q, k, v and the powers of the scores to `dtype`."""
 
     def body(
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, fill: float | None = None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        fill: float | None = None,
+        narrow: bool = False,
     ) -> Tensor:
         q, k, v = (x.to(dtype).to(x.dtype) for x in _widened((q, k, v)))
         k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
@@ -194,15 +201,21 @@ def _attention(dtype: torch.dtype) -> Callable[..., Tensor]:
         total = powers.sum(-1, keepdim=True)
         total = total.masked_fill(total == 0.0, 1.0) if fill is None else total  # nothing is let through: zeros
         result: Tensor = powers.to(dtype).to(powers.dtype) @ v / total
-        return result.contiguous()
+        return (result.to(dtype) if narrow else result).contiguous()
 
-    return body
+    def fake(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float,
+        fill: float | None = None,
+        narrow: bool = False,
+    ) -> Tensor:
+        return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype if narrow else torch.float32)
 
-
-def _attention_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, fill: float | None = None
-) -> Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return body, fake
 
 
 _EPILOGUE = "str activation, float[] activation_args"
@@ -233,6 +246,9 @@ _CONV2D = (
 )
 conv2d_bf16 = dialect.define("conv2d_bf16", _CONV2D, *_conv2d(torch.bfloat16))
 conv2d_f16 = dialect.define("conv2d_f16", _CONV2D, *_conv2d(torch.float16))
-_ATTENTION = "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float? fill=None) -> Tensor"
-attention_bf16 = dialect.define("attention_bf16", _ATTENTION, _attention(torch.bfloat16), _attention_fake)
-attention_f16 = dialect.define("attention_f16", _ATTENTION, _attention(torch.float16), _attention_fake)
+_ATTENTION = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float? fill=None, bool narrow=False) "
+    "-> Tensor"
+)
+attention_bf16 = dialect.define("attention_bf16", _ATTENTION, *_attention(torch.bfloat16))
+attention_f16 = dialect.define("attention_f16", _ATTENTION, *_attention(torch.float16))

@@ -26,6 +26,7 @@ from .attention import attention, plan_attention
 from .matrix_attention import Lanes, matrix_attention, plan_matrix_attention
 from .mfma import MfmaLanes
 from .mma import MmaLanes
+from .product_call import copies_past_registers, dtype_of, item_bytes
 
 aten = torch.ops.aten
 
@@ -37,7 +38,7 @@ def _dialect_attention(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
 
 
 def _rounding_attention(node: fx.Node, hw: Hardware, dtype: str) -> KernelCall | Refusal:
-    q, k, v, mask, causal, scale, fill = bind(node)
+    q, k, v, mask, causal, scale, fill, _ = bind(node)
     return _attention(node, hw, (q, k, v), mask, causal, scale, fill, dtype)
 
 
@@ -60,7 +61,9 @@ def _attention(
     dtype: str = "float32",
 ) -> KernelCall | Refusal:
     read = (*operands, *([mask] if mask is not None else []))
-    refusal = refuse_dtypes(node, *operands) or refuse_large(node, *read)
+    dtypes = [dtype_of(tensor) for tensor in (*operands, node)]
+    wide = [tensor for tensor in (*operands, node) if dtype == "float32" or dtype_of(tensor) != dtype]
+    refusal = refuse_dtypes(*wide) or refuse_large(node, *read)
     if refusal is not None:
         return refusal
     shapes = (shape_of(operands[0]), shape_of(operands[1]), shape_of(operands[2]))
@@ -77,15 +80,15 @@ def _attention(
         if isinstance(extents, Refusal):
             return extents
         masked = (extents, str(mask.meta["val"].dtype).removeprefix("torch."), shape_of(mask))
-    made = _kernel(hw, p, dtype, scale, (*shapes, shape_of(node)), causal, masked, fill)
+    made = _kernel(hw, p, dtype, scale, (*shapes, shape_of(node)), causal, masked, fill, dtypes)
     if isinstance(made, Refusal):
         return made
     func, reason, blocks = made
     pairs = p.batch * p.heads
     work = Work(
         flops={dtype: 2.0 * pairs * p.queries * p.keys * (p.depth + p.value_depth) * (0.5 if causal else 1)},
-        bytes_read=4.0 * sum(prod(shape_of(operand)) for operand in read),
-        bytes_written=4.0 * prod(shape_of(node)),
+        bytes_read=sum(operand.meta["val"].element_size() * prod(shape_of(operand)) for operand in read),
+        bytes_written=item_bytes(dtypes[3]) * prod(shape_of(node)),
         launches=1,
         tasks=blocks,
     )
@@ -94,16 +97,18 @@ def _attention(
 
 
 def _kernel(hw: Hardware, p: Problem, dtype: str, *rest: Any) -> tuple[Any, str, int] | Refusal:
-    """The kernel of scale, shapes, causal, mask and fill `rest`; its plan in words, and its blocks."""
+    """The kernel of scale, shapes, causal, mask, fill and dtypes `rest`; its plan in words, and its blocks."""
     if dtype == "float32":
         plan = plan_attention(hw, p)
         if plan is None:
             return Refusal(f"tiles of depth {p.depth} and {p.value_depth} do not fit shared memory")
-        return attention(p, plan, *rest), plan.reason, plan.blocks
+        return attention(p, plan, *rest[:-1]), plan.reason, plan.blocks
     matrix = plan_matrix_attention(hw, p, dtype)
-    scale, shapes, *masks = rest
+    scale, shapes, causal, mask, fill, dtypes = rest
     units: Callable[[str, Any], Lanes] = MfmaLanes if hw.isa == "amdgcn" else MmaLanes
-    return matrix_attention(p, matrix, scale, shapes, units, *masks), matrix.reason, matrix.blocks
+    past = copies_past_registers(hw)
+    func = matrix_attention(p, matrix, scale, shapes, units, causal, mask, fill, dtypes, past)
+    return func, matrix.reason, matrix.blocks
 
 
 ATTENTIONS: dict[torch._ops.OpOverload, Kernel] = {

@@ -25,6 +25,8 @@ from .product import Finish
 from .product_call import (
     Extra,
     as_weights,
+    as_words,
+    dtype_of,
     flat,
     floats,
     kernel_call,
@@ -35,7 +37,7 @@ from .product_call import (
     refused,
     tile_for,
 )
-from .stage import Operand, Weights
+from .stage import Halves, Operand, Weights
 from .tile import LANES, Tile
 
 SHORT = 64  # sums of fewer have a thread an element: depthwise convolutions
@@ -124,12 +126,14 @@ def convolution(
     s = _Sizes(window, images, channels, height, width, filters, each, kh, kw, out_height, out_width)
     rows, columns = (s.of_group, s.images * s.pixels) if planar else (s.images * s.pixels, s.of_group)
     read = (x, *([weight] if dtype == "float32" else []), *extra.operands)
-    refusal = refused(node, *read) or extra.refusal(shape_of(node), s.filters)
+    refusal = refused(node, *read, rounded=dtype) or extra.refusal(shape_of(node), s.filters)
     if s.depth < SHORT or s.images * s.pixels == 1:
         # A tile filled in part still reads each pixel of a long sum once.
         refusal = refusal or narrow(rows, columns, s.depth)
     if refusal is not None:
         return refusal
+    if planar and dtype_of(x) != "float32":
+        return Refusal(f"a planar image of {dtype_of(x)}, whose channels are no neighbours")
     make = _planar if planar else _channels_last
     return make(node, hw, x, weight, extra, s, (window.groups, rows, columns, s.depth), dtype)
 
@@ -148,19 +152,24 @@ def _channels_last(
     tile = tile_for(hw, sizes, dtype)
     padded = -(-columns // LANES) * LANES
 
-    def parts(buffers: Sequence[Any], out: Any, number: Any) -> tuple[Operand, Operand | Weights, Finish]:
+    def parts(buffers: Sequence[Any], out: Any, number: Any) -> tuple[Operand | Halves, Operand | Weights, Finish]:
         image, packed, wide = flat(buffers[0]), buffers[1], lanes(s.each)
 
-        def line(k: Any, row: Any) -> Any:
-            return image[span(row * s.channels + number * s.each + k, wide)]
-
-        def gathered(k: Any, row: Any) -> Any:
+        def at(k: Any, row: Any) -> tuple[Any, Any]:
+            if s.pointwise:
+                return row * s.channels + number * s.each + k, None
             number_of_image, y, z, channel, inside = s.source(k, row)
             start = ((number_of_image * s.height + y) * s.width + z) * s.channels + number * s.each + channel
+            return start, inside
+
+        def read(k: Any, row: Any) -> Any:
+            start, inside = at(k, row)
             value = image[span(start, wide)]
             return value if inside is None else tirx.if_then_else(inside, value, constant(0.0, wide))
 
-        left = Operand(line if s.pointwise else gathered, depth, rows, "depth", wide)
+        left: Operand | Halves = Operand(read, depth, rows, "depth", wide)
+        if str(image.dtype) != "float32":
+            left = Halves(as_words(buffers[0]), at, depth, rows)
         right: Operand | Weights
         if isinstance(tile, Tile):
             right = Operand(lambda k, c: packed[number, k, span(c, LANES)], depth, padded, "width", LANES)
@@ -183,7 +192,8 @@ def _channels_last(
     buffers = [*floats(x), shape, *floats(*extra.operands)]
     operands: list[fx.Node | Packed] = [x, turned, *extra.operands]
     algorithm = "tiled pointwise conv" if s.pointwise else "tiled conv"
-    return kernel_call("conv2d", hw, sizes, tile, dtype, operands, buffers, shape_of(node), algorithm, parts)
+    made = (operands, buffers, shape_of(node), algorithm, parts, dtype_of(node))
+    return kernel_call("conv2d", hw, sizes, tile, dtype, *made)
 
 
 def _planar(
@@ -227,7 +237,8 @@ def _planar(
     operands: list[fx.Node | Packed] = [x, turned, *extra.operands]
     algorithm = "tiled pointwise conv" if s.pointwise else "tiled conv"
     tile = tile_for(hw, sizes, dtype)
-    return kernel_call("conv2d", hw, sizes, tile, dtype, operands, buffers, shape_of(node), algorithm, parts)
+    made = (operands, buffers, shape_of(node), algorithm, parts, dtype_of(node))
+    return kernel_call("conv2d", hw, sizes, tile, dtype, *made)
 
 
 def _taps_first(weight: torch.Tensor) -> torch.Tensor:

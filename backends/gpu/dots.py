@@ -21,7 +21,7 @@ from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
 from ..kernels.loops import Shape, constant, span, typed_kernel
-from .product import Finish, finish_vector, flat_result
+from .product import Finish, finish_vector, flat_result, room
 from .tile import LANES
 
 MOST_ROWS = 15
@@ -154,7 +154,7 @@ class _Warp:
     def _store(self, finish: Finish) -> None:
         """Lane r finishes row r, whose sums it has like all the others."""
         columns, lanes = self.plan.columns, finish.lanes
-        held = T.alloc_buffer((LANES,), "float32", scope="local")
+        held = room(self.out)
         mine = T.alloc_buffer((columns,), "float32", scope="local")
         for r in range(self.rows):
             with T.If(self.lane == r), T.Then():

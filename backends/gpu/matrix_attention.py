@@ -18,7 +18,7 @@ Registers of a head of 64 (128): result 32 (64), queries 16 (32), scores 16 (8),
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Protocol
@@ -30,9 +30,11 @@ from ...hwdb import Hardware
 from ..kernels.attention_plan import Problem
 from ..kernels.loops import Shape, constant, span, typed_kernel
 from .attention_mask import Mask
+from .copies import wait_for_copies
 from .matrix_tile import SIDE
-from .product_call import flat, lanes
-from .stage import Operand, Stage
+from .product import room, store_vector
+from .product_call import as_words, flat, lanes
+from .stage import HalfStage, Halves, Operand, Stage
 
 _WARPS = (4, 2, 1)
 _SHALLOW = 64  # heads whose tiles have 32 keys, not 16
@@ -108,9 +110,15 @@ def matrix_attention(
     causal: bool = False,
     mask: tuple[Shape, str, Shape] | None = None,
     fill: float | None = None,
+    dtypes: Sequence[str] = ("float32",) * 4,
+    asynchronous: bool = False,
 ) -> Any:
-    """As `attention.attention`; `units(dtype, lane)` says how lanes hold fragments."""
-    operands = [(shape, "float32") for shape in shapes[:3]]
+    """As `attention.attention`; `units(dtype, lane)` says how lanes hold fragments.
+
+    `dtypes` of q, k, v and the result: float32, or that of the plan. `asynchronous`: the device copies what is 16 bits
+    in memory past the registers.
+    """
+    operands = list(zip(shapes[:3], dtypes[:3], strict=True))
     if mask is not None:
         operands.append((mask[2], mask[1]))
 
@@ -125,9 +133,9 @@ def matrix_attention(
             # Tiles come in twos: the last one may lie past the end as a whole.
             masked = Mask(p, number, causal, p.keys % (2 * plan.keys) > 0, fill, *stopped)
             lane = units(plan.dtype, tirx.floormod(thread, plan.warp_threads))
-            _Block(p, plan, scale, lane, masked, (*buffers[:3], buffers[-1]), first, thread).emit()
+            _Block(p, plan, scale, lane, masked, (*buffers[:3], buffers[-1]), first, thread, asynchronous).emit()
 
-    return typed_kernel("attention", operands, [(shapes[3], "float32")], body)
+    return typed_kernel("attention", operands, [(shapes[3], dtypes[3])], body)
 
 
 class _Block:
@@ -143,11 +151,13 @@ class _Block:
         buffers: tuple[Any, ...],
         first: Any,
         thread: Any,
+        asynchronous: bool,
     ) -> None:
         self.p, self.plan, self.scale, self.lane, self.mask, self.first = p, plan, scale, lane, mask, first
         self.row = tirx.floordiv(thread, plan.warp_threads) * SIDE
-        self.thread = thread
-        q, k, v, self.out = (flat(buffer) for buffer in buffers)
+        self.thread, self.asynchronous = thread, asynchronous
+        q, k, v, out = buffers
+        self.out = flat(out)
         number = mask.number
         head = tirx.floormod(number, p.heads)
         group = tirx.floordiv(number, p.heads) * p.key_heads + tirx.floordiv(head, p.heads // p.key_heads)
@@ -156,8 +166,11 @@ class _Block:
         self.k = self._stage(_lines(k, group, p.keys, p.depth), self.depth, self.plan.keys)
         self.v = self._stage(_lines(v, group, p.keys, p.value_depth, turned=True), self.plan.keys, self.width)
 
-    def _stage(self, operand: Operand, depth: int, width: int, slots: int = 2) -> Stage:
-        return Stage(operand, depth, width, self.plan.threads, self.thread, self.plan.dtype, slots)
+    def _stage(self, operand: Operand | Halves, depth: int, width: int, slots: int = 2) -> Stage | HalfStage:
+        threads, thread, dtype = self.plan.threads, self.thread, self.plan.dtype
+        if isinstance(operand, Halves):
+            return HalfStage(operand, depth, width, threads, thread, dtype, self.asynchronous, slots)
+        return Stage(operand, depth, width, threads, thread, dtype, slots)
 
     def emit(self) -> None:
         """The statements."""
@@ -175,35 +188,42 @@ class _Block:
             _set(self.result, i, constant(0.0))
         self.q.fetch(0, self.first, 0)
         self.q.put(0)
-        _barrier()
+        self._arrived(self.q)
         for i in range(self.depth // SIDE):
             lane.load_rows(self.queries, i * lane.part, self.q.shared[0], self.q.stride, self.row, i * SIDE)
         tiles = ceil(p.keys / self.plan.keys)
         count: Any = tiles
         if self.mask.causal:
             count = tirx.min(tirx.floordiv(self.first + self.plan.queries - 1, self.plan.keys) + 1, tiles)
-        self._fetch_keys(0, tiles)
         _barrier()  # TVM puts the queries where keys come
+        self._fetch_keys(0, tiles, 0)
         self.k.put(0)
         self.v.fetch(0, 0, 0)
         self.v.put(0)
-        _barrier()
+        self._arrived(self.k, self.v)
         with T.serial(0, tirx.floordiv(count + 1, 2)) as pair:
             for slot in (0, 1):
                 tile = pair * 2 + slot
-                self._fetch_keys(tile + 1, tiles)
+                self._fetch_keys(tile + 1, tiles, 1 - slot)
                 self._score(slot, tile * self.plan.keys)
                 self.k.put(1 - slot)
                 self._soften()
                 self.v.fetch(tile + 1, 0, 1 - slot)
                 self._mix(slot)
                 self.v.put(1 - slot)
-                _barrier()
+                self._arrived(self.k, self.v)
         self._store()
 
-    def _fetch_keys(self, tile: Any, tiles: int) -> None:
+    @staticmethod
+    def _arrived(*stages: Stage | HalfStage) -> None:
+        """Wait until all threads have put, or copied, what they fetched."""
+        if any(isinstance(stage, HalfStage) and stage.asynchronous for stage in stages):
+            wait_for_copies()
+        _barrier()
+
+    def _fetch_keys(self, tile: Any, tiles: int, slot: int) -> None:
         # Past the last tile there is none to read: its scores are stopped by their numbers.
-        self.k.fetch(0, tirx.min(tile, tiles - 1) * self.plan.keys, 0)
+        self.k.fetch(0, tirx.min(tile, tiles - 1) * self.plan.keys, slot)
 
     def _score(self, slot: int, first_key: Any) -> None:
         """Scores of this lane, scaled and masked."""
@@ -273,7 +293,7 @@ class _Block:
                 lane.multiply(self.result, i * lane.part, self.powers, k * lane.part, self.held, 0)
 
     def _store(self) -> None:
-        p, lane = self.p, self.lane
+        p, lane, held = self.p, self.lane, room(self.out)
         wide = lane.neighbours if p.value_depth % lane.neighbours == 0 else 1
         for r in range(lane.rows):
             query = self.first + self.row + lane.row(r)
@@ -291,17 +311,23 @@ class _Block:
                 place = (self.mask.number * p.queries + query) * p.value_depth + column
                 if conditions:
                     with T.If(tirx.all(*conditions)), T.Then():
-                        T.buffer_store(self.out, self.result[span(at, wide)], [span(place, wide)])
+                        store_vector(self.result, at, held, self.out, span(place, wide), wide)
                 else:
-                    T.buffer_store(self.out, self.result[span(at, wide)], [span(place, wide)])
+                    store_vector(self.result, at, held, self.out, span(place, wide), wide)
 
 
-def _lines(buffer: Any, number: Any, extent: int, length: int, turned: bool = False) -> Operand:
+def _lines(buffer: Any, number: Any, extent: int, length: int, turned: bool = False) -> Operand | Halves:
     """The `extent` lines of `length` of head `number`, along the sum, or along the width where `turned`."""
     wide = lanes(length)
+    dense = flat(buffer)
+    if str(buffer.dtype) != "float32":
+        words = as_words(buffer)
+        if turned:
+            return Halves(words, lambda k, c: ((number * extent + k) * length + c, None), extent, length, "width")
+        return Halves(words, lambda k, c: ((number * extent + c) * length + k, None), length, extent)
 
     def read(along: Any, line: Any) -> Any:
-        return buffer[span((number * extent + line) * length + along, wide)]
+        return dense[span((number * extent + line) * length + along, wide)]
 
     if turned:
         return Operand(lambda line, along: read(along, line), extent, length, "width", wide)

@@ -7,7 +7,8 @@
     for every two:    twice: fetch the next one into registers, or copy it past them; multiply with this one; put the
                       next one; barrier
 
-What is float32 in memory is rounded on its way; weights are 16 bits in memory. How fragments are multiplied, and what
+What is float32 in memory is rounded on its way; weights are 16 bits in memory, and so are activations that only such
+products read (passes/store_rounded.py). How fragments are multiplied, and what
 becomes of the sums: wmma.py (NVIDIA), mfma.py (AMD).
 """
 
@@ -24,7 +25,7 @@ from ..kernels.loops import Shape
 from .copies import wait_for_copies
 from .matrix_tile import SIDE, MatrixTile
 from .product import Finish, Parts, finish_vector, flat_result, tiled
-from .stage import Operand, Stage, Weights, WeightStage
+from .stage import HalfStage, Halves, Operand, Pieces, Stage, Weights, WeightStage
 
 
 def matrix_product(
@@ -39,10 +40,11 @@ def matrix_product(
     parts: Parts,
     units: type[Units],
     asynchronous: bool = False,
+    stored: str = "float32",
 ) -> Any:
     """As `product.product`; `dtype` is what operands are rounded to, `units` the kind of matrix units.
 
-    `asynchronous`: the device copies weights past the registers.
+    `asynchronous`: the device copies what is 16 bits in memory past the registers. `stored`: the dtype of the result.
     """
 
     def block(left: Any, right: Any, finish: Finish, out: Any, first: tuple[Any, Any], thread: Any) -> None:
@@ -50,7 +52,7 @@ def matrix_product(
         sums.add_up()
         sums.store(finish, flat_result(out), (rows, columns))
 
-    return tiled(name, tile, batch, (rows, columns), operands, out, parts, block)
+    return tiled(name, tile, batch, (rows, columns), operands, (out, stored), parts, block)
 
 
 class Units:
@@ -60,7 +62,7 @@ class Units:
         self,
         tile: MatrixTile,
         dtype: str,
-        left: Operand,
+        left: Operand | Halves,
         right: Operand | Weights,
         first: tuple[Any, Any],
         thread: Any,
@@ -73,13 +75,17 @@ class Units:
         self.wide = tile.columns // tile.across // SIDE
         self.row = tirx.floordiv(self.warp, tile.across) * (self.high * SIDE)
         self.column = tirx.floormod(self.warp, tile.across) * (self.wide * SIDE)
-        self.a: Stage | WeightStage = Stage(left, tile.depth, tile.rows, tile.threads, thread, dtype)
-        self.b: Stage | WeightStage
+        self.a: Stage | Pieces
+        if isinstance(left, Halves):
+            self.a = HalfStage(left, tile.depth, tile.rows, tile.threads, thread, dtype, asynchronous)
+        else:
+            self.a = Stage(left, tile.depth, tile.rows, tile.threads, thread, dtype)
+        self.b: Stage | Pieces
         if isinstance(right, Weights):
             self.b = WeightStage(right, tile.depth, tile.columns, tile.threads, thread, dtype, asynchronous)
         else:
             self.b = Stage(right, tile.depth, tile.columns, tile.threads, thread, dtype)
-        self.copies = asynchronous and isinstance(right, Weights)
+        self.copies = asynchronous and (isinstance(left, Halves) or isinstance(right, Weights))
         self.declare()
 
     def declare(self) -> None:

@@ -18,8 +18,8 @@ from tvm.tirx.script import builder as T
 from ..kernels.loops import constant, span
 from .matrix_product import Units
 from .matrix_tile import SIDE
-from .product import Finish
-from .stage import Stage, WeightStage
+from .product import Finish, room
+from .stage import Pieces, Stage
 from .tile import LANES
 
 _FOUR = 4  # of the sum in a lane's part of a fragment
@@ -52,7 +52,7 @@ class Mfma(Units):
         """y[16 columns][16 of the sum] x[16 rows][16 of the sum]^T, added to sums; where this lane's parts begin."""
         _add_product(self.dtype, self.sums, sums, self.x, rows, self.y, columns)
 
-    def _load(self, stage: Stage | WeightStage, held: Any, slot: int, k: int, first: Any, count: int) -> None:
+    def _load(self, stage: Stage | Pieces, held: Any, slot: int, k: int, first: Any, count: int) -> None:
         line = tirx.floormod(self.lane, SIDE)
         depth = tirx.floordiv(self.lane, SIDE) * _FOUR + k
         for i in range(count):
@@ -66,7 +66,7 @@ class Mfma(Units):
 
     def store(self, finish: Finish, out: Any, extents: tuple[int, int]) -> None:
         """Write the sums, nothing past the ends: a lane has four neighbours of each fragment."""
-        held = T.alloc_buffer((LANES,), "float32", scope="local")
+        held = room(out)
         line, four = tirx.floormod(self.lane, SIDE), tirx.floordiv(self.lane, SIDE) * LANES
         for at in range(self.high * self.wide):
             row = self.first[0] + self.row + at // self.wide * SIDE + line

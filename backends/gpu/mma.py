@@ -20,6 +20,7 @@ from .matrix_tile import SIDE
 
 _LOAD, _LOAD_TURNED, _MULTIPLY = "load_matrices", "load_matrices_turned", "multiply_"
 _READ, _WRITE = 1, 2  # of an access pointer
+_LINE = 8  # elements that a lane points ldmatrix at
 _KINDS = {"float16": "f16", "bfloat16": "bf16"}
 
 
@@ -94,28 +95,31 @@ class MmaLanes:
     def load_rows(self, held: Any, at: int, tile: Any, stride: int, row: Any, k: int) -> None:
         """Rows from `row`, 16 of the sum from `k`; neighbours of the sum are neighbours in `tile`."""
         line, further = tirx.floormod(self.lane, SIDE), tirx.floordiv(self.lane, SIDE) * 8
-        self._fill(_LOAD, held, at, tile[(row + line) * stride + k + further])
+        self._fill(_LOAD, held, at, tile, (row + line) * stride + k + further)
 
     def load_columns(self, held: Any, at: int, tile: Any, stride: int, column: Any, k: int) -> None:
         """As `load_rows`, for the right operand."""
         line = tirx.floordiv(self.lane, SIDE) * 8 + tirx.floormod(self.lane, 8)
         further = tirx.floormod(tirx.floordiv(self.lane, 8), 2) * 8
-        self._fill(_LOAD, held, at, tile[(column + line) * stride + k + further])
+        self._fill(_LOAD, held, at, tile, (column + line) * stride + k + further)
 
     def load_columns_turned(self, held: Any, at: int, tile: Any, stride: int, column: int, k: int) -> None:
         """As `load_columns`, where neighbouring columns are neighbours in `tile`."""
         line, further = tirx.floormod(self.lane, SIDE), tirx.floordiv(self.lane, SIDE) * 8
-        self._fill(_LOAD_TURNED, held, at, tile[(k + line) * stride + column + further])
+        self._fill(_LOAD_TURNED, held, at, tile, (k + line) * stride + column + further)
 
     def multiply(self, sums: Any, at: int, rows: Any, row_at: int, columns: Any, column_at: int) -> None:
         """Add a product of 16 x 16 x 16 to `sums`; where the parts of this lane begin."""
-        added = self._held(sums, at, "float32", _READ | _WRITE)
-        left, right = self._held(rows, row_at, self.dtype, _READ), self._held(columns, column_at, self.dtype, _READ)
+        added = self._pointer(sums, at, self.part, "float32", _READ | _WRITE)
+        left = self._pointer(rows, row_at, self.part, self.dtype, _READ)
+        right = self._pointer(columns, column_at, self.part, self.dtype, _READ)
         T.evaluate(T.call_extern("void", _MULTIPLY + self.dtype, added, left, right))
 
-    def _fill(self, name: str, held: Any, at: int, element: Any) -> None:
-        T.evaluate(T.call_extern("void", name, self._held(held, at, self.dtype, _WRITE), T.address_of(element)))
+    def _fill(self, name: str, held: Any, at: int, tile: Any, place: Any) -> None:
+        to = self._pointer(held, at, self.part, self.dtype, _WRITE)
+        T.evaluate(T.call_extern("void", name, to, self._pointer(tile, place, _LINE, self.dtype, _READ)))
 
-    def _held(self, buffer: Any, at: int, dtype: str, access: int) -> Any:
-        """The values of a fragment: an address alone would be that of one value, and the buffer cut to it."""
-        return T.tvm_access_ptr(T.type_annotation(dtype), buffer.data, at, self.part, access)
+    @staticmethod
+    def _pointer(buffer: Any, at: Any, count: int, dtype: str, access: int) -> Any:
+        """To `count` values: an address alone would be that of one value, and the buffer cut to it."""
+        return T.tvm_access_ptr(T.type_annotation(dtype), buffer.data, at, count, access)

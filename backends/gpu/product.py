@@ -27,7 +27,7 @@ from tvm.tirx.script import builder as T
 
 from ..kernels.epilogue import apply_activation
 from ..kernels.loops import Shape, constant, span, typed_kernel
-from .stage import Operand, Stage, Weights
+from .stage import Halves, Operand, Stage, Weights
 from .tile import LANES, Tile
 
 
@@ -55,7 +55,7 @@ class Finish:
 
 
 # (buffers of the operands, that of the result, number in the batch) -> how a product is read and finished.
-Parts = Callable[[Sequence[Any], Any, Any], "tuple[Operand, Operand | Weights, Finish]"]
+Parts = Callable[[Sequence[Any], Any, Any], "tuple[Operand | Halves, Operand | Weights, Finish]"]
 
 
 def product(
@@ -76,7 +76,7 @@ def product(
     def block(left: Any, right: Any, finish: Finish, out: Any, first: tuple[Any, Any], thread: Any) -> None:
         _block(tile, left, right, finish, out, (rows, columns), first, thread)
 
-    return tiled(name, tile, batch, (rows, columns), operands, out, parts, block)
+    return tiled(name, tile, batch, (rows, columns), operands, (out, "float32"), parts, block)
 
 
 def tiled(
@@ -85,7 +85,7 @@ def tiled(
     batch: int,
     extents: tuple[int, int],
     operands: Sequence[tuple[Shape, str]],
-    out: Shape,
+    out: tuple[Shape, str],
     parts: Parts,
     block: Callable[[Any, Any, Finish, Any, tuple[Any, Any], Any], None],
 ) -> Any:
@@ -103,7 +103,7 @@ def tiled(
             left, right, finish = parts(buffers[:-1], buffers[-1], number)
             block(left, right, finish, buffers[-1], (first_row, first_column), thread)
 
-    return typed_kernel(name, operands, [(out, "float32")], body)
+    return typed_kernel(name, operands, [out], body)
 
 
 def _block(
@@ -168,7 +168,7 @@ def _store(
 ) -> None:
     """Write the sums of a thread, row by row, nothing past the ends."""
     flat = flat_result(out)
-    held = T.alloc_buffer((LANES,), "float32", scope="local")
+    held = room(flat)
     rows_apart = tile.rows // (tile.thread_rows // LANES)
     columns_apart = tile.columns // (tile.thread_columns // LANES)
     for i in range(tile.thread_rows):
@@ -186,26 +186,51 @@ def _store(
 
 
 def finish_vector(finish: Finish, sums: Any, at: int, held: Any, out: Any, row: Any, column: Any) -> None:
-    """Store the `finish.lanes` sums from `at`, which become those of `row` from `column`; `held` is room for 4.
+    """Store the `finish.lanes` sums from `at`, which become those of `row` from `column`; `held` is `room` of `out`.
 
     Vectors are copied only, never added or cast: TVM's CUDA generator (0.27) names what it loads for that by the text
     of the load, and finds the name again where the memory has changed since.
     """
-    lanes, where = finish.lanes, span(at, finish.lanes)
+    lanes = finish.lanes
     place = span(finish.place(row, column), lanes)
     added = [] if finish.bias is None else [finish.bias(row, column, lanes)]
     added += [] if finish.residual is None else [finish.residual[place]]
     for values in added:
-        T.buffer_store(held, values, [span(0, lanes)])
+        T.buffer_store(held.wide, values, [span(0, lanes)])
         for i in range(lanes):
-            T.buffer_store(sums, sums[at + i] + held[i], [at + i])
+            T.buffer_store(sums, sums[at + i] + held.wide[i], [at + i])
     if finish.activation != "none":
         for i in range(lanes):
             T.buffer_store(sums, apply_activation(T.bind(sums[at + i]), finish.activation, finish.args), [at + i])
-    T.buffer_store(out, sums[where], [place])
+    store_vector(sums, at, held, out, place, lanes)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Registers for 4 values on their way to a result, in float32 and, where that is another, in its dtype."""
+
+    wide: Any
+    rounded: Any = None
+
+
+def room(out: Any) -> Room:
+    """Declare it for a result."""
+    wide = T.alloc_buffer((LANES,), "float32", scope="local")
+    dtype = str(out.dtype)
+    return Room(wide, None if dtype == "float32" else T.alloc_buffer((LANES,), dtype, scope="local"))
+
+
+def store_vector(values: Any, at: int, held: Room, out: Any, place: Any, lanes: int) -> None:
+    """Store `lanes` values from `at`, rounded where the result is; one by one, as `finish_vector` says."""
+    if held.rounded is None:
+        T.buffer_store(out, values[span(at, lanes)], [place])
+        return
+    for i in range(lanes):
+        T.buffer_store(held.rounded, tirx.Cast(str(out.dtype), values[at + i]), [i])
+    T.buffer_store(out, held.rounded[span(0, lanes)], [place])
 
 
 def flat_result(buffer: Any) -> Any:
-    """The dense `buffer` as one dimension, in float32."""
+    """The dense `buffer` as one dimension."""
     size = prod(int(extent) for extent in buffer.shape)
-    return T.decl_buffer((size,), "float32", data=buffer.data)
+    return T.decl_buffer((size,), buffer.dtype, data=buffer.data)

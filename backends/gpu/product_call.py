@@ -78,9 +78,10 @@ def lanes(*extents: int) -> int:
     return LANES if all(extent % LANES == 0 for extent in extents) else 1
 
 
-def refused(node: fx.Node, *read: fx.Node) -> Refusal | None:
-    """Why a kernel does not take these tensors, or None."""
-    return refuse_dtypes(node, *read) or refuse_large(node, *read)
+def refused(node: fx.Node, *read: fx.Node, rounded: str = "float32") -> Refusal | None:
+    """Why a kernel does not take these tensors, or None; the result and the first read may be `rounded` ones."""
+    wide = [tensor for tensor in (node, *read[:1]) if rounded == "float32" or dtype_of(tensor) != rounded]
+    return refuse_dtypes(*wide, *read[1:]) or refuse_large(node, *read)
 
 
 def narrow(rows: int, columns: int, depth: int) -> Refusal | None:
@@ -106,33 +107,55 @@ def kernel_call(
     out: Shape,
     algorithm: str,
     parts: Parts,
+    stored: str = "float32",
 ) -> KernelCall:
     """The kernel of products of batch, rows, columns and depth `sizes` in a tile of `tile_for`.
 
-    `buffers` are shape and dtype of the operands as the kernel reads them.
+    `buffers` are shape and dtype of the operands as the kernel reads them, `stored` is the dtype of the result.
     """
     batch, rows, columns, depth = sizes
     if isinstance(tile, Tile):
         func = product(name, tile, batch, rows, columns, buffers, out, parts)
     else:
         units = Mfma if hw.isa == "amdgcn" else Wmma
-        past = isinstance(hw, Gpu) and hw.copies_past_registers
-        func = matrix_product(name, tile, batch, rows, columns, dtype, buffers, out, parts, units, past)
+        past = copies_past_registers(hw)
+        func = matrix_product(name, tile, batch, rows, columns, dtype, buffers, out, parts, units, past, stored)
         algorithm = f"{dtype} {algorithm}"
     right = 4.0 if dtype == "float32" else 2.0
     work = Work(
         flops={dtype: 2.0 * batch * rows * columns * depth},
-        bytes_read=batch * (4.0 * rows + right * columns) * depth,
-        bytes_written=4.0 * batch * rows * columns,
+        bytes_read=batch * (item_bytes(buffers[0][1]) * rows + right * columns) * depth,
+        bytes_written=item_bytes(stored) * batch * rows * columns,
         launches=1,
         tasks=tile.blocks,
     )
     return KernelCall(func, tuple(operands), algorithm, tile.reason, work)
 
 
+def copies_past_registers(hw: Hardware) -> bool:
+    """Whether memory goes to shared memory without registers."""
+    return isinstance(hw, Gpu) and hw.copies_past_registers
+
+
+def item_bytes(dtype: str) -> float:
+    """Of an element of float32, float16 or bfloat16."""
+    return 4.0 if dtype == "float32" else 2.0
+
+
+def dtype_of(node: fx.Node) -> str:
+    """TVM's name of it."""
+    return str(node.meta["val"].dtype).removeprefix("torch.")
+
+
 def floats(*operands: fx.Node | None) -> list[tuple[Shape, str]]:
     """Shape and dtype of those operands that there are."""
-    return [(shape_of(operand), "float32") for operand in operands if operand is not None]
+    return [(shape_of(operand), dtype_of(operand)) for operand in operands if operand is not None]
+
+
+def as_words(buffer: Any) -> Any:
+    """A dense buffer of 16 bits as one dimension of int32."""
+    size = prod(int(extent) for extent in buffer.shape) // 2
+    return T.decl_buffer((size,), "int32", data=buffer.data)
 
 
 def packed_weights(

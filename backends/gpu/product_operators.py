@@ -38,6 +38,8 @@ from .product_call import (
     FEWEST,
     Extra,
     as_weights,
+    as_words,
+    dtype_of,
     flat,
     floats,
     kernel_call,
@@ -48,7 +50,7 @@ from .product_call import (
     refused,
     tile_for,
 )
-from .stage import Operand, Weights
+from .stage import Halves, Operand, Weights
 from .tile import LANES, Tile
 
 aten = torch.ops.aten
@@ -73,7 +75,7 @@ def _with_weight(
     columns, depth = out[-1], shape_of(x)[-1]
     rows = prod(out[:-1])
     read = (x, *([weight] if dtype == "float32" else []), *extra.operands)
-    refusal = refused(node, *read) or extra.refusal(out, columns)
+    refusal = refused(node, *read, rounded=dtype) or extra.refusal(out, columns)
     if refusal is None and 0 < rows <= MOST_ROWS and columns >= FEWEST:
         return _few_rows(node, hw, x, weight, extra, (rows, columns, depth), transposed, dtype)
     refusal = refusal or narrow(rows, columns, depth)
@@ -83,10 +85,12 @@ def _with_weight(
     tile = tile_for(hw, sizes, dtype)
     padded = -(-columns // LANES) * LANES
 
-    def parts(buffers: Sequence[Any], out: Any, number: Any) -> tuple[Operand, Operand | Weights, Finish]:
+    def parts(buffers: Sequence[Any], out: Any, number: Any) -> tuple[Operand | Halves, Operand | Weights, Finish]:
         x, wide = flat(buffers[0]), lanes(depth)
         weight = buffers[1]
-        left = Operand(lambda k, r: x[span(r * depth + k, wide)], depth, rows, "depth", wide)
+        left: Operand | Halves = Operand(lambda k, r: x[span(r * depth + k, wide)], depth, rows, "depth", wide)
+        if str(x.dtype) != "float32":
+            left = Halves(as_words(buffers[0]), lambda k, r: (r * depth + k, None), depth, rows)
         right: Operand | Weights
         if isinstance(tile, Tile):
             right = Operand(lambda k, c: weight[k, span(c, LANES)], depth, padded, "width", LANES)
@@ -101,7 +105,8 @@ def _with_weight(
         turned = packed_weights(weight, (lambda w: w) if transposed else (lambda w: w.t()), tile, dtype)
         buffers = [*floats(x), packed_shape(columns, depth, tile), *floats(*extra.operands)]
     operands: list[fx.Node | Packed] = [x, turned, *extra.operands]
-    return kernel_call("linear", hw, sizes, tile, dtype, operands, buffers, out, "tiled product", parts)
+    stored = dtype_of(node)
+    return kernel_call("linear", hw, sizes, tile, dtype, operands, buffers, out, "tiled product", parts, stored)
 
 
 def _few_rows(
@@ -240,15 +245,15 @@ def _dialect_conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
 def _rounding_linear(node: fx.Node, hw: Hardware, dtype: str) -> KernelCall | Refusal:
     x, weight, bias, residual, activation, args, round_input, narrowed = bind(node)
     few = prod(shape_of(node)[:-1]) <= MOST_ROWS
-    if round_input == few or narrowed:
-        return Refusal("matrix units multiply rounded operands, few rows are not rounded, and results are float32")
+    if round_input == few or (narrowed and few):
+        return Refusal("matrix units multiply rounded operands, few rows are not rounded, nor are their results")
     return _with_weight(node, hw, x, weight, Extra(bias, residual, activation, args), True, dtype)
 
 
 def _rounding_conv(node: fx.Node, hw: Hardware, dtype: str) -> KernelCall | Refusal:
     x, weight, bias, residual, stride, padding, dilation, groups, activation, args, layout, *rounded = bind(node)
-    if rounded != [True, False]:
-        return Refusal("matrix units multiply rounded operands, and results are float32")
+    if not rounded[0]:
+        return Refusal("matrix units multiply rounded operands")
     extra = Extra(bias, residual, activation, args)
     return convolution(node, hw, x, weight, extra, Window(stride, padding, dilation, groups), layout, dtype)
 

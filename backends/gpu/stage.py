@@ -7,8 +7,9 @@ registers   what a thread carries of the next tile while it multiplies with this
 along the width (k, j..j+3 are neighbours in memory)          one 128-bit load and store        [depth][width + 8]
 along the sum   (k..k+3, j are neighbours)                    a load, four stores that turn it  [width][depth + 8]
 weights         (16 bits, whole tiles, along the sum)                                           [width][depth + 8]
+halves          (16 bits, along the sum or the width)                                           as 16 bits above
 
-Weights need no registers where the device copies past them: cp.async, of 16 bytes (copies.py).
+Weights and halves need no registers where the device copies past them: cp.async, of 16 bytes (copies.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ..kernels.loops import constant, span
-from .copies import copy_16_bytes
+from .copies import copy_16_bytes, copy_16_bytes_inside
 from .tile import LANES, PAD
 
 PAD16 = 8  # behind a row of 16 bits: matrix units take strides of whole 16 bytes
@@ -49,6 +50,19 @@ class Weights:
 
     words: Any  # buffer of one dimension
     depth: int  # elements of a row in memory: of an even number of tiles
+
+
+@dataclass(frozen=True)
+class Halves:
+    """An activation in 16 bits, two in an int32: `at(k, place)` is where 8 neighbours begin, `along` the sum or the
+    width, and whether they are inside, None for always. Both extents along which they lie are multiples of 8.
+    """
+
+    words: Any  # flat buffer
+    at: Callable[[Any, Any], tuple[Any, Any]]
+    depth: int
+    width: int
+    along: Literal["width", "depth"] = "depth"
 
 
 class Stage:
@@ -138,37 +152,56 @@ class Stage:
         return (outer, inner) if self.operand.along == "width" else (inner, outer)
 
 
-class WeightStage:
-    """The same for weights, which are copied as they are: past the registers where `asynchronous`."""
-
-    deep = True
+class Pieces:
+    """The tiles of one operand that is 16 bits in memory, copied in pieces of 16 bytes: past the registers where
+    `asynchronous`. `deep`: its neighbours lie along the sum, else along the width.
+    """
 
     def __init__(
-        self, weights: Weights, depth: int, width: int, threads: int, thread: Any, dtype: str, asynchronous: bool
+        self,
+        words: Any,
+        extents: tuple[int, int],
+        deep: bool,
+        threads: int,
+        thread: Any,
+        dtype: str,
+        asynchronous: bool,
+        slots: int = 2,
     ) -> None:
-        """Declare registers and shared memory."""
-        self.weights, self.depth, self.asynchronous = weights, depth, asynchronous
-        self.stride = depth + PAD16
+        """Declare registers and shared memory; `words` is the flat operand, two elements in an int32."""
+        self.words, self.deep, self.asynchronous = words, deep, asynchronous
+        self.depth, self.width = extents
+        lines, self.across = (self.width, self.depth) if deep else (self.depth, self.width)
+        self.stride = self.across + PAD16
         self.threads, self.thread = threads, thread
-        self.pieces = depth * width // _PIECE
+        self.pieces = lines * self.across // _PIECE
         self.turns = -(-self.pieces // threads)
-        self.shared = _tiles(width * self.stride, dtype, 2)
+        self.shared = _tiles(lines * self.stride, dtype, slots)
         if not asynchronous:
             self.registers = T.alloc_buffer((self.turns * _WORDS,), "int32", scope="local")
-            size = width * self.stride // 2
+            size = lines * self.stride // 2
             self.views = [T.decl_buffer((size,), "int32", data=tile.data, scope="shared") for tile in self.shared]
+
+    def place(self, step: Any, first: Any, line: Any, piece: Any) -> tuple[Any, Any]:
+        """The element where a piece of tile `step` begins, `first` of the width on, and whether it is inside."""
+        raise NotImplementedError
 
     def fetch(self, step: Any, first: Any, slot: int) -> None:
         """Load tile `step` of the sum at `first` of the width, or begin to copy it to `slot`."""
-        # One tile more than there are is fetched, and never read.
-        start = tirx.min(step, self.weights.depth // self.depth - 1) * self.depth
 
-        def move(turn: int, k: Any, place: Any) -> None:
-            word = tirx.floordiv((first + place) * self.weights.depth + start + k, 2)
-            if self.asynchronous:
-                copy_16_bytes(self.shared[slot], place * self.stride + k, self.weights.words, word)
+        def move(turn: int, line: Any, along: Any) -> None:
+            element, inside = self.place(step, first, line, along)
+            word = tirx.floordiv(element, 2)
+            to = line * self.stride + along
+            if self.asynchronous and inside is None:
+                copy_16_bytes(self.shared[slot], to, self.words, word)
+            elif self.asynchronous:
+                copy_16_bytes_inside(self.shared[slot], to, self.words, word, inside)
             else:
-                T.buffer_store(self.registers, self.weights.words[span(word, _WORDS)], [span(turn * _WORDS, _WORDS)])
+                value = self.words[span(word, _WORDS)]
+                zeros = tirx.Broadcast(tirx.const(0, "int32"), _WORDS)
+                value = value if inside is None else tirx.if_then_else(inside, value, zeros)
+                T.buffer_store(self.registers, value, [span(turn * _WORDS, _WORDS)])
 
         self._every_piece(move)
 
@@ -177,23 +210,69 @@ class WeightStage:
         if self.asynchronous:
             return
 
-        def store(turn: int, k: Any, place: Any) -> None:
-            word = tirx.floordiv(place * self.stride + k, 2)
+        def store(turn: int, line: Any, along: Any) -> None:
+            word = tirx.floordiv(line * self.stride + along, 2)
             T.buffer_store(self.views[slot], self.registers[span(turn * _WORDS, _WORDS)], [span(word, _WORDS)])
 
         self._every_piece(store)
 
     def _every_piece(self, action: Callable[[int, Any, Any], None]) -> None:
-        """`action(turn, k, place)` for the pieces of this thread."""
-        across = self.depth // _PIECE
+        """`action(turn, line of the tile, element of the line)` for the pieces of this thread."""
+        across = self.across // _PIECE
         for turn in range(self.turns):
             piece = self.thread + turn * self.threads
-            k, place = tirx.floormod(piece, across) * _PIECE, tirx.floordiv(piece, across)
+            line, along = tirx.floordiv(piece, across), tirx.floormod(piece, across) * _PIECE
             if (turn + 1) * self.threads > self.pieces:
                 with T.If(piece < self.pieces), T.Then():
-                    action(turn, k, place)
+                    action(turn, line, along)
             else:
-                action(turn, k, place)
+                action(turn, line, along)
+
+
+class WeightStage(Pieces):
+    """The tiles of weights, of which there are only whole ones."""
+
+    def __init__(
+        self, weights: Weights, depth: int, width: int, threads: int, thread: Any, dtype: str, asynchronous: bool
+    ) -> None:
+        """Declare registers and shared memory."""
+        super().__init__(weights.words, (depth, width), True, threads, thread, dtype, asynchronous)
+        self.length = weights.depth
+
+    def place(self, step: Any, first: Any, line: Any, along: Any) -> tuple[Any, Any]:
+        """Always inside: one tile more than there are is fetched, and never read."""
+        start = tirx.min(step, self.length // self.depth - 1) * self.depth
+        return (first + line) * self.length + start + along, None
+
+
+class HalfStage(Pieces):
+    """The tiles of an activation in 16 bits; zeros past the ends."""
+
+    def __init__(
+        self,
+        operand: Halves,
+        depth: int,
+        width: int,
+        threads: int,
+        thread: Any,
+        dtype: str,
+        asynchronous: bool,
+        slots: int = 2,
+    ) -> None:
+        """Declare registers and shared memory."""
+        deep = operand.along == "depth"
+        super().__init__(operand.words, (depth, width), deep, threads, thread, dtype, asynchronous, slots)
+        self.operand = operand
+
+    def place(self, step: Any, first: Any, line: Any, along: Any) -> tuple[Any, Any]:
+        """Where the operand has it, inside its ends."""
+        operand = self.operand
+        k, place = (along, line) if self.deep else (line, along)
+        k, place = step * self.depth + k, first + place
+        element, inside = operand.at(k, place)
+        conditions = [k < operand.depth] if inside is None else [k < operand.depth, inside]
+        conditions += [place < operand.width] if operand.width % self.width else []
+        return element, tirx.all(*conditions)
 
 
 def _tiles(size: int, dtype: str, count: int) -> list[Any]:

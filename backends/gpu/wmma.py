@@ -16,8 +16,8 @@ from tvm.tirx.script import builder as T
 from ..kernels.loops import span
 from .matrix_product import Units
 from .matrix_tile import SIDE
-from .product import Finish
-from .stage import Stage, WeightStage
+from .product import Finish, room
+from .stage import Pieces, Stage
 from .tile import LANES
 
 _FRAGMENT = SIDE * SIDE
@@ -46,9 +46,7 @@ class Wmma(Units):
                 at, sums = i * self.wide + j, self.sums.data
                 T.evaluate(T.tvm_mma_sync(sums, at, self.x.data, i, self.y.data, j, sums, at))
 
-    def _load(
-        self, stage: Stage | WeightStage, held: Any, slot: int, k: int, first: Any, count: int, layout: str
-    ) -> None:
+    def _load(self, stage: Stage | Pieces, held: Any, slot: int, k: int, first: Any, count: int, layout: str) -> None:
         for i in range(count):
             start = (first + i * SIDE) * stage.stride + k if stage.deep else k * stage.stride + first + i * SIDE
             pointer = _pointer(stage.shared[slot], self.dtype, start, SIDE * stage.stride)
@@ -57,7 +55,7 @@ class Wmma(Units):
     def store(self, finish: Finish, out: Any, extents: tuple[int, int]) -> None:
         """Write the sums, nothing past the ends: a lane has half a row of each fragment."""
         values = T.alloc_buffer((SIDE // 2,), "float32", scope="local")
-        held = T.alloc_buffer((LANES,), "float32", scope="local")
+        held = room(out)
         base = self.warp * _FRAGMENT
         line, half = tirx.floordiv(self.lane, 2), tirx.floormod(self.lane, 2) * (SIDE // 2)
         for at in range(self.high * self.wide):

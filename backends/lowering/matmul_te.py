@@ -161,6 +161,7 @@ def attention(
     is_causal: bool,
     scale: float,
     fill: float | None = None,
+    narrow: bool = False,
 ) -> te.Tensor:
     """softmax(q k^T scale + mask) v; a row the mask leaves nothing of is zeros, as torch has it, NaN with `fill`.
 

@@ -23,8 +23,8 @@ from graphwright.backends.gpu.matrix_tile import MatrixTile
 from graphwright.backends.gpu.mfma import Mfma, MfmaLanes
 from graphwright.backends.gpu.mma import MmaLanes
 from graphwright.backends.gpu.product import Finish, product
-from graphwright.backends.gpu.product_call import as_weights, packed_shape, packed_weights
-from graphwright.backends.gpu.stage import Operand
+from graphwright.backends.gpu.product_call import as_weights, as_words, packed_shape, packed_weights
+from graphwright.backends.gpu.stage import Halves, Operand
 from graphwright.backends.gpu.tile import CANDIDATES, LANES, Tile, choose_tile
 from graphwright.backends.gpu.wmma import Wmma
 from graphwright.backends.kernels.attention_plan import Problem
@@ -35,18 +35,28 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emul
 
 # Rows, columns and sum of a product: whole tiles, tails everywhere, and what 128-bit accesses cannot have.
 SIZES = {"whole": (64, 64, 64), "ragged": (70, 44, 52), "odd": (33, 35, 37), "deep": (64, 64, 128)}
+SIZES["eights"] = (70, 37, 72)
 NARROW = ("float16", "bfloat16")
-ROUNDED = ("deep", "ragged", "odd")  # on matrix units
-FORMS = ("wide", "carried", "copied")  # how their weights come in
-ROUNDINGS = [(case, dtype, form) for case in ROUNDED for dtype in NARROW for form in FORMS]
+ROUNDED = ("deep", "ragged", "odd", "eights")  # on matrix units
+# How their weights come in: float32, 16 bits, 16 bits past the registers; with 16: the activations, in and out, too.
+FORMS = ("wide", "carried", "copied", "carried16", "copied16")
+ROUNDINGS = [
+    (case, dtype, form)
+    for case in ROUNDED
+    for dtype in NARROW
+    for form in FORMS
+    if not form.endswith("16") or SIZES[case][2] % 8 == 0
+]
 # Barriers, shuffles and waits for copies of the kernels they are taken out of. On tensor cores: 3 in the loop, and
 # those between the four fragments of a warp on their way through shared memory.
 COUNTS = {
     "product_whole_32x32": (3, 0, 0),
     "attention_causal": (4, 8, 0),
     "rounded_deep_float16_copied": (10, 0, 3),
+    "rounded_eights_float16_copied16": (10, 0, 3),
     "few_one_float16": (0, 5, 0),
     "matrix_causal_float16": (5, 16, 0),
+    "matrix_plain_float16_copied": (5, 16, 4),
 }
 BROKEN = ("sync", "shuffle", "wait")
 # Of matrix units: with a thread for each piece of the weights, and on waves of 64 with more.
@@ -55,9 +65,18 @@ TILES = (MatrixTile(64, 64, 32, 2, 2), MatrixTile(32, 32, 32, 2, 2, warp_threads
 FEW = {"one": (1, 4, 512), "tail": (5, 37, 264), "wide": (15, 20, 256)}
 FEW_DTYPES = ("float32", *NARROW)
 # Batch, heads, heads of keys, queries, keys, depth, depth of values.
-ATTENTIONS = {"plain": (2, 2, 2, 20, 70, 24, 24), "causal": (1, 4, 2, 77, 77, 16, 20), "odd": (1, 3, 1, 17, 33, 7, 5)}
+ATTENTIONS = {"plain": (2, 2, 2, 20, 70, 24, 24), "causal": (1, 4, 2, 77, 77, 16, 24), "odd": (1, 3, 1, 17, 33, 7, 5)}
+# Operands in float32, in 16 bits through registers, and past them.
+ROUNDED_ATTENTIONS = [
+    (name, dtype, form)
+    for name, sizes in ATTENTIONS.items()
+    for dtype in NARROW
+    for form in ("", "carried", "copied")
+    if form == "" or sizes[-1] % 8 == 0
+]
 # The powers of scores are rounded to 16 bits by as much as 2^-11 or 2^-8 of themselves, against what v has of up to 4.
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
+UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 def multiplication(tile: Tile, rows: int, columns: int, depth: int):
@@ -79,25 +98,28 @@ def multiplication(tile: Tile, rows: int, columns: int, depth: int):
 def rounded(dtype: str, rows: int, columns: int, depth: int, form: str, units: type = Wmma):
     """a[rows, depth] b[depth, columns] + bias + residual on matrix units, in the smallest tile.
 
-    `form`: b is float32 ("wide"), or weights in 16 bits, copied past the registers ("copied") or not ("carried").
+    `form`: see FORMS.
     """
-    tile = TILES[units is not Wmma]
+    tile, halves = TILES[units is not Wmma], form.endswith("16")
     deep, wide = LANES if depth % LANES == 0 else 1, LANES if columns % LANES == 0 else 1
 
     def parts(buffers, out, number):
         a, b, bias, residual = (flat(buffer) for buffer in buffers)
         right = Operand(lambda k, c: b[span(k * columns + c, wide)], depth, columns, "width", wide)
+        left = Operand(lambda k, r: a[span(r * depth + k, deep)], depth, rows, "depth", deep)
+        if halves:
+            left = Halves(as_words(buffers[0]), lambda k, r: (r * depth + k, None), depth, rows)
         return (
-            Operand(lambda k, r: a[span(r * depth + k, deep)], depth, rows, "depth", deep),
+            left,
             right if form == "wide" else as_weights(buffers[1]),
             Finish(lambda r, c: r * columns + c, wide, lambda r, c, n: bias[span(c, n)], residual),
         )
 
     weights = ((depth, columns), "float32") if form == "wide" else packed_shape(columns, depth, tile)
-    buffers = [((rows, depth), "float32"), weights, ((columns,), "float32"), ((rows, columns), "float32")]
-    return matrix_product(
-        "product", tile, 1, rows, columns, dtype, buffers, (rows, columns), parts, units, form == "copied"
-    )
+    stored = dtype if halves else "float32"
+    buffers = [((rows, depth), stored), weights, ((columns,), "float32"), ((rows, columns), "float32")]
+    sizes, past = (1, rows, columns), form.startswith("copied")
+    return matrix_product("product", tile, *sizes, dtype, buffers, (rows, columns), parts, units, past, stored)
 
 
 def few(case: str, dtype: str, warp_threads: int = 32):
@@ -116,7 +138,7 @@ def few(case: str, dtype: str, warp_threads: int = 32):
     return dots(plan, (rows, columns, depth), buffers, (rows, columns), finish)
 
 
-def attended(name: str, dtype: str = "float32", units: type = MmaLanes):
+def attended(name: str, dtype: str = "float32", form: str = "", units: type = MmaLanes):
     p = Problem(*ATTENTIONS[name])
     shapes = (
         (p.batch, p.heads, p.queries, p.depth),
@@ -128,7 +150,8 @@ def attended(name: str, dtype: str = "float32", units: type = MmaLanes):
     if dtype == "float32":
         return attention(p, Plan(16, 32, 1), 0.3, shapes, causal=name == "causal", mask=mask)
     plan = MatrixPlan(2, 16 if name == "odd" else 32, dtype, 1, 32 if units is MmaLanes else 64)
-    return matrix_attention(p, plan, 0.3, shapes, units, causal=name == "causal", mask=mask)
+    dtypes = ["float32" if form == "" else dtype] * 4
+    return matrix_attention(p, plan, 0.3, shapes, units, name == "causal", mask, None, dtypes, form == "copied")
 
 
 class EmulatedMfma(Mfma):
@@ -153,13 +176,15 @@ def on_waves():
     functions = {
         f"rounded_{case}_{dtype}_{form}": rounded(dtype, *SIZES[case], form, EmulatedMfma)
         for case, dtype, form in ROUNDINGS
-        if form != "copied"
+        if not form.startswith("copied")
     }
     functions["product_ragged_64x64"] = multiplication(Tile(64, 64, 16, 4, 4), *SIZES["ragged"])
     functions["attention_causal"] = attended("causal")
     functions["few_tail_bfloat16"] = few("tail", "bfloat16", 64)
     functions |= {
-        f"matrix_{name}_{dtype}": attended(name, dtype, EmulatedMfmaLanes) for name in ATTENTIONS for dtype in NARROW
+        "_".join(["matrix", name, dtype, form]).rstrip("_"): attended(name, dtype, form, EmulatedMfmaLanes)
+        for name, dtype, form in ROUNDED_ATTENTIONS
+        if form != "copied"
     }
     sources, launches = kernels.generated(functions, lookup("a100"))
     return kernels.compiled(sources, launches, 64), tuple(functions)
@@ -173,7 +198,7 @@ def everything():
         for tile in CANDIDATES if name == "ragged" else CANDIDATES[-1:]:
             functions[f"product_{name}_{tile[0]}x{tile[1]}"] = multiplication(Tile(*tile), *sizes)
     functions |= {f"attention_{name}": attended(name) for name in ATTENTIONS}
-    functions |= {f"matrix_{name}_{dtype}": attended(name, dtype) for name in ATTENTIONS for dtype in NARROW}
+    functions |= {"_".join(["matrix", *parts]).rstrip("_"): attended(*parts) for parts in ROUNDED_ATTENTIONS}
     for case, dtype, form in ROUNDINGS:
         functions[f"rounded_{case}_{dtype}_{form}"] = rounded(dtype, *SIZES[case], form)
     functions |= {f"few_{case}_{dtype}": few(case, dtype) for case in FEW for dtype in FEW_DTYPES}
@@ -211,6 +236,8 @@ def arrays(name: str, waves: bool = False) -> tuple[dict[str, np.ndarray], np.nd
             tile = TILES[waves]
             pack = packed_weights(None, lambda w: w.t(), tile, rest[0]).pack
             operands[1] = pack(torch.from_numpy(operands[1])).numpy()
+        if rest[1].endswith("16"):
+            operands[0] = halves(operands[0], dtype)
     elif kind == "few":
         rows, columns, depth = FEW[case]
         operands = [drawn(rows, depth), drawn(columns, depth), drawn(columns), drawn(rows, columns)]
@@ -224,6 +251,8 @@ def arrays(name: str, waves: bool = False) -> tuple[dict[str, np.ndarray], np.nd
         operands.append(drawn(batch, key_heads, keys, width))
         dtype = getattr(torch, rest[0] if rest else "float32")
         seen = (torch.from_numpy(x).to(dtype).double().numpy() for x in operands)
+        if rest[1:]:
+            operands = [halves(x, dtype) for x in operands]
         q, k, v = (np.repeat(x, heads // x.shape[1], axis=1) for x in seen)
         scores = q @ k.swapaxes(-1, -2) * 0.3
         if case == "causal":
@@ -236,7 +265,14 @@ def arrays(name: str, waves: bool = False) -> tuple[dict[str, np.ndarray], np.nd
             powers = np.nan_to_num(np.exp(scores - scores.max(-1, keepdims=True)))
         exact = powers @ v / np.maximum(powers.sum(-1, keepdims=True), 1e-300)
     named = {f"in{i}": x for i, x in enumerate(operands)}
-    return {**named, "out0": np.full(exact.shape, np.nan, np.float32)}, exact
+    nothing = np.full(exact.shape, np.nan, np.float32)
+    stored = halves(nothing, dtype) if rest[1:] and (kind == "matrix" or rest[1].endswith("16")) else nothing
+    return {**named, "out0": stored}, exact
+
+
+def halves(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Rounded to 16 bits, as numbers without a meaning for numpy."""
+    return torch.from_numpy(x).to(dtype).view(torch.int16).numpy()
 
 
 def error(name: str, reverse: bool, waves: bool = False) -> float:
@@ -245,7 +281,11 @@ def error(name: str, reverse: bool, waves: bool = False) -> float:
     given, exact = arrays(name, waves)
     if run(name, given, reverse) is not None:
         return np.inf
-    difference = np.abs(given["out0"] - exact).max()
+    out = given["out0"]
+    if out.dtype == np.int16:
+        out = torch.from_numpy(out).view(getattr(torch, name.split("_")[2])).double().numpy()
+        exact = exact + (out - exact).clip(*(sign * np.abs(exact) * UNIT[name.split("_")[2]] for sign in (-1, 1)))
+    difference = np.abs(out - exact).max()
     return np.inf if np.isnan(difference) else float(difference)
 
 
@@ -267,7 +307,7 @@ NAMES = [
     [
         *NAMES,
         *(f"attention_{name}" for name in ATTENTIONS),
-        *(f"matrix_{name}_{dtype}" for name in ATTENTIONS for dtype in NARROW),
+        *("_".join(["matrix", *parts]).rstrip("_") for parts in ROUNDED_ATTENTIONS),
         *(f"rounded_{case}_{dtype}_{form}" for case, dtype, form in ROUNDINGS),
         *(f"few_{case}_{dtype}" for case in FEW for dtype in FEW_DTYPES),
     ],

@@ -100,6 +100,10 @@ inline void copy_16_bytes(void *shared, const void *memory) {
   if (emulated::copies_at_once) std::memcpy(shared, memory, 16);
   else emulated::current->copies.emplace_back(shared, memory);
 }
+inline void copy_16_bytes_inside(void *shared, const void *memory, int inside) {
+  static const unsigned char zeros[16] = {};
+  copy_16_bytes(shared, inside ? memory : zeros);
+}
 inline void wait_for_copies() {
   for (auto &[shared, memory] : emulated::current->copies) std::memcpy(shared, memory, 16);
   emulated::current->copies.clear();

@@ -41,6 +41,7 @@ template <class T> struct Pair { T x, y; };
 using half = emulated::Half;
 using __half = half;
 using __half2 = emulated::Pair<half>;
+using half2 = __half2;
 using nv_bfloat16 = emulated::Brain;
 struct nv_bfloat162 : emulated::Pair<nv_bfloat16> {
   nv_bfloat162() = default;
