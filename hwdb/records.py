@@ -247,6 +247,8 @@ class Hardware:
         """Why graphwright makes no code for this machine, or None where it does."""
         if self.toolchain == "none":
             return "no compiler for it is known here; it is in the database for planning"
+        if self.kind != "gpu" and "linux" not in self.triple.split("-"):
+            return f"code is made for Linux and Android, and {self.triple} is neither"
         return None
 
     @property

@@ -169,7 +169,9 @@ def _from_llvm(target: Mapping[str, Any]) -> Hardware:
             (features.add if attribute[0] == "+" else features.discard)(name)
     facts: dict[str, Any] = {"features": frozenset(features)}
     if triple:
-        facts["triple"] = re.sub("^arm64-", "aarch64-", triple)  # LLVM takes arm64 for another architecture
+        # LLVM takes arm64 for another architecture, and where the vendor is left out each part for the one before.
+        named = re.sub("^arm64-", "aarch64-", triple)
+        facts["triple"] = re.sub("^([^-]+)-linux-", r"\1-unknown-linux-", named)
     if "num-cores" in target:
         facts["cores"] = target["num-cores"]
     return records.build(id, **facts)

@@ -242,9 +242,19 @@ def test_a_tvm_target_names_processor_features_and_cores():
             "num-cores": 2,
         }
     )
-    assert (hw.id, hw.triple, hw.cores, hw.dot_product()) == ("cortex-a76", "aarch64-linux-android", 2, "i8mm")
+    assert (hw.id, hw.cores, hw.dot_product()) == ("cortex-a76", 2, "i8mm")
+    assert hw.triple == "aarch64-unknown-linux-android"
     assert hwdb.lookup({"kind": "llvm", "mtriple": "arm64-apple-darwin"}).triple == "aarch64-apple-darwin"
     assert hwdb.lookup('{"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "znver4"}').id == "zen4"
+
+
+def test_code_is_made_for_linux_and_android():
+    for triple in ("arm64-apple-darwin", "x86_64-pc-windows-msvc"):
+        with pytest.raises(UnknownTarget, match=r"code is made for Linux and Android, and .* is neither"):
+            hwdb.compile_target({"kind": "llvm", "mtriple": triple})
+    # LLVM would take "linux" for the vendor, and with it another calling convention.
+    hw = hwdb.compile_target({"kind": "llvm", "mtriple": "armv7a-linux-gnueabihf"})
+    assert (hw.isa, hw.triple) == ("armv7", "armv7a-unknown-linux-gnueabihf")
 
 
 @pytest.mark.parametrize("name", ["zen4", "raspberry-pi-5", "x86-64-v2", "sapphirerapids", "riscv64", "loongarch64"])
