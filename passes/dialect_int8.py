@@ -19,6 +19,7 @@ machine code aside). Sums must fit: K * 255 * 127 < 2^31.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -107,10 +108,37 @@ def _finish(
     return (y if dtype is None else _round(y, out_scale, out_zero, dtype)).contiguous()
 
 
+def _exact(weight: Tensor) -> torch.dtype:
+    """A type of floats that holds every sum of bytes times these weights: float32 while all are below 2^24."""
+    largest = float(weight.float().abs().flatten(1).sum(1).max()) if weight.numel() else 0.0
+    return torch.float32 if 255.0 * largest < 2.0**24 else torch.float64
+
+
 def _product(x: Tensor, zero: int, weight: Tensor) -> Tensor:
-    """Exact sums of (x - zero) . weight[N, K]^T: in float32 while every partial sum is below 2^24, else in float64."""
-    wide = torch.float32 if weight.shape[1] * 255 * 128 <= 2**24 else torch.float64
+    """Exact sums of (x - zero) . weight[N, K]^T."""
+    wide = _exact(weight)
     return F.linear(x.to(wide) - zero, weight.to(wide))
+
+
+def _convolved(input: Tensor, zero: int, weight: Tensor, sizes: Sequence[Sequence[int]], groups: int) -> Tensor:
+    """Exact sums over the windows of images [N, H, W, C]; `sizes`: stride, padding, dilation."""
+    stride, (top, bottom, left, right), dilation = sizes
+    if weight.shape[1] == 1 and groups == len(weight):  # tap by tap: PyTorch takes milliseconds for doubles in groups
+        wide = _exact(weight)
+        x, w = F.pad(input.to(wide) - zero, (0, 0, left, right, top, bottom)), weight.to(wide)
+        extents = [
+            (x.shape[1 + d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] * stride[d] for d in (0, 1)
+        ]
+        sums = x.new_zeros(())
+        for i, j in product(range(weight.shape[2]), range(weight.shape[3])):
+            y, z = i * dilation[0], j * dilation[1]
+            read = x[:, y : y + extents[0] + 1 : stride[0], z : z + extents[1] + 1 : stride[1]]
+            sums = sums + read * w[:, 0, i, j]
+        return sums
+    x = F.pad(input.double() - zero, (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)
+    sums = F.conv2d(x, weight.double(), None, list(stride), 0, list(dilation), groups)
+    # Convolutions may be computed by transforms, which leave a trace of rounding on whole numbers.
+    return sums.round().permute(0, 2, 3, 1)
 
 
 def _qlinear(
@@ -173,11 +201,7 @@ def _qconv2d(
     if weight.shape[2:] == (1, 1) and groups == 1 and list(stride) == [1, 1] and not any(padding):
         sums = _product(input, input_zero, weight.flatten(1))
     else:
-        top, bottom, left, right = padding
-        x = F.pad(input.to(torch.float64) - input_zero, (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)
-        sums = F.conv2d(x, weight.to(torch.float64), None, list(stride), 0, list(dilation), groups)
-        # Convolutions may be computed by transforms, which leave a trace of rounding on whole numbers.
-        sums = sums.round().permute(0, 2, 3, 1)
+        sums = _convolved(input, input_zero, weight, (stride, padding, dilation), groups)
     added = (bias, residual, residual_scale, residual_zero)
     return _finish(sums, scale, *added, activation, activation_args, out_scale, out_zero, dtype)
 
