@@ -295,7 +295,7 @@ def _verify(
         log.warning("%s\nUntil then PyTorch runs the model.", wrong)
         left_out = {node.name: wrong.splitlines()[0] for node in built.graph.graph.nodes}
         built = _build_again(directory, captured, attempt, precision, left_out)
-    samples = precision.samples or ((inputs, compare.reference(captured.graph, inputs)),)
+    samples = precision.samples or calibration.with_references(captured, [inputs])
     names = [s.name for s in captured.signature.outputs if isinstance(s, TensorSpec)]
     wide = precision is FP32 or options.precision == "fp32"
     allowed = compare.tolerance_for(captured.graph, options.tolerance) if wide else precision.allowed

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
 
-from .reference import max_absolute, relative_l2, run_eager_keeping, run_float64, widen
+from ..errors import GraphwrightError, InputError
+from .reference import Keeping, max_absolute, relative_l2, run_float64, widen
 from .report import ErrorRow
+from .users_line import users_line
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -91,10 +94,13 @@ class Difference:
     allowed: float
 
 
-def reference(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Reference:
-    """Run the captured graph in float64 and in its own dtypes; an operator without a float64 form counts as exact."""
+def reference(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], names: Sequence[str] = ()) -> Reference:
+    """Run the captured graph in float64 and in its own dtypes; an operator without a float64 form counts as exact.
+
+    Raises InputError, with the user's line, where PyTorch does not run the model on these inputs; `names` are theirs.
+    """
     sources = _sources(graph)
-    eager, values = run_eager_keeping(graph, inputs, {source for source, _ in sources.values()})
+    eager, values = _run(graph, inputs, names, {source for source, _ in sources.values()})
     chosen = {output: Chosen(values[source], dim) for output, (source, dim) in sources.items()}
     try:
         return Reference(run_float64(graph, inputs), eager, chosen)
@@ -102,6 +108,24 @@ def reference(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Referenc
         log.warning("the model does not run in float64, so that PyTorch's own numbers are the reference: %s", error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Reference([widen(x) for x in eager], eager, chosen, reason)
+
+
+def _run(
+    graph: fx.GraphModule, inputs: Sequence[torch.Tensor], names: Sequence[str], wanted: Collection[fx.Node]
+) -> tuple[list[torch.Tensor], dict[fx.Node, Any]]:
+    run = Keeping(graph, wanted)
+    try:
+        with torch.no_grad():
+            return list(run.run(*inputs)), run.values
+    except GraphwrightError:
+        raise
+    except Exception as error:
+        names = names or [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+        taken = ", ".join(f"{name} {t.dtype} {tuple(t.shape)}" for name, t in zip(names, inputs, strict=True))
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        line = None if run.current is None else users_line(run.current)
+        where = f"\nwhere the model says:\n{line}" if line else ""
+        raise InputError(f"PyTorch does not run the model on {taken}: {reason}{where}") from error
 
 
 def _sources(graph: fx.GraphModule) -> dict[int, tuple[fx.Node, int | None]]:

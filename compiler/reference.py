@@ -35,11 +35,13 @@ class Keeping(fx.Interpreter):
         super().__init__(graph)
         self.wanted = set(wanted)
         self.values: dict[fx.Node, Any] = {}
+        self.current: fx.Node | None = None  # what runs, or what an error came from
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(target, tuple(in_order(target, args)), kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
+        self.current = n
         value = super().run_node(n)
         if n in self.wanted:
             self.values[n] = value

@@ -4,6 +4,8 @@
     by x        1 inside [low, high], 0 outside                               the straight-through estimator
     by s        round(x / s) - x / s inside, low or high outside, times 1 / sqrt(count * high)
     at first    s = max |x| / high
+    always      s in [max |x| / high / FINEST, max |x| / high], max |x| over all that was seen: coarser steps leave
+                codes unused, and an optimizer with momentum that overshoots to where all is rounded to 0 never returns
 
 The paper begins with 2 mean |x| / sqrt(high), which is for few bits: of 127 codes, normal numbers would use some 28.
 Values have one step, and codes from 0 to 255: 0 stands for code 0 where no negative value was seen, for 128 otherwise.
@@ -22,12 +24,23 @@ from ...passes.int8_scales import WEIGHT_LIMIT
 
 HIGHEST = 255  # code of a value
 MIDDLE = 128  # the code of 0 where values have both signs
+FINEST = 256.0  # times finer than the largest value needs: all but a 256th of the range is clipped
 LEAST = 2.0**-126  # of a step: the smallest normal number, so that its inverse is finite
 
 
 def rounded(x: Tensor) -> Tensor:
     """x rounded half to even, with the derivative of x."""
     return x + (x.round() - x).detach()
+
+
+def bounded(step: nn.Parameter, largest: Tensor, high: int) -> None:
+    """Bring a step that an optimizer made back to where its codes are used."""
+    with torch.no_grad():
+        highest = initial_step(largest, high)
+        # A step that is not finite is none: it begins again.
+        wanted = torch.where(step.isfinite(), step.abs(), highest).clamp(highest / FINEST, highest)
+        if not torch.equal(wanted, step):
+            step.copy_(wanted)
 
 
 def slowed(step: Tensor, factor: float) -> Tensor:
@@ -46,34 +59,43 @@ class ValueStep(nn.Module):
 
     zero: Tensor
     seen: Tensor
+    largest: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.step = nn.Parameter(torch.ones(()))
         self.register_buffer("zero", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("largest", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         """x, rounded."""
         if not bool(self.seen) or self.training:
             self._look(x.detach())
         zero = int(self.zero)
+        if bool(self.seen):
+            bounded(self.step, self.largest, HIGHEST - zero)
         step = slowed(self.step, 1.0 / math.sqrt(max(1, x[0].numel() if x.dim() else 1) * (HIGHEST - zero)))
         # By the inverse, as the operator `quantize` has it.
         return rounded((x * step.reciprocal()).clamp(-zero, HIGHEST - zero)) * step
 
     def bounds(self) -> tuple[float, float]:
         """The least and the largest value that have a code."""
-        step, zero = float(self.step.detach().abs().clamp_min(LEAST)), int(self.zero)
+        zero = int(self.zero)
+        bounded(self.step, self.largest, HIGHEST - zero)
+        step = float(self.step.detach().abs().clamp_min(LEAST))
         return -zero * step, (HIGHEST - zero) * step
 
     def _look(self, x: Tensor) -> None:
+        """Take note of finite values: the sign of a batch, and how far it reaches."""
         with torch.no_grad():
+            x = x if bool(x.isfinite().all()) else x[x.isfinite()]
             if not x.numel():
                 return
+            self.largest.copy_(torch.maximum(self.largest, x.abs().max()))
             if not bool(self.seen):
                 self.zero.fill_(MIDDLE if float(x.min()) < 0.0 else 0)
-                self.step.copy_(initial_step(x.abs().max(), HIGHEST - int(self.zero)))
+                self.step.copy_(initial_step(self.largest, HIGHEST - int(self.zero)))
                 self.seen.fill_(True)
             elif not int(self.zero) and float(x.min()) < 0.0:  # the first values were of one sign by chance
                 self.zero.fill_(MIDDLE)
@@ -90,5 +112,7 @@ class WeightSteps(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weights, rounded."""
+        largest = weight.detach().float().abs().flatten(1).amax(1).reshape(self.step.shape)
+        bounded(self.step, largest, WEIGHT_LIMIT)
         step = slowed(self.step, 1.0 / math.sqrt(max(1, weight[0].numel()) * WEIGHT_LIMIT))
         return rounded((weight / step).clamp(-WEIGHT_LIMIT, WEIGHT_LIMIT)) * step

@@ -29,7 +29,6 @@ from .sparsity_patterns import (
 log = logging.getLogger(__name__)
 
 BUDGETS = ("per_layer", "global")
-PRUNED = 0.1  # of a weight's elements are zero, at least, where `keep_zeros` takes it for pruned
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
@@ -130,20 +129,18 @@ class KeptZeros:
 def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptZeros:
     """Let the zeros of pruned weights stay zeros while `optimizer` trains them: they are set again after every step.
 
-    A weight of a linear layer or convolution counts as pruned where a tenth of it is zero, by whatever pruned it, but
-    not all of it.
-    Raises InputError where no weight is.
+    Of linear layers and convolutions, whoever put the zeros there and however few they are; a weight that is zero as a
+    whole (a layer that begins so) is left to the optimizer.
+    Raises InputError where no weight has zeros.
     """
     zeros = {
         f"{name}.weight".lstrip("."): (module.weight, (module.weight == 0).detach())
         for name, module in model.named_modules()
         if isinstance(module, _LAYERS)
     }
-    found = {n: (w, z) for n, (w, z) in zeros.items() if PRUNED <= float(z.float().mean()) < 1.0}
+    found = {n: (w, z) for n, (w, z) in zeros.items() if bool(z.any()) and not bool(z.all())}
     if not found:
-        raise InputError(
-            "keep_zeros: no linear layer or convolution of the model has a tenth of its weights zero: prune it first"
-        )
+        raise InputError("keep_zeros: no linear layer or convolution has zeros in its weights: prune the model first")
     kept = KeptZeros(found)
     kept._handle = optimizer.register_step_post_hook(lambda *_: kept.apply())
     return kept

@@ -476,3 +476,18 @@ def test_attention_without_keys_gives_zeros() -> None:
     q, k, v = torch.randn(2, 3, 7, 5), torch.randn(2, 3, 0, 5), torch.randn(2, 3, 0, 5)
     for attend in (lambda q, k, v: torch.softmax(q @ k.mT * 0.4, -1) @ v, nn.functional.scaled_dot_product_attention):
         close(graphwright.compile(attend, (q, k, v), cache=False)(q, k, v), torch.zeros(2, 3, 7, 5))
+
+
+def test_an_example_that_pytorch_cannot_run_is_refused_with_the_line() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 4)
+
+        def forward(self, words: torch.Tensor) -> torch.Tensor:
+            return self.table(words) * 2.0
+
+    with pytest.raises(InputError, match=r"does not run the model on words torch.int64.*index out of range") as error:
+        graphwright.compile(Words(), (torch.tensor([3, 50]),))
+    assert "return self.table(words) * 2.0" in str(error.value)
+    assert isinstance(error.value.__cause__, IndexError)

@@ -212,7 +212,7 @@ def test_nothing_to_prune_or_to_keep() -> None:
     with pytest.raises(InputError, match=r"its 3 inputs are no multiple of 4"):
         graphwright.prune(nn.Linear(3, 8))
     dense = model()
-    with pytest.raises(InputError, match="prune it first"):
+    with pytest.raises(InputError, match="prune the model first"):
         graphwright.keep_zeros(dense, torch.optim.SGD(dense.parameters(), 0.1))
 
 
@@ -238,3 +238,20 @@ def test_every_pattern_is_described() -> None:
     assert graphwright.prune.__doc__ is not None
     for name in PATTERNS:
         assert f'"{name}"' in graphwright.prune.__doc__
+
+
+def test_a_single_zero_is_kept_too() -> None:
+    layers = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with torch.no_grad():
+        layers[0].weight[3, 5] = 0.0
+        layers[1].weight.zero_()  # as a whole: a layer that begins so, and is trained
+    optimizer = torch.optim.SGD(layers.parameters(), 0.1, momentum=0.9)
+    with graphwright.keep_zeros(layers, optimizer) as kept:
+        assert kept.names == ("0.weight",)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (layers(torch.randn(4, 16)) - 1.0).square().mean().backward()
+            optimizer.step()
+    assert int((layers[0].weight == 0).sum()) == 1
+    assert float(layers[0].weight[3, 5].detach()) == 0.0
+    assert bool(layers[1].weight.any())

@@ -200,3 +200,48 @@ def test_calibration_that_is_not_finite_is_refused(bad: float) -> None:
         model[0].bias.fill_(bad)
     with pytest.raises(InputError, match="calibration: 2 reads infinities or NaN"):
         graphwright.prepare_qat(model, [torch.ones(2, 4)])
+
+
+def test_momentum_does_not_carry_a_step_away() -> None:
+    """Unbounded, this optimizer leaves rows of weights a single code: 1 of 127."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    x = torch.randn(64, 32)
+    wanted = x @ torch.randn(32, 8) / 6.0
+    prepared = graphwright.prepare_qat(model, [x])
+    optimizer = torch.optim.SGD(prepared.parameters(), 0.1, momentum=0.95)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.mse_loss(prepared(x), wanted).backward()
+        optimizer.step()
+    prepared.eval().requires_grad_(False)
+    assert float(F.mse_loss(prepared(x), wanted)) < 0.25 * float(wanted.square().mean())
+    for layer in (prepared[0], prepared[2]):
+        codes = layer.weight_steps(layer.weight) / layer.weight_steps.step
+        assert float(codes.abs().amax(1).min()) > 100.0  # of 127: none is so coarse that codes are left unused
+
+
+def test_a_step_thrown_anywhere_comes_back() -> None:
+    for thrown in (1e6, -3.0, 0.0, float("nan"), float("inf")):
+        step, weight = ValueStep(), torch.randn(4, 6)
+        x = torch.randn(8, 6)
+        step(x)
+        weights = WeightSteps(weight)
+        for one in (step.step, weights.step):
+            one.data.fill_(thrown)
+        assert float((step(x) - x).abs().max()) <= float(x.abs().max())
+        assert bool(step(x).any())
+        assert bool(weights(weight).abs().amax(1).gt(0.0).all())
+        assert step.bounds()[1] > 0.0
+
+
+def test_values_that_are_not_finite_set_no_step() -> None:
+    step = ValueStep()
+    step(torch.full((2, 3), float("nan")))
+    assert not bool(step.seen)
+    given = torch.tensor([[1.0, float("inf"), float("nan"), -2.0]])
+    made = step(given)
+    assert float(step.step.detach()) == pytest.approx(2.0 / (HIGHEST - MIDDLE))
+    assert bool(made[0, 2].isnan())
+    step(torch.tensor([[1.0, -2.0]])).sum().backward()
+    assert bool(step.step.grad.isfinite())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from graphwright.compiler.compression.observe import certain_means
 from graphwright.compiler.compression.ranges import BINS, METHODS, Seen
 
 
@@ -66,3 +67,19 @@ def test_constants_and_zeros(method: str) -> None:
     low, high = METHODS[method](seen(torch.full((50,), 2.5)))
     assert high == pytest.approx(2.5, rel=1e-3)
     assert low <= 2.5
+
+
+def test_means_of_few_rows_are_not_trusted() -> None:
+    """Of one row nothing is; chance is taken off nearly to 0; a mean that is there stays, as it does of many rows."""
+    generator = torch.Generator().manual_seed(0)
+
+    def certain(rows: int, mean: float) -> torch.Tensor:
+        x = torch.randn(rows, 4096, generator=generator).double() + mean
+        return certain_means(x.sum(0), x.square().sum(0), rows)
+
+    assert not bool(certain(1, 5.0).any())
+    by_chance = certain(8, 0.0)
+    assert float(by_chance.square().mean()) < 0.5 / 8  # of the variance of a mean of 8 rows
+    assert float(certain(8, 5.0).mean()) == pytest.approx(5.0, rel=0.02)
+    x = torch.randn(5000, 16, generator=generator).double() + torch.linspace(1.0, 2.0, 16)
+    torch.testing.assert_close(certain_means(x.sum(0), x.square().sum(0), 5000), x.mean(0), rtol=1e-3, atol=0.0)
