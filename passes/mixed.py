@@ -24,8 +24,8 @@ def _widened(tensors: Sequence[Tensor | None]) -> list[Any]:
     return [None if t is None else t.to(wide) for t in tensors]
 
 
-def _linear(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The body and the fake kernel of a linear operator that rounds to `dtype`."""
+def _linear(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The body of a linear operator that rounds to `dtype`."""
 
     def body(
         input: Tensor,
@@ -42,6 +42,12 @@ def _linear(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Te
         result: Tensor = dialect.linear(x, w, b, r, activation, list(activation_args))
         return result.to(dtype) if narrow else result
 
+    return body
+
+
+def linear_fake(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The fake kernel of a linear operator that rounds to `dtype`."""
+
     def fake(
         input: Tensor,
         weight: Tensor,
@@ -54,7 +60,7 @@ def _linear(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Te
     ) -> Tensor:
         return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=dtype if narrow else torch.float32)
 
-    return body, fake
+    return fake
 
 
 def _linear_w8(
@@ -124,60 +130,56 @@ def _embedding_w8_fake(weight: Tensor, scale: Tensor, indices: Tensor) -> Tensor
     return scale.new_empty((*indices.shape, weight.shape[1]))
 
 
-def _conv2d(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """The body and the fake kernel of a convolution that rounds to `dtype`."""
+def _conv2d(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The body of a convolution that rounds to `dtype`."""
 
-    def body(*args: Any) -> Tensor:
-        return _rounding_conv2d(dtype, *args)
+    def body(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: str,
+        round_input: bool,
+        narrow: bool,
+    ) -> Tensor:
+        x, w, b, r = _widened((input, weight, bias, residual))
+        x = x.to(dtype).to(x.dtype) if round_input else x
+        sizes = (list(stride), list(padding), list(dilation), groups)
+        result: Tensor = dialect.conv2d(x, w, b, r, *sizes, activation, list(activation_args), layout)
+        return result.to(dtype) if narrow else result
 
-    def fake(*args: Any) -> Tensor:
-        return _rounding_conv2d_fake(dtype, *args)
-
-    return body, fake
-
-
-def _rounding_conv2d(
-    dtype: torch.dtype,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    activation_args: Sequence[float],
-    layout: str,
-    round_input: bool,
-    narrow: bool,
-) -> Tensor:
-    x, w, b, r = _widened((input, weight, bias, residual))
-    x = x.to(dtype).to(x.dtype) if round_input else x
-    sizes = (list(stride), list(padding), list(dilation), groups)
-    result: Tensor = dialect.conv2d(x, w, b, r, *sizes, activation, list(activation_args), layout)
-    return result.to(dtype) if narrow else result
+    return body
 
 
-def _rounding_conv2d_fake(
-    dtype: torch.dtype,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    activation_args: Sequence[float],
-    layout: str,
-    round_input: bool,
-    narrow: bool,
-) -> Tensor:
-    sizes = (list(stride), list(padding), list(dilation), groups)
-    shape = dialect.conv2d(input, weight.to(input.dtype), None, None, *sizes, "none", [], layout).shape
-    return input.new_empty(shape, dtype=dtype if narrow else torch.float32)
+def conv2d_fake(dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The fake kernel of a convolution that rounds to `dtype`."""
+
+    def fake(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        activation: str,
+        activation_args: Sequence[float],
+        layout: str,
+        round_input: bool,
+        narrow: bool,
+    ) -> Tensor:
+        sizes = (list(stride), list(padding), list(dilation), groups)
+        shape = dialect.conv2d(input, weight.to(input.dtype), None, None, *sizes, "none", [], layout).shape
+        return input.new_empty(shape, dtype=dtype if narrow else torch.float32)
+
+    return fake
 
 
 def _attention(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
@@ -221,10 +223,10 @@ def _attention(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[...,
 _EPILOGUE = "str activation, float[] activation_args"
 _PRECISION = "bool round_input, bool narrow"
 
-_LINEAR = f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}, {_PRECISION}) -> Tensor"
+LINEAR = f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}, {_PRECISION}) -> Tensor"
 
-linear_bf16 = dialect.define("linear_bf16", _LINEAR, *_linear(torch.bfloat16))
-linear_f16 = dialect.define("linear_f16", _LINEAR, *_linear(torch.float16))
+linear_bf16 = dialect.define("linear_bf16", LINEAR, _linear(torch.bfloat16), linear_fake(torch.bfloat16))
+linear_f16 = dialect.define("linear_f16", LINEAR, _linear(torch.float16), linear_fake(torch.float16))
 linear_w8 = dialect.define(
     "linear_w8",
     f"(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
@@ -240,12 +242,12 @@ linear_w4 = dialect.define(
 embedding_w8 = dialect.define(
     "embedding_w8", "(Tensor weight, Tensor scale, Tensor indices) -> Tensor", _embedding_w8, _embedding_w8_fake
 )
-_CONV2D = (
+CONV2D = (
     "(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
     f"int[] dilation, int groups, {_EPILOGUE}, str layout, {_PRECISION}) -> Tensor"
 )
-conv2d_bf16 = dialect.define("conv2d_bf16", _CONV2D, *_conv2d(torch.bfloat16))
-conv2d_f16 = dialect.define("conv2d_f16", _CONV2D, *_conv2d(torch.float16))
+conv2d_bf16 = dialect.define("conv2d_bf16", CONV2D, _conv2d(torch.bfloat16), conv2d_fake(torch.bfloat16))
+conv2d_f16 = dialect.define("conv2d_f16", CONV2D, _conv2d(torch.float16), conv2d_fake(torch.float16))
 _ATTENTION = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float? fill=None, bool narrow=False) "
     "-> Tensor"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dialect
+from . import dialect, mixed
 
 BLOCK = 32
 _STEP = 8
@@ -64,19 +64,6 @@ def _linear(
     return _finished(sums.view(*input.shape[:-1], -1), bias, residual, activation, activation_args)
 
 
-def _linear_fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    activation_args: Sequence[float],
-    round_input: bool,
-    narrow: bool,
-) -> Tensor:
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
-
-
 def _conv2d(
     input: Tensor,
     weight: Tensor,
@@ -98,41 +85,10 @@ def _conv2d(
     x = F.pad(input.permute(0, 3, 1, 2), (left, right, top, bottom))
     taps = F.unfold(x, tuple(weight.shape[2:]), tuple(dilation), 0, tuple(stride)).transpose(1, 2)
     sums = half_sums(taps.reshape(-1, taps.shape[-1]), weight.flatten(1))
-    shape = _conv2d_fake(input, weight, None, None, stride, padding, dilation, 1, "none", [], layout, True, False).shape
-    return _finished(sums.view(shape), bias, residual, activation, activation_args)
-
-
-def _conv2d_fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    activation_args: Sequence[float],
-    layout: str,
-    round_input: bool,
-    narrow: bool,
-) -> Tensor:
-    ends, sizes = (padding[0] + padding[1], padding[2] + padding[3]), input.shape[1:3]
     reach = [dilation[i] * (weight.shape[2 + i] - 1) + 1 for i in (0, 1)]
-    height, width = ((sizes[i] + ends[i] - reach[i]) // stride[i] + 1 for i in (0, 1))
-    return input.new_empty((input.shape[0], height, width, weight.shape[0]))
+    height, width = ((x.shape[2 + i] - reach[i]) // stride[i] + 1 for i in (0, 1))
+    return _finished(sums.view(x.shape[0], height, width, -1), bias, residual, activation, activation_args)
 
 
-_PRECISION = "str activation, float[] activation_args, {layout}bool round_input, bool narrow"
-_OPERANDS = "Tensor input, Tensor weight, Tensor? bias, Tensor? residual"
-
-linear_half: Any = dialect.define(
-    "linear_half", f"({_OPERANDS}, {_PRECISION.format(layout='')}) -> Tensor", _linear, _linear_fake
-)
-conv2d_half: Any = dialect.define(
-    "conv2d_half",
-    f"({_OPERANDS}, int[] stride, int[] padding, int[] dilation, int groups, "
-    f"{_PRECISION.format(layout='str layout, ')}) -> Tensor",
-    _conv2d,
-    _conv2d_fake,
-)
+linear_half: Any = dialect.define("linear_half", mixed.LINEAR, _linear, mixed.linear_fake(torch.float16))
+conv2d_half: Any = dialect.define("conv2d_half", mixed.CONV2D, _conv2d, mixed.conv2d_fake(torch.float16))
