@@ -107,6 +107,7 @@ class Gpu(Accelerator):
     shared_reserved_bytes: int = 0  # of every block, by the driver
     shared_banks: int | None = None
     fp8_format: Literal["ocp", "fnuz"] | None = None
+    dies: int = 1  # GPUs that the runtime sees, each with an equal share of the units and of the memory
 
     def bandwidth_gbs(self, level: int) -> float | None:
         """GB/s of all units together from cache `level`; level 0 is DRAM. L1 gives one word a bank and clock."""

@@ -39,6 +39,7 @@ _GPU = (
     "shared_reserved_bytes",
     "shared_banks",
     "fp8_format",
+    "dies",
 )
 _NPU = ("sram_bytes", "sram_gbs")
 

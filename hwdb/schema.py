@@ -292,6 +292,7 @@ GPU = {
     "shared_banks": between(1, 1024, whole),
     "l1_bytes_per_unit": SIZE,
     "fp8_format": one_of("ocp", "fnuz"),
+    "dies": between(1, 64, whole),  # GPUs that the runtime sees, of equal shares
 }
 NPU = {"sram_bytes": SIZE, "sram_gbs": RATE, "dtypes": dtypes}
 

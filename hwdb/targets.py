@@ -21,6 +21,7 @@ from . import isa as instruction_set
 from .accelerators import Gpu
 from .loader import Database, database
 from .naming import spelling
+from .planning import planned
 from .records import Hardware
 
 log = logging.getLogger(__name__)
@@ -50,13 +51,15 @@ _ROOTS = {
 
 
 def compile_target(target: str | Mapping[str, Any] | Hardware) -> Hardware:
-    """Return the machine to compile for, with generic limits where its facts are uncertain.
+    """Return the machine to compile for: generic limits where facts are uncertain, one die of a GPU that has several.
 
     Raises UnknownTarget where there is no such machine, or no code can be made for it; InputError for other types.
     """
     hw = resolve(target)
     if why := hw.refusal():
         raise UnknownTarget(f"cannot compile for {hw.id} ({hw.name}): {why}")
+    if isinstance(hw, Gpu):
+        return planned(hw)
     uncertain = hw.confidence == "low" and not hw.native and hw.isa in _ROOTS
     return with_generic_limits(hw) if uncertain else hw
 

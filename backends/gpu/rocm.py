@@ -76,6 +76,37 @@ def with_device_functions(module: Any) -> Any:
     return ir.IRModule(functions)
 
 
+def with_loops(module: Any) -> Any:
+    """The kernels with loops around barriers whose number of turns LLVM cannot see, so that it leaves them loops.
+
+    It unrolls loops with arrays in registers up to 2,700 instructions (AMDGPUTargetTransformInfo.cpp of LLVM,
+    amdgpu-unroll-threshold-private): all nine tiles of a convolution's sum then load at a time, and spill.
+    """
+    import tvm_ffi
+    from tvm import ir, tirx
+
+    barrier = ir.Op.get("tirx.tvm_storage_sync")
+
+    def waits(statement: Any) -> bool:
+        found: list[Any] = []
+        tvm_ffi.structural_walk(statement, [(ir.Call, lambda call: found.extend([1] * call.op.same_as(barrier)))])
+        return bool(found)
+
+    def counted(loop: Any) -> Any:
+        if loop.kind != tirx.ForKind.SERIAL or not isinstance(loop.extent, tirx.IntImm) or not waits(loop.body):
+            return loop
+        # Bytes of shared memory, which the last stage of LLVM puts in: not negative, so nothing is added.
+        number = tirx.op.call_llvm_pure_intrin("int32", "llvm.amdgcn.groupstaticsize")
+        extent = loop.extent + tirx.Cast(str(loop.extent.ty.dtype), tirx.shift_right(number, tirx.const(31, "int32")))
+        return tirx.For(loop.loop_var, loop.min, extent, loop.kind, loop.body)
+
+    functions = {
+        variable: function.with_body(tvm_ffi.structural_map(function.body, (tirx.For, counted)))
+        for variable, function in module.functions_items()
+    }
+    return ir.IRModule(functions)
+
+
 @contextmanager
 def callbacks(arch: str, wave_threads: int) -> Iterator[list[bytes]]:
     """Let TVM's code generation use our bitcode and linker while inside; the list gets the code objects it links.

@@ -96,14 +96,16 @@ def _register_reducers() -> None:
 
 
 def _has_elements(function: Any) -> bool:
-    """Whether a block writes something: loops in an order of their own do not say what, unless it is empty."""
+    """Whether a result has elements: loops in an order of their own do not say what they write, unless it is empty."""
     found = False
+    parameters = set(function.params)
 
     def look(block: Any) -> None:
         nonlocal found
         if block.name_hint != "root":
-            shapes = [region.source.shape for region in block.writes]
-            found = found or not shapes or any(all(int(extent) for extent in shape) for shape in shapes)
+            written = [region.source for region in block.writes]
+            results = [buffer.shape for buffer in written if buffer in parameters]
+            found = found or not written or any(all(int(extent) for extent in shape) for shape in results)
 
     tvm_ffi.structural_walk(function.body, [(s_tir.SBlock, look)])
     return found

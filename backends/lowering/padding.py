@@ -108,9 +108,11 @@ def slice_scatter(
         if first == last:
             return source(*i)
         conditions = within(i[axis], first, last, (0, extent - 1))
+        before = -(-first // step)  # turns added so that nothing negative is divided: TVM has erred on that on GPUs
+        ahead = i[axis] + (before * step - first)
         if step != 1:
-            conditions.append((i[axis] - first) % step == 0)
-        place = (i[axis] - first) // step if step != 1 else i[axis] - first
+            conditions.append(ahead % step == 0)
+        place = ahead // step - before if step != 1 else i[axis] - first
         return guarded(conditions, ex.cast(src(*replace(i, axis, place)), out.dtype), source(*i))
 
     return define(out, value, "slice_scatter")
@@ -230,9 +232,12 @@ def col2im(
 
     def value(*i: Expr) -> Expr:
         *rest, c, y, x = i
-        top, left = y + ph - ky * dh, x + pw - kx * dw
-        inside = [top >= 0, left >= 0, top < rows * sh, left < columns * sw, top % sh == 0, left % sw == 0]
-        place = reshape_index((*rest, c, ky, kx, top // sh, left // sw), split, sizes(source))
+        # So many windows further that nothing negative is divided: TVM has erred on that on GPUs.
+        down, right = -(-(kh - 1) * dh // sh), -(-(kw - 1) * dw // sw)
+        top, left = y + (ph + down * sh) - ky * dh, x + (pw + right * sw) - kx * dw
+        inside = [top >= down * sh, left >= right * sw, top < (rows + down) * sh, left < (columns + right) * sw]
+        inside += [top % sh == 0, left % sw == 0]
+        place = reshape_index((*rest, c, ky, kx, top // sh - down, left // sw - right), split, sizes(source))
         return te.sum(guarded(inside, source(*place), ex.constant(0, out.dtype)), axis=[ky, kx])
 
     return define(out, value, "col2im")

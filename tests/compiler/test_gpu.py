@@ -221,6 +221,23 @@ def test_errors_of_tvm_are_sentences_that_name_the_target_and_the_function(monke
         graphwright.compile(torch.exp, (torch.ones(32),), target="a100", cache=False)
 
 
+@pytest.mark.parametrize("target", ["gfx90a", "gfx1100"])
+def test_short_sums_are_not_unrolled_over_their_tiles_for_amd(target, tmp_path):
+    """Nine tiles of a sum: LLVM made 865 loads of them, and 3,156 bytes of spills on gfx90a."""
+    conv = nn.Conv2d(34, 4, 2, padding=1).eval()
+    few = dataclasses.replace(graphwright.hwdb.lookup(target), cores=2)  # for which the tile is large
+    compiled = graphwright.compile(conv, (torch.ones(1, 34, 9, 11),), target=few, cache=False)
+    (kernel,) = compiled.report().kernels
+    assert "32x64x16 a block" in kernel.choice
+    folder = compiled.save(tmp_path / "out")
+    described = Description.read(folder / "device.json")
+    (found,) = evidence.evidence(
+        (folder / described.image).read_bytes(), described.kernels, graphwright.hwdb.lookup(target)
+    ).values()
+    assert found.spilled == 0
+    assert found.registers < 200
+
+
 class _Argmax(nn.Module):
     def forward(self, x):
         return x.argmax(-1), x.argmin()

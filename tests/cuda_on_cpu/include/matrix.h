@@ -54,6 +54,7 @@ inline half __float2half(float x) { return x; }
 inline half __float2half_rn(float x) { return x; }
 inline float __bfloat162float(nv_bfloat16 x) { return x; }
 inline nv_bfloat16 __float2bfloat16(float x) { return x; }
+inline nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
 
 namespace nvcuda::wmma {
 struct matrix_a {};
