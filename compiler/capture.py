@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError, InputError
 from . import functions
 from .compression.learned_steps import ValueStep
+from .foreign_weights import with_plain_weights
 from .storage_order import settle_storage_order, strides_read
 from .without_data import require_data
 
@@ -143,7 +144,7 @@ def _export(
         return model
     if isinstance(model, (str, os.PathLike)):
         return _load_exported(Path(model))
-    module = functions.as_module(model)
+    module = with_plain_weights(functions.as_module(model))
     _require_cpu(module)
     _require_converted(module)
     arguments, keywords = _separate((tuple(args), dict(kwargs or {})))
