@@ -135,6 +135,7 @@ def _build_gpu(built: Built, hw: Hardware, directory: Path, clock: _Clock) -> Bu
             "weights_bytes": info.weights_bytes,
             "code_bytes": info.code_bytes,
             "arena_bytes": info.storage_bytes,
+            "fallbacks": tuple(region[1].fallbacks),
         }
     built.stages = clock.seconds
     return built
@@ -163,6 +164,7 @@ def _lower_for_gpu(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, tupl
     from ..backends.lowering.graph import LoweringError, Region, relax_region, why_not
 
     failed: set[fx.Node] = set()
+    fallbacks: list[str] = []
     while True:
         parts = partition(graph, lambda node: why_not(node, hw))
         if parts.reasons:
@@ -174,7 +176,9 @@ def _lower_for_gpu(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, tupl
             node.meta.pop("kernel_call", None)
         try:
             fused = relax_region(Region("region_0", part.nodes, part.inputs, part.outputs), graph, hw)
-            return parts, (fused, lower(fused, hw, gpu.host_target()))
+            lowered = lower(fused, hw, gpu.host_target())
+            lowered.fallbacks[:0] = fallbacks
+            return parts, (fused, lowered)
         except LoweringError as error:
             raise GraphwrightError(f"{error}\nreport this as a bug") from error
         except KernelFailed as error:
@@ -183,6 +187,7 @@ def _lower_for_gpu(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, tupl
             if not failing:
                 raise
             log.warning("%s: TVM's rules take its place; report this as a bug", error)
+            fallbacks.append(next(iter(str(error).splitlines())))
             failed |= failing
 
 

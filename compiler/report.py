@@ -64,6 +64,7 @@ class Report:
     left_out: dict[str, str] = field(default_factory=dict)  # passes of ours that failed on this model, and how
     notes: tuple[str, ...] = ()  # how precisions were decided, and what was measured
     caution: str | None = None  # what is uncertain about the target
+    fallbacks: tuple[str, ...] = ()  # schedules for GPUs that failed, and why: another took the place of each
     calls: dict[str, int] | None = None  # of each build since loading, where there are two: variants.Counts
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +81,7 @@ class Report:
             "errors": tuple(ErrorRow(**r) for r in data["errors"]),
             "precisions": tuple(Choice(**r) for r in data.get("precisions", ())),
             "notes": tuple(data.get("notes", ())),
+            "fallbacks": tuple(data.get("fallbacks", ())),
             "fusions": None if data.get("fusions") is None else tuple(data["fusions"]),
         }
         return Report(**{**data, **rows})
@@ -112,6 +114,9 @@ class Report:
             lines.append("calls since loading: " + ", ".join(f"{k} {v}" for k, v in self.calls.items()))
         lines.append(f"kernels: {len(self.kernels)} calls")
         lines += [f"  {row}" for row in self._kernel_lines()]
+        if self.fallbacks:
+            lines.append(f"{len(self.fallbacks)} schedules failed, and others took their place:")
+            lines += [f"  {row}" for row in self.fallbacks]
         if self.eager:
             lines.append("left to PyTorch:")
             lines += [f"  {r.operator} x{r.count}: {r.reason}" for r in self.eager]

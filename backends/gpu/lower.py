@@ -26,7 +26,7 @@ from ...hwdb import Hardware
 from ..lowering.extract import Fused
 from ..lowering.registry import KernelCall, KernelInfo
 from .launches import Launch
-from .schedule import schedules
+from .schedule import NOTHING, schedules
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Lowered:
     launches: dict[str, tuple[Launch, ...]]  # by function
     kernels: list[KernelInfo]
     storage_bytes: int  # of the activations, as planned
+    fallbacks: list[str]  # schedules that failed, each with the reason: another took the place
 
 
 def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
@@ -87,13 +88,14 @@ def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
     host_functions: dict[Any, Any] = {}
     kernels: dict[Any, Any] = {}
     infos: dict[str, tuple[str, str, tuple[Launch, ...]]] = {}
+    fallbacks: list[str] = []
     for variable, function in functions.items():
         call, _ = fused.calls.get(variable.name_hint, (None, ""))
         if call is not None:
             rule, on_host, on_device = _lower_kernel(variable, function, call, target)
         else:
             try:
-                rule, on_host, on_device = _lower_function(variable, function, target, hw.cores)
+                rule, on_host, on_device = _lower_function(variable, function, target, hw.cores, fallbacks)
             except _FAILURES as error:
                 if isinstance(error, GraphwrightError):
                     raise
@@ -111,7 +113,8 @@ def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
         KernelInfo(name, fused.calls[name][1] if name in fused.calls else name, *infos[name][:2], None, step=number)
         for number, name in enumerate(_calls(planned, infos))
     ]
-    return Lowered(builder, ir.IRModule(host_functions), ir.IRModule(kernels), target, launches, rows, storage)
+    on_host, on_device = ir.IRModule(host_functions), ir.IRModule(kernels)
+    return Lowered(builder, on_host, on_device, target, launches, rows, storage, fallbacks)
 
 
 def _several_results_apart(module: Any) -> Any:
@@ -160,6 +163,8 @@ def _lower_kernel(variable: Any, function: Any, call: KernelCall, target: Target
     """The same for a kernel of ours, which has its threads already."""
     try:
         on_host, on_device = _split(variable, function, target)
+        if not on_device.functions:
+            raise ValueError("it has no threads of a GPU")
         for _, kernel in on_device.functions_items():
             _check_limits(_launch(kernel), target)
     except _FAILURES as error:
@@ -167,17 +172,23 @@ def _lower_kernel(variable: Any, function: Any, call: KernelCall, target: Target
     return call.algorithm, on_host, on_device
 
 
-def _lower_function(variable: Any, function: Any, target: Target, units: int) -> tuple[str, Any, Any]:
-    """The first rule that works, the functions of the host and the kernels."""
+def _lower_function(
+    variable: Any, function: Any, target: Target, units: int, fallbacks: list[str]
+) -> tuple[str, Any, Any]:
+    """The first rule that works, the functions of the host, the kernels; those that failed are added to `fallbacks`."""
     failure: Exception | None = None
     for rule, scheduled in schedules(function, target, units):
         try:
             on_host, on_device = _split(variable, scheduled, target)
+            if not on_device.functions and rule != NOTHING:
+                raise ValueError("the schedule leaves everything to the host")
             for _, kernel in on_device.functions_items():
                 _check_limits(_launch(kernel), target)
         except _FAILURES as error:
             log.warning("%s: %s does not work, the next rule takes its place", variable.name_hint, rule)
             log.info("because %s", error)
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            fallbacks.append(f"{rule} for {variable.name_hint}: {reason}")
             failure = error
             continue
         return rule, on_host, on_device

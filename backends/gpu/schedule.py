@@ -40,6 +40,7 @@ _RULES = (
     ("reduction", dlight.gpu.Reduction()),
     ("row reductions", dlight.gpu.GeneralReduction()),
 )
+NOTHING = "nothing to compute"  # results without elements, which take no kernel
 _EACH = "a thread an element"
 _LAST = dlight.gpu.Fallback()
 
@@ -47,7 +48,7 @@ _LAST = dlight.gpu.Fallback()
 def schedules(function: Any, target: Target, units: int) -> Iterator[tuple[str, Any]]:
     """Name and scheduled function of every rule that applies, in the order to try them; the device has `units`."""
     if not _has_elements(function):
-        yield "nothing to compute", function.with_body(tirx.Evaluate(0))
+        yield NOTHING, function.with_body(tirx.Evaluate(0))
         return
     _register_reducers()
     if is_imperative(function):

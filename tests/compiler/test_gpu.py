@@ -131,6 +131,26 @@ def test_a_kernel_that_cannot_be_lowered_gives_way_to_rules(monkeypatch, caplog)
     compiled = graphwright.compile(wide, (torch.ones(32, 32),), target="a100", cache=False)
     assert [kernel.algorithm for kernel in compiled.report().kernels] != ["tiled product"]
     assert "no such luck: TVM's rules take its place" in caplog.text
+    (fallback,) = compiled.report().fallbacks
+    assert fallback.startswith("tiled product (")
+    assert fallback.endswith("cannot be lowered: no such luck")
+    assert "1 schedules failed, and others took their place:" in compiled.report().text()
+
+
+def test_a_schedule_that_fails_gives_way_to_the_next_and_is_counted(monkeypatch):
+    rules = lower.schedules
+
+    def with_a_bad_one(function, target, units):
+        yield "no threads", function
+        yield from rules(function, target, units)
+
+    monkeypatch.setattr(lower, "schedules", with_a_bad_one)
+    compiled = graphwright.compile(nn.ReLU(), (torch.ones(8),), target="a100", cache=False)
+    (kernel,) = compiled.report().kernels
+    assert kernel.algorithm == "a thread an element"
+    (fallback,) = compiled.report().fallbacks
+    assert fallback == f"no threads for {kernel.name}: the schedule leaves everything to the host"
+    assert type(compiled.report()).from_dict(compiled.report().to_dict()) == compiled.report()
 
 
 def _raised(error: Exception) -> None:
