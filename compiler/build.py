@@ -183,7 +183,7 @@ def _lower_for_gpu(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, tupl
             raise GraphwrightError(f"{error}\nreport this as a bug") from error
         except KernelFailed as error:
             calls = {node: node.meta.get("kernel_call") for node in part.nodes}
-            failing = {node for node, call in calls.items() if call is not None and call.func is error.call.func}
+            failing = {node for node, call in calls.items() if call is not None and call.has(error.call.func)}
             if not failing:
                 raise
             log.warning("%s: TVM's rules take its place; report this as a bug", error)

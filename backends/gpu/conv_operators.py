@@ -149,10 +149,10 @@ def _channels_last(
     dtype: str,
 ) -> KernelCall:
     groups, rows, columns, depth = sizes
-    tile = tile_for(hw, sizes, dtype)
+    tile = tile_for(hw, sizes, dtype, may_part=True)
     padded = -(-columns // LANES) * LANES
 
-    def parts(buffers: Sequence[Any], out: Any, number: Any) -> tuple[Operand | Halves, Operand | Weights, Finish]:
+    def both(buffers: Sequence[Any], number: Any) -> tuple[Operand | Halves, Operand | Weights]:
         image, packed, wide = flat(buffers[0]), buffers[1], lanes(s.each)
 
         def at(k: Any, row: Any) -> tuple[Any, Any]:
@@ -176,11 +176,13 @@ def _channels_last(
         else:
             right = as_weights(packed)
 
+        return left, right
+
+    def finish(buffers: Sequence[Any], number: Any) -> Finish:
         def place(row: Any, column: Any) -> Any:
             return row * s.filters + number * columns + column
 
-        bias = buffers[2:]
-        return left, right, extra.finish(bias, place, lanes(columns), None, number * columns)
+        return extra.finish(buffers, place, lanes(columns), None, number * columns)
 
     shape: tuple[Shape, str]
     if isinstance(tile, Tile):
@@ -192,7 +194,7 @@ def _channels_last(
     buffers = [*floats(x), shape, *floats(*extra.operands)]
     operands: list[fx.Node | Packed] = [x, turned, *extra.operands]
     algorithm = "tiled pointwise conv" if s.pointwise else "tiled conv"
-    made = (operands, buffers, shape_of(node), algorithm, parts, dtype_of(node))
+    made = (operands, buffers, shape_of(node), algorithm, both, finish, dtype_of(node))
     return kernel_call("conv2d", hw, sizes, tile, dtype, *made)
 
 
@@ -210,7 +212,7 @@ def _planar(
     padded = -(-rows // LANES) * LANES
     wide = lanes(s.pixels)
 
-    def parts(buffers: Sequence[Any], out: Any, number: Any) -> tuple[Operand, Operand | Weights, Finish]:
+    def both(buffers: Sequence[Any], number: Any) -> tuple[Operand, Operand]:
         image, packed = flat(buffers[0]), buffers[1]
 
         def neighbours(k: Any, column: Any) -> Any:
@@ -223,21 +225,24 @@ def _planar(
             value = image[(start + y) * s.width + z]
             return value if inside is None else tirx.if_then_else(inside, value, constant(0.0))
 
+        left = Operand(lambda k, r: packed[number, k, span(r, LANES)], depth, padded, "width", LANES)
+        element, count = (neighbours, wide) if s.pointwise else (pixel, 1)
+        right = Operand(element, depth, columns, "width", count)
+        return left, right
+
+    def finish(buffers: Sequence[Any], number: Any) -> Finish:
         def place(row: Any, column: Any) -> Any:
             plane = tirx.floordiv(column, s.pixels) * s.filters + number * rows + row
             return plane * s.pixels + tirx.floormod(column, s.pixels)
 
-        left = Operand(lambda k, r: packed[number, k, span(r, LANES)], depth, padded, "width", LANES)
-        element, count = (neighbours, wide) if s.pointwise else (pixel, 1)
-        right = Operand(element, depth, columns, "width", count)
-        return left, right, extra.finish(buffers[2:], place, wide, lambda row: number * rows + row)
+        return extra.finish(buffers, place, wide, lambda row: number * rows + row)
 
     turned = Packed(weight, f"taps_{groups}", partial(_pack_filters, groups=groups))
     buffers = [*floats(x), ((groups, depth, padded), "float32"), *floats(*extra.operands)]
     operands: list[fx.Node | Packed] = [x, turned, *extra.operands]
     algorithm = "tiled pointwise conv" if s.pointwise else "tiled conv"
     tile = tile_for(hw, sizes, dtype)
-    made = (operands, buffers, shape_of(node), algorithm, parts, dtype_of(node))
+    made = (operands, buffers, shape_of(node), algorithm, both, finish, dtype_of(node))
     return kernel_call("conv2d", hw, sizes, tile, dtype, *made)
 
 

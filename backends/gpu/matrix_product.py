@@ -49,7 +49,7 @@ def matrix_product(
 
     def block(left: Any, right: Any, finish: Finish, out: Any, first: tuple[Any, Any], thread: Any) -> None:
         sums = units(tile, dtype, left, right, first, thread, asynchronous)
-        sums.add_up()
+        sums.add_up(tile.part(left.depth))
         sums.store(finish, flat_result(out), (rows, columns))
 
     return tiled(name, tile, batch, (rows, columns), operands, (out, stored), parts, block)
@@ -68,7 +68,7 @@ class Units:
         thread: Any,
         asynchronous: bool,
     ) -> None:
-        self.tile, self.dtype, self.first, self.depth = tile, dtype, first, left.depth
+        self.tile, self.dtype, self.first = tile, dtype, first
         self.lane = tirx.floormod(thread, tile.warp_threads)
         self.warp = tirx.floordiv(thread, tile.warp_threads)
         self.high = tile.rows // tile.down // SIDE  # fragments of a warp
@@ -100,11 +100,11 @@ class Units:
         """Write the sums, nothing past the ends."""
         raise NotImplementedError
 
-    def add_up(self) -> None:
-        """The sums of all fragments."""
+    def add_up(self, depth: int) -> None:
+        """The sums of all fragments, over `depth`."""
         self._fetch(0, 0)
         self._put(0)
-        with T.serial(0, ceil(self.depth / (2 * self.tile.depth))) as pair:
+        with T.serial(0, ceil(depth / (2 * self.tile.depth))) as pair:
             for slot in (0, 1):
                 self._fetch(pair * 2 + slot + 1, 1 - slot)
                 for k in range(0, self.tile.depth, SIDE):

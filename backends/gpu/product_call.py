@@ -18,12 +18,13 @@ from ...hwdb.cost import Work
 from ...passes.rewrite import shape_of
 from ..kernels.loops import Shape, span
 from ..lowering.kernels_matmul import refuse_dtypes, refuse_large
-from ..lowering.registry import KernelCall, Packed, Refusal
+from ..lowering.registry import KernelCall, Packed, Refusal, Second
 from .matrix_product import matrix_product
 from .matrix_tile import MatrixTile, choose_matrix_tile
 from .mfma import Mfma
-from .product import Finish, Parts, product
-from .stage import Weights
+from .parts import add_parts, in_parts
+from .product import Finish, product
+from .stage import Halves, Operand, Weights
 from .tile import LANES, Tile, choose_tile
 from .wmma import Wmma
 
@@ -91,9 +92,12 @@ def narrow(rows: int, columns: int, depth: int) -> Refusal | None:
     return None
 
 
-def tile_for(hw: Hardware, sizes: tuple[int, int, int, int], dtype: str) -> Tile | MatrixTile:
+def tile_for(hw: Hardware, sizes: tuple[int, int, int, int], dtype: str, may_part: bool = False) -> Tile | MatrixTile:
     """The tile of products of batch, rows, columns and depth `sizes`, on matrix units where `dtype` is narrow."""
-    return choose_tile(hw, *sizes) if dtype == "float32" else choose_matrix_tile(hw, *sizes, dtype)
+    return choose_tile(hw, *sizes) if dtype == "float32" else choose_matrix_tile(hw, *sizes, dtype, may_part)
+
+
+Read = Callable[[Sequence[Any], Any], "tuple[Operand | Halves, Operand | Weights]"]
 
 
 def kernel_call(
@@ -106,30 +110,46 @@ def kernel_call(
     buffers: Sequence[tuple[Shape, str]],
     out: Shape,
     algorithm: str,
-    parts: Parts,
+    read: Read,
+    finish: Callable[[Sequence[Any], Any], Finish],
     stored: str = "float32",
 ) -> KernelCall:
     """The kernel of products of batch, rows, columns and depth `sizes` in a tile of `tile_for`.
 
     `buffers` are shape and dtype of the operands as the kernel reads them, `stored` is the dtype of the result.
+    `read(buffers, number)` says how product `number` of the batch is read, `finish(buffers, number)` how it is finished
+    with the buffers behind the first two.
     """
     batch, rows, columns, depth = sizes
+
+    def parts(buffers: Sequence[Any], out: Any, number: Any) -> tuple[Operand | Halves, Operand | Weights, Finish]:
+        return *read(buffers, number), finish(buffers[2:], number)
+
+    second = None
     if isinstance(tile, Tile):
         func = product(name, tile, batch, rows, columns, buffers, out, parts)
     else:
         units = Mfma if hw.isa == "amdgcn" else Wmma
         past = copies_past_registers(hw)
-        func = matrix_product(name, tile, batch, rows, columns, dtype, buffers, out, parts, units, past, stored)
+        shared = (rows, columns, dtype)
         algorithm = f"{dtype} {algorithm}"
+        if tile.parts == 1:
+            func = matrix_product(name, tile, batch, *shared, buffers, out, parts, units, past, stored)
+        else:
+            between = (tile.parts, rows, columns)
+            parted = in_parts(read, tile, rows, columns)
+            func = matrix_product(name, tile, tile.parts, *shared, buffers[:2], between, parted, units, past)
+            adding = add_parts(tile.parts, rows, columns, buffers[2:], (out, stored), finish)
+            second = Second(adding, between, 2, "sums of parts", f"{tile.parts} parts")
     right = 4.0 if dtype == "float32" else 2.0
     work = Work(
         flops={dtype: 2.0 * batch * rows * columns * depth},
         bytes_read=batch * (item_bytes(buffers[0][1]) * rows + right * columns) * depth,
         bytes_written=item_bytes(stored) * batch * rows * columns,
-        launches=1,
+        launches=1 if second is None else 2,
         tasks=tile.blocks,
     )
-    return KernelCall(func, tuple(operands), algorithm, tile.reason, work)
+    return KernelCall(func, tuple(operands), algorithm, tile.reason, work, second=second)
 
 
 def copies_past_registers(hw: Hardware) -> bool:

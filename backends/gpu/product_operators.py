@@ -82,10 +82,10 @@ def _with_weight(
     if refusal is not None:
         return refusal
     sizes = (1, rows, columns, depth)
-    tile = tile_for(hw, sizes, dtype)
+    tile = tile_for(hw, sizes, dtype, may_part=True)
     padded = -(-columns // LANES) * LANES
 
-    def parts(buffers: Sequence[Any], out: Any, number: Any) -> tuple[Operand | Halves, Operand | Weights, Finish]:
+    def both(buffers: Sequence[Any], number: Any) -> tuple[Operand | Halves, Operand | Weights]:
         x, wide = flat(buffers[0]), lanes(depth)
         weight = buffers[1]
         left: Operand | Halves = Operand(lambda k, r: x[span(r * depth + k, wide)], depth, rows, "depth", wide)
@@ -96,7 +96,10 @@ def _with_weight(
             right = Operand(lambda k, c: weight[k, span(c, LANES)], depth, padded, "width", LANES)
         else:
             right = as_weights(weight)
-        return left, right, extra.finish(buffers[2:], lambda r, c: r * columns + c, lanes(columns), None)
+        return left, right
+
+    def finish(buffers: Sequence[Any], number: Any) -> Finish:
+        return extra.finish(buffers, lambda r, c: r * columns + c, lanes(columns), None)
 
     if isinstance(tile, Tile):
         turned = Packed(weight, f"columns_{'nk' if transposed else 'kn'}", partial(_pack, transposed=transposed))
@@ -106,7 +109,7 @@ def _with_weight(
         buffers = [*floats(x), packed_shape(columns, depth, tile), *floats(*extra.operands)]
     operands: list[fx.Node | Packed] = [x, turned, *extra.operands]
     stored = dtype_of(node)
-    return kernel_call("linear", hw, sizes, tile, dtype, operands, buffers, out, "tiled product", parts, stored)
+    return kernel_call("linear", hw, sizes, tile, dtype, operands, buffers, out, "tiled product", both, finish, stored)
 
 
 def _few_rows(
@@ -178,7 +181,7 @@ def _matmul(
         return Refusal("the result has no elements")
     a_lanes, b_lanes = lanes(a_shape[-1]), lanes(b_shape[-1])
 
-    def parts(buffers: Sequence[Any], out: Any, number: Any) -> tuple[Operand, Operand, Finish]:
+    def both(buffers: Sequence[Any], number: Any) -> tuple[Operand, Operand]:
         a, b = flat(buffers[0]), flat(buffers[1])
         a_first = batch_index(number, batches, a_shape[:-2]) * (rows * depth)
         b_first = batch_index(number, batches, b_shape[:-2]) * (columns * depth)
@@ -189,20 +192,19 @@ def _matmul(
         def right(k: Any, c: Any) -> Any:
             return b[span(b_first + (c * depth + k if transpose_b else k * columns + c), b_lanes)]
 
-        def place(r: Any, c: Any) -> Any:
-            return (number * rows + r) * columns + c
-
         return (
             Operand(left, depth, rows, "width" if transpose_a else "depth", a_lanes),
             Operand(right, depth, columns, "depth" if transpose_b else "width", b_lanes),
-            extra.finish(buffers[2:], place, lanes(columns), None),
         )
+
+    def finish(buffers: Sequence[Any], number: Any) -> Finish:
+        return extra.finish(buffers, lambda r, c: (number * rows + r) * columns + c, lanes(columns), None)
 
     read = (a, b, *extra.operands)
     sizes = (batch, rows, columns, depth)
     tile = tile_for(hw, sizes, "float32")
     out = shape_of(node)
-    return kernel_call("matmul", hw, sizes, tile, "float32", read, floats(*read), out, "tiled product", parts)
+    return kernel_call("matmul", hw, sizes, tile, "float32", read, floats(*read), out, "tiled product", both, finish)
 
 
 # The table

@@ -42,6 +42,7 @@ class Operand:
     width: int
     along: Literal["width", "depth"]
     lanes: int
+    start: Any = 0  # of the sum, where a block adds up a part of it
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Weights:
 
     words: Any  # buffer of one dimension
     depth: int  # elements of a row in memory: of an even number of tiles
+    start: Any = 0  # as an Operand's
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Halves:
     depth: int
     width: int
     along: Literal["width", "depth"] = "depth"
+    start: Any = 0  # as an Operand's
 
 
 class Stage:
@@ -100,7 +103,7 @@ class Stage:
         operand = self.operand
         for turn in range(self._turns):
             k, place = self._place(turn)
-            k, place = step * self.depth + k, first + place
+            k, place = operand.start + step * self.depth + k, first + place
             value = operand.read(k, place)
             conditions = [k < operand.depth]  # past the last tile of the sum lies one that is fetched and never read
             conditions += [place < operand.width] if operand.width % self.width else []
@@ -237,11 +240,11 @@ class WeightStage(Pieces):
     ) -> None:
         """Declare registers and shared memory."""
         super().__init__(weights.words, (depth, width), True, threads, thread, dtype, asynchronous)
-        self.length = weights.depth
+        self.length, self.start = weights.depth, weights.start
 
     def place(self, step: Any, first: Any, line: Any, along: Any) -> tuple[Any, Any]:
         """Always inside: one tile more than there are is fetched, and never read."""
-        start = tirx.min(step, self.length // self.depth - 1) * self.depth
+        start = tirx.min(tirx.floordiv(self.start, self.depth) + step, self.length // self.depth - 1) * self.depth
         return (first + line) * self.length + start + along, None
 
 
@@ -268,7 +271,7 @@ class HalfStage(Pieces):
         """Where the operand has it, inside its ends."""
         operand = self.operand
         k, place = (along, line) if self.deep else (line, along)
-        k, place = step * self.depth + k, first + place
+        k, place = operand.start + step * self.depth + k, first + place
         element, inside = operand.at(k, place)
         conditions = [k < operand.depth] if inside is None else [k < operand.depth, inside]
         conditions += [place < operand.width] if operand.width % self.width else []

@@ -351,6 +351,16 @@ class _Builder:
         operands = [self._packed(o) if isinstance(o, Packed) else self._value(o) for o in call.operands]
         out = out_of(node)
         types = [_type(o) for o in out] if isinstance(out, tuple) else _type(out)
+        if call.second is not None:
+            second, count = call.second, call.second.first
+            between = _type(Out(second.between, "float32"))
+            given = self.block.emit(relax.call_tir(function, operands[:count], between))
+            rest = replace(
+                call, func=second.func, algorithm=second.algorithm, choice=second.choice, second=None, decisions=()
+            )
+            function = self.block.add_func(second.func.with_attr("op_pattern", 8), second.algorithm.replace(" ", "_"))
+            self.calls[function.name_hint] = (rest, str(node.target))
+            operands = [given, *operands[count:]]
         return self.block.emit(relax.call_tir(function, operands, types))
 
     def _packed(self, operand: Packed) -> Any:

@@ -55,6 +55,17 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Second:
+    """A second kernel of a call: it reads what the first one gave, in float32, and the operands from `first` on."""
+
+    func: Any
+    between: tuple[int, ...]  # the shape of that
+    first: int
+    algorithm: str
+    choice: str
+
+
+@dataclass(frozen=True)
 class KernelCall:
     """One call of a hand-scheduled kernel.
 
@@ -69,6 +80,11 @@ class KernelCall:
     work: Work
     predicted_seconds: float | None = None  # by the kernel's own model, which knows more than the roofline over `work`
     decisions: tuple[Decision, ...] = ()  # what was weighed against what, filled in by the lowering
+    second: Second | None = None  # `func` gives what it reads, of the operands in front of its own; GPUs alone
+
+    def has(self, func: Any) -> bool:
+        """Whether `func` is one of its kernels."""
+        return self.func is func or (self.second is not None and self.second.func is func)
 
 
 @dataclass(frozen=True)

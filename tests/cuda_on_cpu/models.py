@@ -57,6 +57,21 @@ class Edges(nn.Module):
         }
 
 
+class Long(nn.Module):
+    """Few, long sums: their parts are added up by blocks of their own, then by a kernel with the epilogue."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.odd, self.conv = nn.Linear(1096, 96), nn.Linear(1033, 45), nn.Conv2d(128, 64, 3, padding=1)
+        self.last = nn.Linear(96, 64)
+
+    def forward(self, x: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """x [rows, 1096], image [images, 128, height, width]."""
+        y = self.last(F.relu(self.long(x)))
+        filtered = F.relu(self.conv(image) + image[:, :64])
+        return {"product": y, "odd": self.odd(x[:, :1033]), "conv": filtered}
+
+
 class Transposed(nn.Module):
     """Transposed convolutions of drawn strides, dilations, paddings, kernels and groups; a result each."""
 
@@ -84,6 +99,8 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     torch.manual_seed(0)
     if name == "block":
         return Block().eval(), (torch.randn(2, 24, 64),)
+    if name == "long":
+        return Long().eval(), (torch.randn(40, 1096), torch.randn(2, 128, 9, 7))
     if name == "several":
         return Several().eval(), (torch.randn(5, 70), torch.tensor([4, 0, 3, 3, 1]))
     if name == "edges":

@@ -19,7 +19,7 @@ from graphwright.backends.gpu.attention import Plan, attention, plan_attention
 from graphwright.backends.gpu.dots import Dots, dots
 from graphwright.backends.gpu.matrix_attention import MatrixPlan, matrix_attention
 from graphwright.backends.gpu.matrix_product import matrix_product
-from graphwright.backends.gpu.matrix_tile import MatrixTile
+from graphwright.backends.gpu.matrix_tile import MatrixTile, choose_matrix_tile
 from graphwright.backends.gpu.mfma import Mfma, MfmaLanes
 from graphwright.backends.gpu.mma import MmaLanes
 from graphwright.backends.gpu.product import Finish, product
@@ -354,6 +354,20 @@ def test_a_large_product_gets_the_large_tile_and_a_small_one_gives_every_unit_a_
     # Where a unit has one block at most and waits for memory, more of them wait at the same time.
     last = choose_tile(hw, 1, 256, 196, 1024)
     assert (last.rows, last.columns) == (32, 32)
+
+
+def test_sums_are_parted_where_units_would_have_no_block_and_a_second_launch_pays():
+    hw = lookup("a100")
+    last = choose_matrix_tile(hw, 1, 49, 512, 4608, "float16", may_part=True)  # of ResNet-50
+    whole = choose_matrix_tile(hw, 1, 49, 512, 4608, "float16")
+    assert last.parts > 1 == whole.parts
+    assert last.blocks > whole.blocks
+    assert last.part(4608) * (last.parts - 1) < 4608 <= last.part(4608) * last.parts
+    full = choose_matrix_tile(hw, 1, 392, 512, 4608, "float16", may_part=True)  # the same, of 8 images
+    assert (full.parts, full.blocks) == (1, 104)
+    assert choose_matrix_tile(hw, 1, 32, 32, 64, "float16", may_part=True).parts == 1  # nothing to part
+    assert choose_matrix_tile(hw, 1, 32, 32, 256, "float16", may_part=True).parts == 1  # a launch costs more
+    assert choose_matrix_tile(hw, 1, 8192, 8192, 8192, "float16", may_part=True).parts == 1
 
 
 def test_plans_of_attention_fit_shared_memory_or_are_refused():

@@ -90,6 +90,17 @@ def test_16_bit_constants_and_results_without_elements_are_right():
 
 
 @pytest.mark.slow
+def test_sums_in_parts_err_by_the_rounding_of_their_operands():
+    results = run("long:fp16", "long:bf16")
+    for name, result in results.items():
+        assert "failure" not in result, result["failure"]
+        assert result["same"]
+        assert "sums of parts" in result["rules"]
+        for ours, _ in result["errors"]:
+            assert ours < ROUNDED[name.partition(":")[2]], (name, ours)
+
+
+@pytest.mark.slow
 def test_transposed_convolutions_keep_their_numbers_for_all_strides_and_dilations():
     result = run("transposed")["transposed"]
     assert "failure" not in result, result["failure"]
