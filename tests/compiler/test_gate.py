@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from boards import assert_like_float64, call, emulator
 from torch import nn
 
 import graphwright
 from graphwright.errors import InputError
+from graphwright.hwdb import lookup
 
 LEFT_OUT = "matmul of rows that are left"
 
@@ -78,6 +82,19 @@ def test_through_torch_compile_and_in_8_bits() -> None:
         torch.testing.assert_close(torch.compile(model, backend="graphwright")(x), expected, rtol=1e-4, atol=1e-4)
     quantised = graphwright.quantize(model, [x, tokens("none")], target="znver4")
     assert float((quantised(x) - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("board", "cpu"), [("raspberry-pi-4b", "cortex-a72"), ("raspberry-pi-2b", "cortex-a7")])
+def test_on_a_board(board: str, cpu: str, tmp_path: Path) -> None:
+    emulator(lookup(board).isa)
+    model = Block().eval()
+    compiled = graphwright.compile(model, (tokens("half"),), target=board)
+    assert [k.algorithm for k in compiled.report().kernels].count(LEFT_OUT) == 2, compiled.report().text()
+    made = compiled.bundle(tmp_path / "out", executable=True)
+    for kind in ("half", "all"):
+        found = call(made, cpu, {"x": tokens(kind)}, tmp_path, "--threads", "2")
+        assert_like_float64(found[0], model, {"x": tokens(kind)}, 1e-6)  # sums of 200 terms, and a residual
 
 
 def test_gradients_pass_where_values_stay() -> None:

@@ -1,4 +1,4 @@
-"""Models that torchao's `quantize_` changed in place: the codes it chose, and the numbers it gives."""
+"""Models that torchao's `quantize_` changed: its codes and its numbers. Skipped where torchao is not installed."""
 
 from __future__ import annotations
 
