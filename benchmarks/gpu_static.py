@@ -15,7 +15,7 @@ Needs a CUDA compiler, nvdisasm and llvm-objdump. A kernel counts once a call.
     occupancy     of hot kernels, the median
     in flight     hot kernels whose loads on the way cover latency x bandwidth of memory (Little's law): resident
                   threads x bytes that a thread loads between two barriers, against LATENCY cycles of a unit's share
-    units         hot kernels with blocks for 90 % of the units
+    units         hot kernels with blocks for 90 % of the units, of one die where a GPU has several
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from graphwright.backends.gpu.evidence import Evidence, evidence
 from graphwright.backends.gpu.launches import DEVICE_NAME, Description, Launch
 from graphwright.compiler.benchmarking import zoo
 from graphwright.hwdb.accelerators import Gpu
+from graphwright.hwdb.planning import one_die
 
 RESULT = Path(__file__).parents[1] / "docs" / "measurements" / "gpu_static.json"
 MODELS, TARGETS, BATCH = ("resnet50", "bert", "gpt2-decode"), ("a100", "mi250x"), 8
@@ -102,8 +103,9 @@ def measured(model: str, target: str) -> Row:
     started = cpu_seconds()
     module, inputs = zoo.build(model, batch=BATCH)
     compiled = graphwright.compile(module, inputs, target=target, precision="fp16", verify=False, cache=False)
-    hw = graphwright.hwdb.lookup(target)
-    assert isinstance(hw, Gpu)
+    device = graphwright.hwdb.lookup(target)
+    assert isinstance(device, Gpu)
+    hw = one_die(device)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(compiled.save(Path(scratch, "out")))
         described = Description.read(folder / DEVICE_NAME)
