@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import torch
@@ -41,11 +41,11 @@ class Call(torch.nn.Module):
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return self.function(*args, **kwargs)
 
-    def eager(self, dtype: torch.dtype | None = None) -> list[Any]:
-        """The leaves of PyTorch's result; `dtype` takes the place of float32."""
+    def eager(self, dtype: torch.dtype | None = None, inputs: Sequence[torch.Tensor] | None = None) -> list[Any]:
+        """The leaves of PyTorch's result, for other inputs than the sample's if given; `dtype` replaces float types."""
         torch.manual_seed(SEED)
-        clones = (t.clone() for t in self.tensors)
-        wide = [t.to(dtype) if dtype is not None and t.dtype == torch.float32 else t for t in clones]
+        clones = (t.clone() for t in (self.tensors if inputs is None else inputs))
+        wide = [t.to(dtype) if dtype is not None and t.is_floating_point() else t for t in clones]
         return list(pytree.tree_leaves(self(*wide)))
 
 
@@ -54,8 +54,13 @@ def _undefined(name: str) -> bool:
     return "empty" in name or name.startswith("resize")
 
 
-def difference(call: Call, ours: list[Any], theirs: list[Any], values: bool) -> str | None:
-    """How our results differ from eager's, or None; judged by eager's own error against float64."""
+def difference(
+    call: Call, ours: list[Any], theirs: list[Any], values: bool, inputs: Sequence[torch.Tensor] | None = None
+) -> str | None:
+    """How our results differ from eager's, or None; judged by eager's own error against float64.
+
+    `inputs` are those of the call where they are not the sample's.
+    """
     if len(ours) != len(theirs):
         return f"{len(ours)} results, not {len(theirs)}"
     unequal = []
@@ -76,7 +81,7 @@ def difference(call: Call, ours: list[Any], theirs: list[Any], values: bool) -> 
             unequal.append((i, str(error)))
     if not unequal:
         return None
-    wide = call.eager(torch.float64)
+    wide = call.eager(torch.float64, inputs)
     for i, message in unequal:
         exact = wide[i].double()
         scale = exact.nan_to_num(0, 0, 0).norm() + 1e-30

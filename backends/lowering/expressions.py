@@ -279,7 +279,9 @@ def copy(out: Out, operand: te.Tensor) -> te.Tensor:
 
 def filled(out: Out, value: Scalar) -> te.Tensor:
     """A tensor of one value."""
-    if out.dtype == "bfloat16":  # stored element by element: TVM cannot store a vector of one bfloat16 constant
+    if (
+        out.dtype == "bfloat16" and 0 not in out.shape
+    ):  # stored element by element: TVM cannot store a vector of one bfloat16 constant
         return loop_nest([out], [], lambda _, outs: _fill(outs[0], constant(value, out.dtype)), "full")[0]
     return te.compute(out.shape, lambda *_: constant(value, out.dtype), name="full")
 
