@@ -90,13 +90,17 @@ def seal_for(directory: Path, target: dict[str, Any], description: dict[str, Any
 def save(directory: Path, path: Path) -> Path:
     """Copy a sealed artifact to `path`: one file where the name ends in .gw, else a directory. Returns the path.
 
-    An artifact that is there is replaced in one step. Raises ArtifactError where something else is there, or where
-    `path` cannot be written.
+    An artifact that is there is replaced in one step; other files in its directory stay. Raises ArtifactError where
+    something else is there, or where `path` cannot be written.
     """
     path = Path(path)
     check_place(path)
     manifest = _read_manifest(directory / MANIFEST_NAME)
     names = [MANIFEST_NAME, *manifest["files"]]
+    others = _others(path)
+    path = path.resolve() if path.is_symlink() else path
+    if taken := sorted(set(others).intersection(names)):
+        raise ArtifactError(f"{path} has {', '.join(taken)} of another origin; move it, or choose another name")
     single = path.suffix == SUFFIX
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +115,8 @@ def save(directory: Path, path: Path) -> Path:
                 if path.is_dir():
                     os.rename(path, Path(scratch, "old"))
             os.replace(made, path)
+            for name in others:
+                os.rename(Path(scratch, "old", name), path / name)
     except OSError as error:
         raise ArtifactError(f"cannot save to {path}: {error}; nothing was changed there") from error
     return path
@@ -119,7 +125,7 @@ def save(directory: Path, path: Path) -> Path:
 def check_place(path: Path) -> None:
     """Raise ArtifactError where `save` would have to refuse `path`, as far as can be told without touching it."""
     single = path.suffix == SUFFIX
-    if path.is_dir() and (single or (any(path.iterdir()) and not (path / MANIFEST_NAME).is_file())):
+    if path.is_dir() and (single or (any(path.iterdir()) and not _listed(path))):
         raise ArtifactError(f"{path} is a directory that is not an artifact; choose another name to save to")
     if not single and path.exists() and not path.is_dir():
         raise ArtifactError(f"{path} is a file; end the name in {SUFFIX} to save one file, or choose another name")
@@ -128,6 +134,21 @@ def check_place(path: Path) -> None:
         raise ArtifactError(f"cannot save to {path}: {above} is a file; choose another name")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ArtifactError(f"cannot save to {path}: {above} may not be written; choose another directory")
+
+
+def _listed(path: Path) -> set[str]:
+    """The names of the files of the artifact, of whatever version, in the directory `path`; empty without one."""
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_bytes())
+        return {MANIFEST_NAME, *manifest["files"]} if manifest["format"] == FORMAT else set()
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return set()
+
+
+def _others(path: Path) -> list[str]:
+    """What lies beside the files of the artifact in the directory `path`, and is its user's."""
+    listed = _listed(path)
+    return sorted({entry.name for entry in path.iterdir()} - listed) if listed else []
 
 
 def load(path: Path) -> Artifact:

@@ -90,6 +90,31 @@ def test_an_artifact_is_replaced(sealed: Path, tmp_path: Path, kind: str) -> Non
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []
 
 
+def test_what_else_lies_in_the_directory_stays(sealed: Path, tmp_path: Path) -> None:
+    path = saved(sealed, tmp_path, "directory")
+    (path / "scores.npy").write_bytes(b"mine")
+    (path / "notes").mkdir()
+    artifact.save(sealed, path)
+    assert (path / "scores.npy").read_bytes() == b"mine"
+    assert (path / "notes").is_dir()
+    (path / "extra.safetensors").write_bytes(b"mine")
+    (sealed / "extra.safetensors").write_bytes(b"more")
+    artifact.seal(sealed, detect(), {})
+    with pytest.raises(ArtifactError, match=r"has extra\.safetensors of another origin"):
+        artifact.save(sealed, path)
+    assert (path / "extra.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("content", ["{}", '{"name": "an app"}', "[1]", "{", '{"format": "graphwright artifact"}'])
+def test_manifests_of_others(sealed: Path, tmp_path: Path, content: str) -> None:
+    """manifest.json is what web apps and browser extensions call theirs, too."""
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text(content)
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        artifact.save(sealed, tmp_path / "app")
+    assert (tmp_path / "app" / "manifest.json").read_text() == content
+
+
 def test_saving_does_not_replace_what_is_not_an_artifact(sealed: Path, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
