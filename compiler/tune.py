@@ -82,6 +82,9 @@ class Tuned:
                 lines += [f" {'*' if name == row.kept else ' '} {us:10.1f} us  {name}" for name, us in row.candidates]
         if self.builds < SHORTLIST:
             lines.append(f"there was time for {self.builds} of {SHORTLIST} candidates: give more for the others")
+        refuted = sum(min(us for _, us in row.candidates) < GAIN * dict(row.candidates)[row.kept] for row in self.rows)
+        if refuted:
+            lines.append(f"{refuted} that won did not win again beside the others, or by more than noise: not kept")
         changed = sum(row.kept != row.candidates[0][0] for row in self.rows)
         kept = f"{changed} of {len(self.rows)} decisions differ from the cost model's"
         lines.append(f"kernels of a call: {self.before_us:.1f} us before, {self.after_us:.1f} us now; {kept}")
@@ -149,11 +152,8 @@ def tune(
         before = after = sum(times[0])
         if any(row.kept != row.candidates[0][0] for row in rows):
             both = [builds[0], made("winners", Choices({row.problem: row.kept for row in rows}))]
-            before, after = map(sum, measure(both, max(started + seconds, time.perf_counter() + 0.2 * seconds)))
-            if after >= before:
-                log.info("tune: the winners together take %.1f us, and %.1f without them", after, before)
-                rows = tuple(replace(row, kept=row.candidates[0][0]) for row in rows)
-                after = before
+            again = measure(both, max(started + seconds, time.perf_counter() + 0.2 * seconds))
+            rows, before, after = confirmed(rows, [built.kernels for _, built in both], again)
     preferred = {**stored(hw), **{row.problem: row.kept for row in rows}}
     _store(hw, preferred)
     return Tuned(rows, before, after, len(builds), preferred, _path(hw))
@@ -182,6 +182,33 @@ def weighed(builds: Sequence[Sequence[KernelInfo]], times: Sequence[Sequence[flo
     return tuple(rows)
 
 
+def confirmed(
+    rows: Sequence[Row], builds: Sequence[Sequence[KernelInfo]], times: Sequence[Sequence[float]]
+) -> tuple[tuple[Row, ...], float, float]:
+    """The rows whose winner was faster a second time, in a build of all winners, others with the cost model's choice
+    kept; and the microseconds of a call before and after. Of many candidates some win by chance, but seldom twice.
+    """
+    before, together = map(sum, times)
+    again = {row.problem: row.kept for row in weighed(builds, times)} if together < before else {}
+    kept = tuple(row if again.get(row.problem) == row.kept else replace(row, kept=row.candidates[0][0]) for row in rows)
+    changed = {row.problem for row in kept if row.kept != row.candidates[0][0]}
+    if not changed:
+        log.info("tune: the winners together take %.1f us, and %.1f without them", together, before)
+        return kept, before, before
+    after = sum(
+        new if changed & {decision.problem for decision in kernel.decisions} else old
+        for kernel, old, new in zip(builds[0], *times, strict=True)
+    )
+    return kept, before, after
+
+
+def order(count: int, turn: int) -> list[int]:
+    """The order in which builds are timed in a turn. Whoever is first may meet a clock that has not risen yet: each is
+    at times, and of two the cost model's build the less often.
+    """
+    return [(turn + 1 + i) % count for i in range(count)]
+
+
 def on_this_machine(
     inputs: Sequence[torch.Tensor], threads: int, builds: Sequence[Candidate], end: float
 ) -> list[list[float]]:
@@ -207,15 +234,16 @@ def _turns(
     for turn in range(TURNS):
         if turn and time.perf_counter() > end:
             break
-        for (library, run), (_, built), found in zip(opened, builds, samples, strict=True):
+        for i in order(len(builds), turn):
+            library, run = opened[i]
             if library is None:
-                found.append([])
+                samples[i].append([])
                 continue
             began = time.perf_counter()
             run(inputs)
             rounds = 3 if time.perf_counter() - began > 0.1 else 10
-            rows = profile(library, built.kernels, lambda run=run: run(inputs), rounds).rows  # type: ignore[misc]
-            found.append([row.measured_us for row in rows])
+            rows = profile(library, builds[i][1].kernels, lambda run=run: run(inputs), rounds).rows  # type: ignore[misc]
+            samples[i].append([row.measured_us for row in rows])
     return samples
 
 

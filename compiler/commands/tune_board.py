@@ -27,12 +27,13 @@ from ...hwdb import Hardware
 from ..bundle import table_of
 from ..capture import Signature
 from ..plan import Plan
-from ..tune import TURNS, Candidate, Measure
+from ..tune import TURNS, Candidate, Measure, order
 from .run_remote import ANSWER_S, archive, check_machine, ssh
 
 log = logging.getLogger(__name__)
 
-_REPEAT, _REPEAT_LONG, _LONG_MS = 10, 3, 100.0  # calls of a turn; fewer of a model that takes longer
+_FEWEST, _MOST = 3, 200  # calls of a turn
+_TURN_MS = 300.0  # that they take, about: clocks rise with the work, some within tens of milliseconds only
 _STALLED_S = 600.0  # beyond the time that was given, a turn is taken for dead
 _SLOWEST = 100e3  # bytes a second of a network
 _STEP = re.compile(r"^step \d+: ([\d.]+) us$", re.MULTILINE)
@@ -52,7 +53,7 @@ def measuring(
         raise InputError(f"boards are {' and '.join(library.BUNDLED)}, and {hw.id} is {hw.isa}")
     check_machine(host, hw.id, hw.isa)
     made = ssh(host, "mkdir -p .cache/graphwright && mktemp -d .cache/graphwright/tune-XXXXXX", limit=ANSWER_S)
-    directory = made.decode().strip()
+    directory = shlex.quote(made.decode().strip())
     try:
         yield _Board(host, directory, hw, signature, inputs, threads, seconds).measure
     finally:
@@ -85,16 +86,17 @@ class _Board:
         """Microseconds of every kernel of every build: medians over turns."""
         commands = [self._command(place, built.plan) for place, built in builds]
         samples: list[list[list[float]]] = [[] for _ in builds]
-        repeat = _REPEAT_LONG
+        repeat = _FEWEST
         for turn in range(TURNS):
             if turn and time.perf_counter() > end:
                 break
-            printed = self._turn([f"{command} --repeat {repeat}" for command in commands])
-            for text, found, (_, built) in zip(printed, samples, builds, strict=True):
+            which = order(len(builds), turn)
+            printed = self._turn([f"{commands[i]} --repeat {repeat}" for i in which])
+            for i, text in zip(which, printed, strict=True):
                 steps = [float(us) for us in _STEP.findall(text)]
-                found.append([steps[kernel.step] for kernel in built.kernels])
+                samples[i].append([steps[kernel.step] for kernel in builds[i][1].kernels])
             first = max(float(ms) for text in printed for ms in _FIRST.findall(text))
-            repeat = _REPEAT if first < _LONG_MS else _REPEAT_LONG
+            repeat = round(min(max(_FEWEST, _TURN_MS / max(first, 1e-3)), _MOST))
         return [[statistics.median(column) for column in zip(*found, strict=True)] for found in samples]
 
     def _turn(self, commands: Sequence[str]) -> list[str]:

@@ -71,6 +71,28 @@ def test_the_last_of_fewer_candidates_than_builds_can_win() -> None:
     assert kept(builds, [[10.0], [11.0], [11.0]]) == {"p": "a"}
 
 
+def test_winners_that_do_not_win_again_are_not_kept() -> None:
+    first = [kernel("p", "a"), kernel("q", "x"), kernel("r", "m")]
+    winners = [kernel("p", "b"), kernel("q", "y"), kernel("r", "m")]
+    rows = [tune.Row(n, ((a, 10.0), (b, 5.0)), b) for n, a, b in (("p", "a", "b"), ("q", "x", "y"))]
+    rows.append(tune.Row("r", (("m", 4.0),), "m"))
+    kept, before, after = tune.confirmed(rows, [first, winners], [[10.0, 10.0, 4.0], [6.0, 9.9, 4.5]])
+    assert [row.kept for row in kept] == ["b", "x", "m"]
+    assert (before, after) == (24.0, 20.0)  # with p's alone
+    other = [kernel("p", "b"), kernel("q", "y", "conv+relu")]
+    kept, before, after = tune.confirmed(rows, [first, other], [[10.0, 10.0, 4.0], [1.0, 1.0]])
+    assert [row.kept for row in kept] == ["a", "x", "m"]  # another fusion: not comparable
+    assert before == after == 24.0
+
+
+def test_no_build_is_always_timed_first() -> None:
+    """A machine that was idle raises its clock with the work; of two builds the cost model's is first in 2 of 5."""
+    for count, most in ((1, 5), (2, 2), (3, 2)):
+        orders = [tune.order(count, turn) for turn in range(tune.TURNS)]
+        assert all(sorted(found) == list(range(count)) for found in orders)
+        assert sum(found[0] == 0 for found in orders) <= most
+
+
 @pytest.mark.parametrize(("together", "expected"), [(7.0, "b"), (13.0, "a")])
 def test_winners_that_are_slower_together_are_not_kept(
     together: float, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,6 +118,7 @@ def test_winners_that_are_slower_together_are_not_kept(
     assert found.preferred == tune.stored(detect()) == {"p": expected}
     assert (found.before_us, found.after_us) == (12.0, min(together, 12.0))
     assert f"{12:.1f} us before, {min(together, 12.0):.1f} us now" in found.text()
+    assert ("1 that won did not win again" in found.text()) == (expected == "a")
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from remote_board import Board
-from torch import nn
+from torch import fx, nn
+from torch.utils import _pytree as pytree
 from typer.testing import CliRunner
 
 import graphwright
+from graphwright.backends.lowering.registry import KernelInfo
 from graphwright.compiler import tune
+from graphwright.compiler.build import Built
+from graphwright.compiler.capture import Signature
 from graphwright.compiler.cli import app
 from graphwright.compiler.commands import tune_board
+from graphwright.compiler.plan import Plan
 from graphwright.errors import GraphwrightError, InputError
 from graphwright.hwdb import lookup
 
 TARGET = "raspberry-pi-4b"
+GRAPH = fx.symbolic_trace(nn.Identity())
+LEAF = pytree.tree_structure(0)
 
 
 class Net(nn.Module):
@@ -68,6 +76,25 @@ def test_the_command(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "time for 1 of 3 candidates" in done.output
     assert "us before" in done.output
     assert "kept in" in done.output
+
+
+def test_times_go_to_their_builds_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The board says 1 us for ./a and 2 us for ./b, and 5 ms for a call: as many of those as fill a turn."""
+    asked: list[list[str]] = []
+
+    def answer(host: str, script: str, content: bytes = b"", limit: float | None = None) -> bytes:
+        commands = [line.split("./")[1] for line in script.splitlines() if "./" in line]
+        asked.append(commands)
+        told = [f"next\nstep 0: {'ab'.index(c[0]) + 1}.0 us\nlatency: first call 5.000 ms\n" for c in commands]
+        return "".join(told).encode()
+
+    monkeypatch.setattr(tune_board, "ssh", answer)
+    board = tune_board._Board("pi@board", "there", lookup(TARGET), Signature((), (), LEAF, LEAF, ()), (), 1, 1.0)
+    kernels = (KernelInfo("k", "conv", "a", "r", None, step=0),)
+    builds = [(Path(name), Built(Plan((), 0, (), 0, {}), GRAPH, (), kernels=kernels)) for name in "ab"]
+    board.commands = {Path(name): f"./{name}" for name in "ab"}
+    assert board.measure(builds, time.perf_counter() + 60) == [[1.0], [2.0]]
+    assert asked[:2] == [["b --repeat 3", "a --repeat 3"], ["a --repeat 60", "b --repeat 60"]]
 
 
 @pytest.mark.parametrize(
