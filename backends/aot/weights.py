@@ -17,6 +17,7 @@ import math
 import mmap
 import os
 import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,10 @@ def write(path: Path, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> No
         found = (str(tensors[name].dtype).removeprefix("torch."), tuple(tensors[name].shape))
         if found != (entry.dtype, entry.shape):
             raise ValueError(f"weight {name} is {found}; the code was compiled for {(entry.dtype, entry.shape)}")
-    header = _header(layout)
+    checksum = 0
+    for name in layout.entries:
+        checksum = zlib.crc32(_bytes_of(tensors[name]), checksum)
+    header = _header(layout, checksum)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         for name, entry in layout.entries.items():
@@ -141,8 +145,9 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return dense.view(torch.uint8).numpy().data
 
 
-def _header(layout: Layout) -> bytes:
-    fields: dict[str, object] = {}
+def _header(layout: Layout, checksum: int) -> bytes:
+    """`checksum` tells files apart that hold other values of the same model: bundles look at the header alone."""
+    fields: dict[str, object] = {"__metadata__": {"crc32": f"{checksum:08x}"}}
     for number, (name, entry) in enumerate(layout.entries.items()):
         end = entry.offset + entry.nbytes
         fields[name] = {
