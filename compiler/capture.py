@@ -30,6 +30,7 @@ from ..errors import CaptureError, InputError
 from . import functions
 from .compression.learned_steps import ValueStep
 from .foreign_weights import with_plain_weights
+from .result_names import result_names
 from .storage_order import settle_storage_order, strides_read
 from .without_data import require_data
 
@@ -314,9 +315,10 @@ def _flatten(exported: ExportedProgram, parameters: tuple[str, ...]) -> tuple[fx
     read = strides_read(graph)
     call = exported.module_call_graph[0].signature
     assert call is not None
+    names = result_names(call.out_spec, [leaf.name if isinstance(leaf, TensorSpec) else "" for leaf in outputs])
     made = tuple(
-        replace(leaf, name=name or leaf.name) if isinstance(leaf, TensorSpec) else leaf
-        for leaf, name in zip(outputs, _result_names(call.out_spec), strict=True)
+        replace(leaf, name=name) if isinstance(leaf, TensorSpec) else leaf
+        for leaf, name in zip(outputs, names, strict=True)
     )
     given = tuple(replace(i, strides=read.get(i.name)) if isinstance(i, TensorSpec) else i for i in inputs)
     return fx.GraphModule(root, graph), Signature(given, made, call.in_spec, call.out_spec, parameters)
@@ -367,32 +369,6 @@ def _effect_result(graph: fx.Graph, old: fx.Node, nodes: dict[fx.Node, fx.Node])
         nodes[old].meta = dict(old.meta)
     else:
         nodes[old] = nodes[source]
-
-
-def _result_names(spec: pytree.TreeSpec) -> list[str | None]:
-    """A name for every leaf of the result that lies under a key or a field: `logits`, `layers.0`; else None."""
-    found: list[str | None] = [None] * spec.num_leaves
-
-    def walk(part: Any, path: str, named: bool) -> None:
-        if isinstance(part, _Place):
-            found[part.index] = path if named else None
-        elif isinstance(part, Mapping):
-            for key, value in part.items():
-                walk(value, f"{path}.{key}" if path else str(key), named or isinstance(key, str))
-        elif isinstance(part, (tuple, list)):
-            keys = getattr(part, "_fields", range(len(part)))
-            for key, value in zip(keys, part, strict=True):
-                walk(value, f"{path}.{key}" if path else str(key), named or isinstance(key, str))
-
-    walk(pytree.tree_unflatten([_Place(i) for i in range(spec.num_leaves)], spec), "", False)
-    return found if len(set(found) - {None}) == sum(name is not None for name in found) else [None] * len(found)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A leaf of a structure: which."""
-
-    index: int
 
 
 def _output_spec(node: fx.Node) -> TensorSpec:

@@ -30,7 +30,9 @@ const char *graphwright_error(void) { return message; }
 
 const char *graphwright_target(void) { return bundle.target; }
 
-int graphwright_threads(const graphwright_model *model) { return model->context ? gw_get_threads(model->context) : 1; }
+int graphwright_threads(const graphwright_model *model) {
+    return !model ? 0 : model->context ? gw_get_threads(model->context) : 1;
+}
 
 int bundle_trace(graphwright_model *model, int64_t *nanoseconds) {
     return model->context ? gw_trace(model->context, nanoseconds) : 0;
@@ -167,6 +169,10 @@ void graphwright_free(graphwright_model *model) {
 int graphwright_run(graphwright_model *model, const void *const *inputs, void *const *outputs) {
     if (!model) {
         say("graphwright_run: there is no model: graphwright_init failed, or was not called");
+        return GRAPHWRIGHT_FAILED;
+    }
+    if ((!inputs && bundle.input_count) || (!outputs && bundle.output_count)) {
+        say(!inputs && bundle.input_count ? "graphwright_run: inputs is NULL" : "graphwright_run: outputs is NULL");
         return GRAPHWRIGHT_FAILED;
     }
     for (int i = 0; i < bundle.input_count + bundle.output_count; i++) {

@@ -61,7 +61,7 @@ const char *graphwright_error(void);
 /* The machine the model was compiled for: "raspberry-pi-4b". */
 const char *graphwright_target(void);
 
-/* Threads of one call of this model. */
+/* Threads of one call of this model; 0 for NULL. */
 int graphwright_threads(const graphwright_model *model);
 
 #ifdef __cplusplus

@@ -34,13 +34,15 @@ static double seconds(void) {
 /* The tensor that "NAME=FILE" or the next unnamed FILE belongs to; `*path` becomes the file. */
 static int place(const char **path, const graphwright_tensor *tensors, int count, const char *option, int *next) {
     const char *equals = strchr(*path, '=');
-    if (equals) {
-        for (int i = 0; i < count; i++) {
-            if (strlen(tensors[i].name) != (size_t)(equals - *path)) continue;
-            if (strncmp(tensors[i].name, *path, (size_t)(equals - *path))) continue;
-            *path = equals + 1;
-            return i;
-        }
+    int named = -1;
+    for (int i = 0; equals && i < count; i++) { /* a name may have a '=' in it: the longest counts */
+        size_t length = strlen(tensors[i].name);
+        if (strncmp(tensors[i].name, *path, length) || (*path)[length] != '=') continue;
+        if (named < 0 || length > strlen(tensors[named].name)) named = i;
+    }
+    if (named >= 0) {
+        *path += strlen(tensors[named].name) + 1;
+        return named;
     }
     FILE *there = equals ? fopen(*path, "rb") : NULL; /* the name of a file may have a '=' in it */
     if (there) fclose(there);
@@ -214,6 +216,7 @@ int main(int argc, char **argv) {
     void **targets = calloc((size_t)output_count + 1, sizeof *targets);
     double *times = calloc((size_t)repeat + 1, sizeof *times);
     int marks = profile ? bundle_trace(model, NULL) : 0;
+    if (marks && (size_t)repeat >= SIZE_MAX / sizeof(int64_t) / (size_t)marks) die("--repeat %d: too many for --profile", repeat);
     int64_t *stamps = calloc((size_t)repeat * (size_t)marks + 1, sizeof *stamps);
     if (!sources || !targets || !times || !stamps) die("out of memory");
     for (int i = 0; i < input_count; i++) {

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy
 import torch
@@ -38,7 +38,8 @@ def run_artifact(compiled: Any, inputs: Path | None, output: Path | None, repeat
     for name, value in named.items():
         yield f"{name}: {_describe(value)}"
     if output is not None:
-        write_results(output, {name: _array(value) for name, value in named.items()})
+        found = {name: array_of(value) for name, value in named.items()}
+        write_results(output, {name: array for name, array in found.items() if array.dtype != object})  # not None
         yield f"wrote {output}"
     yield f"{seconds * 1e3:.3f} ms a call, the fastest of {repeat}"
 
@@ -59,8 +60,11 @@ def check_output(output: Path | None) -> None:
 def write_results(output: Path, arrays: dict[str, Any]) -> None:
     """Write a .npz file. Raises GraphwrightError where that fails."""
     try:
-        with output.open("wb") as file:
-            numpy.savez(file, **arrays)
+        # As numpy.savez does, whose own arguments no array can be named after.
+        with ZipFile(output, "w") as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    numpy.lib.format.write_array(file, numpy.asanyarray(array), allow_pickle=False)
     except OSError as error:
         raise GraphwrightError(f"cannot write the results to {output}: {error}") from error
 
@@ -88,7 +92,7 @@ def _read(file: Path, specs: Sequence[TensorSpec]) -> list[torch.Tensor]:
     missing = [name for name in names if name not in given]
     if missing:
         raise InputError(f"--input {file}: {', '.join(missing)} missing; the model takes {', '.join(names)}")
-    return [_tensor(given[spec.name], spec) for spec in specs]
+    return [tensor_of(given[spec.name], spec) for spec in specs]
 
 
 def arrays(file: Path, option: str) -> dict[str, Any]:
@@ -104,12 +108,15 @@ def arrays(file: Path, option: str) -> dict[str, Any]:
         ) from error
 
 
-def _tensor(array: Any, spec: TensorSpec) -> torch.Tensor:
+def tensor_of(array: Any, spec: TensorSpec) -> torch.Tensor:
+    """The array as a tensor, float32 as what `spec` is where that is bfloat16: numpy has none, its values travel so.
+
+    Raises InputError for arrays of a dtype that tensors do not have.
+    """
     try:
         tensor = torch.from_numpy(numpy.ascontiguousarray(array).reshape(array.shape))
     except TypeError as error:
         raise InputError(f"{spec.name}: arrays of {array.dtype} are not tensors") from error
-    # numpy has no bfloat16: its values travel as float32.
     return tensor.to(spec.dtype) if spec.dtype == torch.bfloat16 and tensor.dtype == torch.float32 else tensor
 
 
@@ -119,7 +126,8 @@ def _named(results: Any) -> dict[str, Any]:
     return {pytree.keystr(path).strip("[].'\"").replace("']['", ".") or "output": leaf for path, leaf in leaves}
 
 
-def _array(value: Any) -> Any:
+def array_of(value: Any) -> Any:
+    """A result as an array, bfloat16 as float32."""
     if not isinstance(value, torch.Tensor):
         return numpy.asarray(value)
     return value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ...errors import GraphwrightError, InputError, size
 from .. import artifact
 from ..bundle import PROGRAM_NAME
+from ..capture import TensorSpec
 from ..loading import tensors_from_data
-from .run_artifact import arrays
+from .run_artifact import array_of, arrays, tensor_of
 
 _MACHINES = {"aarch64": {"aarch64", "arm64"}, "armv7": {"armv7l", "armv8l", "aarch64"}}
 # No question that nobody answers; a board that is not there, or is gone, is noticed within a minute.
@@ -65,24 +67,24 @@ def run_remote(
         raise InputError(f"{bundle} is no bundle: it has no program {PROGRAM_NAME}; compile the model for a board")
     taken, made = tensors_from_data(manifest["description"])
     given = {} if inputs is None else _checked(inputs, [spec.name for spec in taken])
-    names = [spec.name for spec in made]
     check_machine(host, manifest["target"]["id"], manifest["target"]["isa"])
     directory = f".cache/graphwright/{manifest['digest'][:24]}"
     copied = _copy(host, bundle, manifest, directory)
     command = [f"../{PROGRAM_NAME}"]
     for i, name in enumerate(given):
         command += ["--input", f"{name}=input{i}.npy"]
-    for i in range(len(names)):
+    for i in range(len(made)):
         command += ["--output", f"output{i}.npy"]
     for option, value in (("--repeat", repeat), ("--threads", threads)):
         command += [option, str(value)] if value is not None else []
-    files = {f"input{i}.npy": _npy(array) for i, array in enumerate(given.values())}
+    specs = {spec.name: spec for spec in taken}
+    files = {f"input{i}.npy": _npy(tensor_of(given[name], specs[name])) for i, name in enumerate(given)}
     answer = ssh(host, _SCRIPT.format(directory=directory, command=shlex.join(command)), archive(files))
     found = _unpacked(answer)
     if found["status"].strip() != b"0":
         complaint = found["complaint"].decode(errors="replace").strip()
         raise GraphwrightError(f"on {host}: {complaint or 'the program ended with status ' + found['status'].decode()}")
-    results = {name: np.load(io.BytesIO(found[f"output{i}.npy"])) for i, name in enumerate(names)}
+    results = {spec.name: _result(found[f"output{i}.npy"], spec) for i, spec in enumerate(made)}
     return RemoteRun(found["printed"].decode(errors="replace"), results, copied)
 
 
@@ -97,7 +99,13 @@ def _checked(file: Path, names: list[str]) -> dict[str, Any]:
 
 def check_machine(host: str, target: str, isa: str) -> None:
     """Raise InputError where the board at `host` does not run code for `target`, which is `isa`."""
-    machine = ssh(host, "uname -m", limit=ANSWER_S).decode(errors="replace").strip()
+    answer = ssh(host, "uname -m", limit=ANSWER_S).decode(errors="replace").strip()
+    said, _, machine = answer.rpartition("\n")
+    if said:  # it would be taken for results
+        raise GraphwrightError(
+            f"the shell of {host} prints {said[:80]!r} before it does what it is asked: let its ~/.bashrc, or whatever "
+            "does that, print to terminals only"
+        )
     if machine not in _MACHINES[isa]:
         raise InputError(f"{host} is {machine}, and {target} is {isa}: compile for the board that it is")
 
@@ -114,10 +122,19 @@ def _copy(host: str, bundle: Path, manifest: dict[str, Any], directory: str) -> 
     return len(content)
 
 
-def _npy(array: Any) -> bytes:
+def _npy(tensor: torch.Tensor) -> bytes:
+    """As the program reads it: bfloat16 is pairs of bytes to numpy."""
+    array = tensor.view(torch.int16).numpy().view("V2") if tensor.dtype == torch.bfloat16 else tensor.numpy()
     file = io.BytesIO()
-    np.save(file, np.ascontiguousarray(array).reshape(np.shape(array)))
+    np.save(file, array)
     return file.getvalue()
+
+
+def _result(content: bytes, spec: TensorSpec) -> Any:
+    array = np.load(io.BytesIO(content))
+    if spec.dtype == torch.bfloat16:
+        array = array_of(torch.from_numpy(array.view(np.int16)).view(torch.bfloat16))
+    return array
 
 
 def archive(files: dict[str, bytes]) -> bytes:
@@ -141,6 +158,8 @@ def ssh(host: str, script: str, content: bytes = b"", limit: float | None = None
 
     limit: the most seconds it may take; a board that no longer answers is noticed in any case. Raises GraphwrightError.
     """
+    if not host or host.startswith("-"):  # an option to ssh
+        raise InputError(f"{host!r} is no host: give it as ssh knows it, such as pi@raspberrypi")
     command = ["ssh", *(part for option in _SSH_OPTIONS for part in ("-o", option)), host, script]
     try:
         done = subprocess.run(command, input=content, capture_output=True, check=False, timeout=limit)

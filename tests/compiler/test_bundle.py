@@ -225,6 +225,26 @@ def test_missing_weights_and_those_of_another_model(copy: Path) -> None:
     assert run(copy, "cortex-a72", "--weights", file).returncode == 0
 
 
+def test_weights_of_the_same_model_trained_on(made: Path, image: torch.Tensor, tmp_path: Path) -> None:
+    other = network()
+    with torch.no_grad():
+        other[0].bias[0] += 1
+    trained = bundle(other, (image,), tmp_path / "trained")
+    refused(run(made, "cortex-a72", "--weights", trained / "weights.safetensors"), "another model")
+
+
+class Keys(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"a": x + 1, "a=b": x + 2}
+
+
+def test_names_with_a_sign_of_equality(tmp_path: Path) -> None:
+    made = bundle(Keys(), (torch.zeros(3),), tmp_path / "keys", executable=True)
+    assert run(made, "cortex-a53", "--output", f"a=b={tmp_path}/2", "--output", f"a={tmp_path}/1").returncode == 0
+    first, second = (np.frombuffer((tmp_path / name).read_bytes(), np.float32) for name in "12")
+    np.testing.assert_allclose(second - first, 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

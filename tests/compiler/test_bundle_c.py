@@ -79,6 +79,10 @@ int main(int argc, char **argv) {
     void *out[] = {NULL};
     if (graphwright_run(models[0], in, out) != GRAPHWRIGHT_FAILED) return 4;
     puts(graphwright_error());
+    if (graphwright_run(models[0], NULL, out) != GRAPHWRIGHT_FAILED) return 5;
+    puts(graphwright_error());
+    if (graphwright_run(models[0], in, NULL) != GRAPHWRIGHT_FAILED || graphwright_threads(NULL)) return 6;
+    puts(graphwright_error());
     printf("%d %d threads\\n", graphwright_threads(models[0]), graphwright_threads(models[1]));
     pthread_t threads[THREADS];
     long wrong = 0;
@@ -103,6 +107,8 @@ def test_two_models_called_by_four_threads(made: Path, tmp_path: Path) -> None:
         "the weights nowhere cannot be opened",
         "graphwright_run: there is no model: graphwright_init failed, or was not called",
         "graphwright_run: the address of x is NULL",
+        "graphwright_run: inputs is NULL",
+        "graphwright_run: outputs is NULL",
         "1 3 threads",
         "0 wrong",
     ]

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from graphwright.compiler.capture import Constant, TensorSpec, capture, export
 from graphwright.compiler.reference import run_eager
+from graphwright.compiler.result_names import result_names
 from graphwright.errors import CaptureError, InputError
 
 aten = torch.ops.aten
@@ -176,3 +178,14 @@ def test_results_are_called_by_their_keys() -> None:
 def test_results_without_keys_are_called_by_their_operators() -> None:
     outputs = capture(export(lambda x: (x + 1, [x * 2]), (torch.zeros(2, 3),))).signature.outputs
     assert [spec.name for spec in outputs] == ["add", "mul"]
+
+
+def test_a_value_that_is_a_result_twice_has_two_names() -> None:
+    def model(x: torch.Tensor) -> Any:
+        y = x + 1
+        return y, y, {"add_1": y * 2}, x
+
+    outputs = capture(export(model, (torch.zeros(2, 3),))).signature.outputs
+    assert [spec.name for spec in outputs] == ["add", "add_1", "2.add_1", "args_0"]
+    assert result_names(pytree.tree_structure([0, 0, {"a": 0}]), ["a", "a", "b"]) == ["a", "a_1", "2.a"]
+    assert result_names(pytree.tree_structure({1: 0, "a": 0, 2: 0}), ["a_1", "x", "a"]) == ["a_1", "a", "a_2"]

@@ -65,6 +65,28 @@ def test_results_come_back_and_the_bundle_stays(board: Board, made: Path, tmp_pa
     assert set(board.log.read_text().split()) == {"pi@board"}
 
 
+class Halves(nn.Module):
+    """One value that is a result twice, of a dtype that numpy does not have, and a key that numpy.savez has taken."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        half = x + 1
+        return {"file": half, "again": half}
+
+
+def test_bfloat16_travels_as_float32(board: Board, tmp_path: Path) -> None:
+    x = torch.randn(2, 5).bfloat16()
+    made = graphwright.compile(Halves(), (x,), target="raspberry-pi-4b").bundle(tmp_path / "halves")
+    bundle = through_emulator(board, made)
+    np.savez(tmp_path / "in.npz", x=x.float().numpy())
+    arguments = ["run-remote", "pi@board", str(bundle), "--input", str(tmp_path / "in.npz")]
+    done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out.npz")])
+    assert done.exit_code == 0, done.output
+    found = np.load(tmp_path / "out.npz")
+    assert set(found) == {"file", "again"}
+    for name in found:
+        np.testing.assert_array_equal(found[name], (x + 1).float().numpy())
+
+
 def test_the_command(board: Board, made: Path, tmp_path: Path) -> None:
     bundle = through_emulator(board, made)
     done = CliRunner().invoke(app, ["run-remote", "pi@board", str(bundle), "-o", str(tmp_path / "out.npz")])
@@ -93,6 +115,18 @@ def test_a_board_of_another_kind(made: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", Board(tmp_path, "riscv64").path)
     with pytest.raises(InputError, match="is riscv64, and raspberry-pi-4b is aarch64: compile for"):
         run_remote("pi@board", made)
+
+
+def test_a_shell_that_talks(board: Board, made: Path) -> None:
+    board.command("uname", "echo Welcome; echo aarch64")
+    with pytest.raises(GraphwrightError, match=r"the shell of pi@board prints 'Welcome' before .* ~/\.bashrc"):
+        run_remote("pi@board", made)
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=touch x", ""])
+def test_what_is_no_host(host: str, made: Path) -> None:
+    with pytest.raises(InputError, match="is no host: give it as ssh knows it"):
+        run_remote(host, made)
 
 
 def test_without_ssh(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
