@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SUFFIX = ".gw"
 _ISA_NAMES = {"amd64": "x86_64", "x86-64": "x86_64", "arm64": "aarch64"}
+_SYSTEM_NAMES = {"darwin": "macosx"}  # in triples
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def check_machine(manifest: dict[str, Any], where: Path) -> None:
     target = manifest["target"]
     machine = platform.machine().lower()
     here = _ISA_NAMES.get(machine, machine)
-    system = platform.system().lower()
+    kernel = platform.system().lower()
+    system = _SYSTEM_NAMES.get(kernel, kernel)
     if target["isa"] != here:
         raise ArtifactError(
             f"{where} holds {target['isa']} code (for {target['name']}) and this machine is {here}; "

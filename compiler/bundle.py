@@ -6,6 +6,7 @@
     graphwright.h, example.c, example.py, README.txt, LICENSES.txt, manifest.json (digests of all of it)
 
 For Android it is a Gradle module instead: libmodel.so with the weights inside, its JNI and Kotlin sources, build files.
+For macOS the library is model.dylib, and `run` is dynamic, as all programs are there.
 
 The directory is an artifact as well: where PyTorch and graphwright are installed on such a machine, `graphwright.load`
 takes it.
@@ -24,7 +25,7 @@ from safetensors.torch import load_file
 
 from ..backends.aot import weights
 from ..backends.aot.library import BUNDLED, LIBRARY_NAME, OBJECT_NAME, WEIGHTS_NAME
-from ..backends.aot.toolchain import is_android
+from ..backends.aot.toolchain import is_android, is_macos
 from ..backends.bundle import features, link
 from ..backends.bundle.notices import android_readme, readme, write_notices
 from ..backends.bundle.table import Copy, Table, Tensor, c_source
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 PROGRAM_NAME = "run"
 ANDROID_NAME = "libmodel.so"  # Android's packager takes lib*.so only
+MACOS_NAME = "model.dylib"
 _LIBRARY_FILES = ("graphwright.h", "example.c", "example.py")
 _ANDROID_FILES = (
     *("graphwright.h", "graphwright_jni.c", "Model.kt"),
@@ -67,21 +69,22 @@ def bundle(directory: Path, path: Path, executable: bool = False, single_file: b
         if table.weights_bytes:
             shutil.copyfile(directory / WEIGHTS_NAME, made / WEIGHTS_NAME)
         android = is_android(target["triple"]) and not executable
+        macos = is_macos(target["triple"])
         single_file = single_file or android
         text = c_source(table, WEIGHTS_NAME, _digest_of(manifest)) if single_file else c_source(table)
         code = directory / OBJECT_NAME if table.runs else None
         if not android:
             link.program(code, text, target["triple"], made / PROGRAM_NAME, made)
         if not executable:
-            name = ANDROID_NAME if android else LIBRARY_NAME
+            name = ANDROID_NAME if android else MACOS_NAME if macos else LIBRARY_NAME
             link.library(code, text, target["triple"], made / name, made)
             for name in _ANDROID_FILES if android else _LIBRARY_FILES:
                 shutil.copyfile(_FILES / name, made / name)
         if single_file and table.weights_bytes:
             (made / WEIGHTS_NAME).unlink()
-        about = android_readme(table) if android else readme(table, executable, single_file)
+        about = android_readme(table) if android else readme(table, executable, single_file, macos)
         (made / "README.txt").write_text(about)
-        write_notices(made / "LICENSES.txt")
+        write_notices(made / "LICENSES.txt", musl=not macos)
         artifact.seal_for(made, target, manifest["description"])
         return artifact.save(made, path)
 
@@ -105,7 +108,8 @@ def _digest_of(manifest: dict[str, Any]) -> str:
 def table_of(directory: Path, target: Mapping[str, Any], plan: Plan, signature: Signature) -> Table:
     """What the program of a bundle has to know of the model whose files are in `directory`.
 
-    target: `id`, `isa` and `features`, as a manifest has them. Raises InputError where operators run in PyTorch.
+    target: `id`, `isa`, `triple` and `features`, as a manifest has them. Raises InputError where operators run in
+    PyTorch.
     """
     left = sorted({call.operator for call in plan.calls if isinstance(call, OperatorCall)})
     if left:
@@ -126,7 +130,7 @@ def table_of(directory: Path, target: Mapping[str, Any], plan: Plan, signature: 
         target=target["id"],
         inputs=tuple(_tensor(spec) for spec in signature.tensors),
         outputs=tuple(_tensor(spec) for spec in outputs),
-        features=features.bits(target["isa"], target["features"]),
+        features=features.needed(target["isa"], target["triple"], target["features"]),
         read=regions[0].inputs if regions else (),
         written=tuple(plan.outputs.index(slot) for slot in written),
         copies=tuple(_copies(plan, written, directory)),

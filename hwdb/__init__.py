@@ -7,6 +7,7 @@ hw = register("my-board", extends="raspberry-pi-5", clock_mhz=2800)      a machi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -83,5 +84,7 @@ def obstacle(hw: Hardware) -> str | None:
     here = detect()
     if hw.isa != here.isa:
         return f"it is {hw.isa} code and this machine is {here.isa}"
+    if "-macosx" in hw.triple and sys.platform != "darwin":
+        return "it is code for macOS"
     lacking = missing_features(hw.features)
     return f"this machine lacks {', '.join(lacking)}" if lacking else None

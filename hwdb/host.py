@@ -82,6 +82,8 @@ def detect_at(root: Path, allowed: Collection[int] | None, machine: str) -> Hard
         "dram_bytes": memory_bytes(root),
         "sources": tuple(records.source(source) for source in ("host", *values["source"])),
     }
+    if "-apple-" in values["triple"]:  # Linux on Apple's processors, whose records are of macOS
+        facts["triple"] = records.merged("aarch64")["triple"]
     caches = _caches(root, usable[0])
     if caches:
         facts["caches"] = caches

@@ -12,6 +12,7 @@ from . import isa as instruction_set
 from .dtypes import BITS, WITHIN_FLOAT32, dtype_name
 
 # What CPUs compute with, float16 and bfloat16 where there are features for them.
+_MACOS = "aarch64-apple-macosx"
 _CPU_DTYPES = frozenset(
     {"float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 )
@@ -247,8 +248,8 @@ class Hardware:
         """Why graphwright makes no code for this machine, or None where it does."""
         if self.toolchain == "none":
             return "no compiler for it is known here; it is in the database for planning"
-        if self.kind != "gpu" and "linux" not in self.triple.split("-"):
-            return f"code is made for Linux and Android, and {self.triple} is neither"
+        if self.kind != "gpu" and "linux" not in self.triple.split("-") and not self.triple.startswith(_MACOS):
+            return f"code is made for Linux, Android and macOS on Apple's processors, and {self.triple} is none of them"
         return None
 
     @property

@@ -40,6 +40,7 @@ _LIMITS = {
     "registers_per_block": "registers_per_unit",
 }
 _IGNORED = {"kind", "tag", "keys", "host", "libs", "device", "opt-level", "max_num_threads", "l2_cache_size_bytes"}
+_OLDEST_MAC, _NEWEST_MAC = "apple-m1", "apple-m4"  # of those with code for Arm
 _ROOTS = {
     "x86_64": "x86-64",
     "aarch64": "aarch64",
@@ -163,7 +164,8 @@ def _from_llvm(target: Mapping[str, Any]) -> Hardware:
     if isa not in _ROOTS:
         raise UnknownTarget(f"mtriple {triple!r}: {family} is not one of {', '.join(_ROOTS)}")
     records = database()
-    cpu = target.get("mcpu", "generic")
+    macos = _macos(triple) if isa == "aarch64" else None
+    cpu = target.get("mcpu", _OLDEST_MAC if macos else "generic")
     id = _record_of_cpu(records, isa, cpu)
     features = set(records.merged(id)["features"])
     for attribute in target.get("mattr", ()):
@@ -171,13 +173,30 @@ def _from_llvm(target: Mapping[str, Any]) -> Hardware:
         if name in instruction_set.FLAGS[isa]:  # others do not change what kernels are chosen
             (features.add if attribute[0] == "+" else features.discard)(name)
     facts: dict[str, Any] = {"features": frozenset(features)}
-    if triple:
+    if macos:
+        facts["triple"] = macos
+        if foreign := features - records.merged(_NEWEST_MAC)["features"]:
+            raise UnknownTarget(f"mtriple {triple!r}: no Mac has {', '.join(sorted(foreign))}, which the target has")
+    elif triple:
         # LLVM takes arm64 for another architecture, and where the vendor is left out each part for the one before.
         named = re.sub("^arm64-", "aarch64-", triple)
         facts["triple"] = re.sub("^([^-]+)-linux-", r"\1-unknown-linux-", named)
     if "num-cores" in target:
         facts["cores"] = target["num-cores"]
     return records.build(id, **facts)
+
+
+def _macos(triple: str) -> str | None:
+    """The triple of the records of Apple's processors where `triple` is of a macOS that runs code for it."""
+    named = re.fullmatch(r"[^-]+-apple-(darwin|macosx|macos)(\d*)[\d.]*", triple)
+    if named is None:
+        return None
+    own: str = database().merged(_OLDEST_MAC)["triple"]
+    oldest = int(own.rpartition("macosx")[2].split(".")[0])
+    # Darwin 21 is macOS 12; from macOS 26 on, which is Darwin 25, the numbers are one apart.
+    if named[2] and int(named[2]) + (0 if named[1] != "darwin" else -9) < oldest:
+        raise UnknownTarget(f"mtriple {triple!r}: code is made for macOS {oldest} and newer")
+    return own
 
 
 def _record_of_cpu(records: Database, isa: str, cpu: str) -> str:

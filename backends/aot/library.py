@@ -66,7 +66,7 @@ def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildIn
 
     Equal programs give equal bytes.
     """
-    from . import codegen, memory, region, toolchain
+    from . import codegen, mach_o, memory, region, toolchain
 
     start = time.perf_counter()
     for program in programs:
@@ -90,9 +90,14 @@ def build(programs: Sequence[Program], hw: Hardware, directory: Path) -> BuildIn
         objects = [Path(scratch, f"{number}.o") for number in range(len(contents))]
         for path, content in zip(objects, contents, strict=True):
             path.write_bytes(content)
-        toolchain.link([*objects, *toolchain.runtime_objects(hw.triple)], output)
-        if hw.isa in BUNDLED:
-            toolchain.merge(objects, output.with_name(OBJECT_NAME))
+        linked, whole = [*objects, *toolchain.runtime_objects(hw.triple)], output.with_name(OBJECT_NAME)
+        if toolchain.is_macos(hw.triple):
+            mach_o.link(linked, output, hw.triple)
+            mach_o.merge(objects, whole, hw.triple)
+        else:
+            toolchain.link(linked, output)
+            if hw.isa in BUNDLED:
+                toolchain.merge(objects, whole)
     info = BuildInfo(
         library=output,
         weights=layout,

@@ -14,21 +14,14 @@
  */
 #include "internal.h"
 
-#include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <string.h>
-#include <sys/auxv.h>
-#include <sys/mman.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #define MAX_WORKERS 255
 #define SPIN_NANOSECONDS 40000
-#define LARGEST_PAGE 65536
-#define WORD_BITS (8 * (int)sizeof(unsigned long))
 #define TASKS_PER_THREAD 16 /* enough that one of a slow thread's is little to wait for; a task costs 10 to 30 ns */
 
 static void relax(void) {
@@ -38,18 +31,6 @@ static void relax(void) {
     __asm__ volatile("yield");
 #endif
 }
-
-int64_t now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
-static void sleep_while(atomic_uint *word, unsigned value) {
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
-}
-
-static void wake_one(atomic_uint *word) { syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0); }
 
 /* Spin until the word differs from `value` or the time is up; return its last value. */
 static unsigned spin_while(atomic_uint *word, unsigned value) {
@@ -118,7 +99,7 @@ static void *work(void *argument) {
     worker *me = argument;
     self.memory = &me->memory;
     self.nested = self.threads = 1;
-    atomic_store(&me->system, (int)syscall(SYS_gettid));
+    atomic_store(&me->system, thread_number());
     for (;;) {
         unsigned state = spin_while(&me->state, EMPTY);
         if (state == EMPTY && atomic_compare_exchange_strong(&me->state, &state, SLEEPING)) {
@@ -143,22 +124,22 @@ static void post(worker *to, unsigned state) {
 static void keep_apart(int workers) {
     static atomic_uint threads;
     static _Thread_local unsigned caller;
-    int core = sched_getcpu();
+    int core = this_core();
     if (!caller) caller = atomic_fetch_add(&threads, 1) + 1;
-    unsigned long mask[1024 / WORD_BITS];
+    core_set own;
     long bytes = 0;
     for (int i = 0; i < workers; i++) {
         worker *each = &pool.all[i];
         int thread = atomic_load_explicit(&each->system, memory_order_relaxed);
-        if ((each->avoids == core + 1 && each->follows == caller) || !thread || core < 0 || core >= 1024) continue;
+        if ((each->avoids == core + 1 && each->follows == caller) || !thread || core < 0 || core >= MOST_CORES) continue;
         each->avoids = core + 1;
         each->follows = caller;
         if (!bytes) {
-            bytes = syscall(SYS_sched_getaffinity, 0, sizeof mask, mask);
-            if (bytes > 0) mask[core / WORD_BITS] &= ~(1ul << core % WORD_BITS);
+            bytes = read_cores(own);
+            if (bytes > 0) own[core / WORD_BITS] &= ~(1ul << core % WORD_BITS);
         }
         /* Refused, and rightly, where no core is left. */
-        if (bytes > 0) syscall(SYS_sched_setaffinity, thread, bytes, mask);
+        if (bytes > 0) keep_to_cores(thread, own, bytes);
     }
 }
 
@@ -172,7 +153,7 @@ static void grow(int workers) {
         atomic_store(&next->state, EMPTY);
         atomic_store(&next->system, 0);
         next->avoids = 0;
-        if (pthread_create(&next->thread, NULL, work, next)) break; /* callers then do more themselves */
+        if (start_thread(&next->thread, work, next)) break; /* callers then do more themselves */
         pool.workers++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -246,6 +227,7 @@ void meet_family(void) {
     unsigned expected = family_pid ? 1 : 0;
     if (atomic_compare_exchange_strong(family, &expected, 2)) {
         memset(&pool, 0, sizeof pool);
+        forget_sleepers();
         if (callers == &own_callers) atomic_store(callers, 0);
         if (family_pid) family_pid = (int)getpid();
         atomic_store(family, 1);
@@ -255,12 +237,7 @@ void meet_family(void) {
 }
 
 __attribute__((constructor)) static void start(void) {
-    static char room[2 * LARGEST_PAGE]; /* holds one whole page, whatever its size */
-    size_t page = (size_t)getauxval(AT_PAGESZ); /* sysconf's number for it is another one in every C library */
-    void *wiped = (void *)round_up((uintptr_t)room, page);
-    if (page <= LARGEST_PAGE && madvise(wiped, page, 18 /* MADV_WIPEONFORK */) == 0) {
-        family = wiped;
-    } else {
+    if (!(family = wiped_in_children())) {
         family = &family_word;
         family_pid = (int)getpid();
     }

@@ -8,8 +8,6 @@
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #define MAX_THREADS 256 /* the caller and pool.c's MAX_WORKERS */
 #define IDLE_STATES 32
@@ -76,14 +74,6 @@ struct gw_context {
     uint64_t facts[FACTS];
     _Atomic(state *) idle[IDLE_STATES];
 };
-
-static int usable_threads(void) {
-    unsigned long mask[1024 / (8 * sizeof(unsigned long))] = {0};
-    long bytes = syscall(SYS_sched_getaffinity, 0, sizeof mask, mask);
-    int count = 0;
-    for (long i = 0; i < bytes / (long)sizeof *mask; i++) count += __builtin_popcountl(mask[i]);
-    return count ? count : 1;
-}
 
 static void free_state(state *given) {
     free(given->arena);

@@ -2,7 +2,6 @@
 #include "internal.h"
 
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #define HUGE_PAGE ((size_t)2 << 20)
 
@@ -10,7 +9,7 @@ void *aligned(size_t bytes) {
     void *memory = NULL;
     size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : LINE;
     if (posix_memalign(&memory, alignment, bytes ? bytes : LINE)) return NULL;
-    if (alignment == HUGE_PAGE) madvise(memory, bytes, MADV_HUGEPAGE); /* fewer TLB misses; a refusal does no harm */
+    if (alignment == HUGE_PAGE) ask_for_huge_pages(memory, bytes);
     return memory;
 }
 

@@ -57,7 +57,7 @@ EXPORTS = (
 
 def runtime_objects(triple: str) -> list[Path]:
     """The runtime compiled for an LLVM triple; from the cache where it is there."""
-    sources = (*_SOURCES, "emutls.c") if is_android(triple) else _SOURCES
+    sources = (*_SOURCES, "macos.c" if is_macos(triple) else "linux.c", *(("emutls.c",) if is_android(triple) else ()))
     return c_objects([_HERE / name for name in sources], runtime_headers(), triple)
 
 
@@ -80,6 +80,11 @@ def start_flags(triple: str) -> tuple[str, ...]:
 def is_android(triple: str) -> bool:
     """Whether the C library is bionic."""
     return "android" in triple.rsplit("-", 1)[-1]
+
+
+def is_macos(triple: str) -> bool:
+    """Whether the system is macOS."""
+    return "-macosx" in triple
 
 
 def runtime_headers() -> list[Path]:
@@ -180,6 +185,8 @@ def zig_target(triple: str) -> str:
     Android's headers do not come with zig: musl's stand for them, as the runtime uses what is the same in both.
     """
     parts = triple.split("-")
+    if is_macos(triple):
+        return f"{parts[0]}-macos.{parts[2].removeprefix('macosx')}"
     arch, system = "arm" if parts[0].startswith("armv7") else parts[0], "linux" if "linux" in parts else parts[-2]
     if is_android(triple):
         return f"{arch}-{system}-musl"

@@ -6,9 +6,13 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/auxv.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#else
+#include <sys/auxv.h>
+#endif
 
 struct graphwright_model {
     gw_context *context;
@@ -38,11 +42,21 @@ int bundle_trace(graphwright_model *model, int64_t *nanoseconds) {
     return model->context ? gw_trace(model->context, nanoseconds) : 0;
 }
 
+static int processor_has(const bundle_feature *needed) {
+#ifdef __APPLE__
+    int answer = 0;
+    size_t bytes = sizeof answer;
+    return !sysctlbyname(needed->question, &answer, &bytes, NULL, 0) && answer;
+#else
+    return getauxval((unsigned long)needed->word) >> needed->bit & 1;
+#endif
+}
+
 static int check_processor(void) {
     int missing = 0;
     for (int i = 0; i < bundle.feature_count; i++) {
         const bundle_feature *needed = &bundle.features[i];
-        if (getauxval((unsigned long)needed->word) >> needed->bit & 1) continue;
+        if (processor_has(needed)) continue;
         if (!missing++) {
             say("this processor lacks instructions that the model, compiled for ");
             say_more(bundle.target);

@@ -4,10 +4,11 @@
 
 #include "graphwright.h"
 
-typedef struct { /* an instruction set extension that the code uses, and the bit by which Linux says it is there */
+typedef struct { /* an instruction set extension that the code uses, and how the system says that it is there */
     const char *name;
-    int word; /* the entry of the auxiliary vector: AT_HWCAP or AT_HWCAP2 */
+    int word; /* Linux: the entry of the auxiliary vector, AT_HWCAP or AT_HWCAP2, and the bit in it */
     int bit;
+    const char *question; /* macOS: the name of a number, for sysctlbyname */
 } bundle_feature;
 
 typedef struct { /* an output that the code does not write: a copy of an input, of another output, or of a constant */
@@ -34,6 +35,18 @@ typedef struct {
 } bundle_table;
 
 extern const bundle_table bundle;
+
+/* In assembly, around weights that are inside. */
+#ifdef __APPLE__
+#define BUNDLE_WEIGHTS_BEGIN                                                                                          \
+    ".section __DATA_CONST,__weights\n.p2align 14\n.globl _bundle_weights\n.private_extern _bundle_weights\n"         \
+    "_bundle_weights:\n"
+#define BUNDLE_WEIGHTS_END ".text\n"
+#else
+#define BUNDLE_WEIGHTS_BEGIN                                                                                          \
+    ".section .weights, \"a\"\n.balign 4096\n.globl bundle_weights\n.hidden bundle_weights\nbundle_weights:\n"
+#define BUNDLE_WEIGHTS_END ".previous\n"
+#endif
 
 /* For the program: gw_trace of runtime.h; 0 where the model has no code. */
 int bundle_trace(graphwright_model *model, int64_t *nanoseconds);

@@ -7,6 +7,7 @@ results = model(image)        # arrays in the model's order; a list of arrays
 from __future__ import annotations
 
 import ctypes
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ class Tensor(ctypes.Structure):
 
 
 class Model:
-    """A bundle's model.so; calls may come from several threads."""
+    """A bundle's model.so, or model.dylib; calls may come from several threads."""
 
     def __init__(self, directory: str | Path = HERE, threads: int = 0) -> None:
         """threads=0 is all cores. Raises RuntimeError where the processor or the weights are not the model's."""
-        library = ctypes.CDLL(str(Path(directory) / "model.so"))
+        name = "model.dylib" if sys.platform == "darwin" else "model.so"
+        library = ctypes.CDLL(str(Path(directory).resolve() / name))
         library.graphwright_error.restype = ctypes.c_char_p
         library.graphwright_free.argtypes = (ctypes.c_void_p,)
         library.graphwright_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)

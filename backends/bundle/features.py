@@ -1,11 +1,15 @@
-"""How Linux tells a program which instruction set extensions its processor has: bits of the auxiliary vector.
+"""How a program asks which instruction set extensions its processor has.
 
-Sources: arch/arm64/include/uapi/asm/hwcap.h and arch/arm/include/uapi/asm/hwcap.h of Linux.
+Linux: bits of the auxiliary vector (arch/arm64/include/uapi/asm/hwcap.h and arch/arm/include/uapi/asm/hwcap.h).
+macOS: numbers with names (developer.apple.com/documentation/kernel, "Determining instruction set characteristics").
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..aot.toolchain import is_macos
 
 _HWCAP, _HWCAP2 = 16, 26  # AT_HWCAP, AT_HWCAP2
 
@@ -48,9 +52,26 @@ _BITS = {
 _UNUSED = frozenset({"fp-armv8", "aes", "sha2", "sha3", "sm4", "crc", "lse2", "fp16"})
 
 
-def bits(isa: str, features: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
-    """(LLVM feature, entry, bit) of what code for `features` needs of the processor it runs on."""
+# Of the features in the records of Apple's processors, what the M1 lacks: every Mac with such a processor has the rest.
+_QUESTIONS = {"bf16": "hw.optional.arm.FEAT_BF16", "i8mm": "hw.optional.arm.FEAT_I8MM"}
+
+
+@dataclass(frozen=True)
+class Feature:
+    """An extension that code uses; bundle.h says what each field means."""
+
+    name: str  # LLVM's
+    word: int = 0
+    bit: int = 0
+    question: str = ""
+
+
+def needed(isa: str, triple: str, features: Iterable[str]) -> tuple[Feature, ...]:
+    """What code with `features` for an LLVM triple asks of the processor it runs on."""
+    used = set(features)
+    if is_macos(triple):
+        return tuple(Feature(name, question=text) for name, text in _QUESTIONS.items() if name in used)
     known = _BITS[isa]
-    unknown = set(features) - set(known) - _UNUSED
+    unknown = used - set(known) - _UNUSED
     assert not unknown, f"no bit of the auxiliary vector is known for {sorted(unknown)}"
-    return tuple((name, *known[name]) for name in known if name in set(features))
+    return tuple(Feature(name, *known[name]) for name in known if name in used)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..aot import toolchain
+from ..aot import mach_o, toolchain
 
 _HERE = Path(__file__).parent
 _LIBRARY_SOURCES = ("bundle.c",)
@@ -42,6 +42,11 @@ def program(model: Path | None, table: str, triple: str, output: Path, files: Pa
     model: None where the model computes nothing. The table may name files of the directory `files`.
     """
     target = toolchain.zig_target(triple)
+    if toolchain.is_macos(triple):
+        with tempfile.TemporaryDirectory() as directory:
+            objects = _objects(model, _PROGRAM_SOURCES, table, triple, Path(directory), files)
+            mach_o.link_program(objects, output, triple)
+        return
     musl = target.replace("gnu", "musl")
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
@@ -57,6 +62,11 @@ def library(model: Path | None, table: str, triple: str, output: Path, files: Pa
     """Link `output`, a shared library with the calls of graphwright.h and, for Python, those of runtime.h."""
     if toolchain.is_android(triple):
         _android_library(model, table, triple, output, files)
+        return
+    if toolchain.is_macos(triple):
+        with tempfile.TemporaryDirectory() as directory:
+            objects = _objects(model, _LIBRARY_SOURCES, table, triple, Path(directory), files)
+            mach_o.link(objects, output, triple, _EXPORTS)
         return
     target = toolchain.zig_target(triple)
     glibc = f"{target}.{'.'.join(map(str, GLIBC_FLOOR))}"

@@ -8,10 +8,15 @@ from pathlib import Path
 from ...errors import ToolMissing
 from .table import Table
 
+_MACOS = (
+    "The code is for macOS 12 and newer on Apple's processors, and was run on none (graphwright's docs/arm.md).",
+    "It is signed ad hoc. What a browser has downloaded is in quarantine: xattr -dr com.apple.quarantine DIRECTORY",
+    "To build the example: cc example.c model.dylib -Wl,-rpath,@executable_path -o example",
+)
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 
-def readme(table: Table, executable: bool, single_file: bool) -> str:
+def readme(table: Table, executable: bool, single_file: bool, macos: bool = False) -> str:
     """How to run this bundle."""
     first = f" --input {table.inputs[0].name}.npy" if table.inputs else ""
     result = f" --output {table.outputs[0].name}.npy" if table.outputs else ""
@@ -20,12 +25,14 @@ def readme(table: Table, executable: bool, single_file: bool) -> str:
     for kind, tensors in (("input", table.inputs), ("output", table.outputs)):
         lines += [f"{kind} {t.name}: {t.dtype}[{', '.join(map(str, t.shape))}]" for t in tensors]
     lines.append("")
-    lines.append("run is static and needs no library.")
+    lines += _MACOS if macos else ["run is static and needs no library."]
+    library = "model.dylib" if macos else "model.so"
     if not executable:
+        needed = "To graphwright_init" if macos else "It needs glibc 2.28 or newer;"
         weights = "NULL" if single_file or not table.weights_bytes else '"weights.safetensors"'
         lines += [
-            "model.so is for your own program: graphwright.h has its calls, example.c and example.py use them.",
-            f"It needs glibc 2.28 or newer; the path of its weights is {weights}.",
+            f"{library} is for your own program: graphwright.h has its calls, example.c and example.py use them.",
+            f"{needed} the path of its weights is {weights}.",
         ]
     if table.weights_bytes and not single_file:
         lines.append("weights.safetensors is mapped by both; keep it beside run.")
@@ -52,15 +59,16 @@ def android_readme(table: Table) -> str:
     return "\n".join(lines)
 
 
-def write_notices(path: Path) -> None:
+def write_notices(path: Path, musl: bool = True) -> None:
     """Write the licences of what is linked into a bundle. Raises ToolMissing without the ziglang package."""
     found = importlib.util.find_spec("ziglang")
     if found is None or found.origin is None:
         raise ToolMissing("bundles need the ziglang package: pip install ziglang")
     zig = Path(found.origin).parent
+    c_library = ("musl, the C library inside the program `run`", zig / "lib" / "libc" / "musl" / "COPYRIGHT")
     parts = (
         ("graphwright: its runtime and the code it generates", _PACKAGE / "LICENSE"),
-        ("musl, the C library inside the program `run`", zig / "lib" / "libc" / "musl" / "COPYRIGHT"),
+        *((c_library,) if musl else ()),
         ("zig, whose compiler run-time library (compiler_rt) is inside the program `run`", zig / "LICENSE"),
     )
     text = [f"{title}\n{'=' * len(title)}\n\n{source.read_text()}\n" for title, source in parts]

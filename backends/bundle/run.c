@@ -6,9 +6,13 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/auxv.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __APPLE__
+#include <mach-o/dyld.h>
+#else
+#include <sys/auxv.h>
+#endif
 
 #define MOST_THREADS 256 /* that the runtime can hold */
 
@@ -113,9 +117,14 @@ static void *noise(const graphwright_tensor *tensor, int which) {
 
 static char *beside_program(const char *name) {
     static char path[PATH_MAX];
+#ifdef __APPLE__
+    uint32_t room = sizeof path;
+    if (_NSGetExecutablePath(path, &room)) return strcpy(path, name);
+#else
     ssize_t length = readlink("/proc/self/exe", path, sizeof path - 1);
     if (length < 0) return strcpy(path, name);
     path[length] = 0;
+#endif
     char *slash = strrchr(path, '/');
     size_t kept = slash ? (size_t)(slash - path) + 1 : 0;
     if (kept + strlen(name) >= sizeof path) die("the path of this program is too long");

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .features import Feature
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -34,7 +36,7 @@ class Table:
     target: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    features: tuple[tuple[str, int, int], ...]  # features.bits
+    features: tuple[Feature, ...]  # features.needed
     read: tuple[int, ...]  # the model's input of each operand of the region; written: the output of each result
     written: tuple[int, ...]
     copies: tuple[Copy, ...] = ()
@@ -65,17 +67,9 @@ def c_source(table: Table, embedded: str | None = None, embedded_digest: str = "
     inside = embedded is not None and table.weights_bytes
     if inside:
         # The assembler reads the file: no compiler would take it as an array of numbers.
-        lines = (
-            '.section .weights, \\"a\\"',
-            ".balign 4096",
-            ".globl bundle_weights",
-            ".hidden bundle_weights",
-            "bundle_weights:",
-            f'.incbin \\"{embedded}\\", {len(table.header)}',
-            f'.ascii \\"{_LAST}\\"',
-            ".previous",
-        )
-        blocks.append("__asm__(\n" + "\n".join(f'    "{line}\\n"' for line in lines) + "\n);")
+        lines = (f'.incbin \\"{embedded}\\", {len(table.header)}', f'.ascii \\"{_LAST}\\"')
+        text = " ".join(f'"{line}\\n"' for line in lines)
+        blocks.append(f"__asm__(BUNDLE_WEIGHTS_BEGIN {text} BUNDLE_WEIGHTS_END);")
         blocks.append('extern __attribute__((visibility("hidden"))) const unsigned char bundle_weights[];\n')
         weights = "bundle_weights"
     blocks += [_tensors("inputs", table.inputs), _tensors("outputs", table.outputs)]
@@ -85,7 +79,9 @@ def c_source(table: Table, embedded: str | None = None, embedded_digest: str = "
         for i, c in enumerate(constants)
     ]
     blocks.append(
-        _array("bundle_feature", "features", [f'{{"{n}", {word}, {bit}}}' for n, word, bit in table.features])
+        _array(
+            "bundle_feature", "features", [f'{{"{f.name}", {f.word}, {f.bit}, "{f.question}"}}' for f in table.features]
+        )
     )
     numbers = iter(range(len(constants)))
     blocks.append(

@@ -42,7 +42,7 @@ def measure_board(host: str, hw: Hardware, seconds: float, say: Callable[[str], 
     """
     if hw.isa not in library.BUNDLED:
         raise InputError(f"boards are {' and '.join(library.BUNDLED)}, and {hw.id} is {hw.isa}")
-    check_machine(host, hw.id, hw.isa)
+    check_machine(host, hw.id, hw.isa, hw.triple)
     say("building the kernels")
     made = programs(hw)
     with tempfile.TemporaryDirectory(prefix="graphwright-calibrate-") as scratch:
@@ -118,7 +118,7 @@ def _linked(program: Program, hw: Hardware, directory: Path) -> bytes:
         return tuple(Tensor(name, "float32", shape, 4 * math.prod(shape)) for name, shape in shapes)
 
     read, written = tuple(range(len(program.inputs))), tuple(range(len(program.outputs)))
-    needed = features.bits(hw.isa, hw.features)
+    needed = features.needed(hw.isa, hw.triple, hw.features)
     table = Table(hw.id, tensors(program.inputs), tensors(program.outputs), needed, read, written)
     link.program(directory / library.OBJECT_NAME, c_source(table), hw.triple, directory / "run", directory)
     return (directory / "run").read_bytes()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...backends.aot.toolchain import is_macos
 from ...errors import GraphwrightError, InputError, size
 from .. import artifact
 from ..bundle import PROGRAM_NAME
@@ -67,7 +68,8 @@ def run_remote(
         raise InputError(f"{bundle} is no bundle: it has no program {PROGRAM_NAME}; compile the model for a board")
     taken, made = tensors_from_data(manifest["description"])
     given = {} if inputs is None else _checked(inputs, [spec.name for spec in taken])
-    check_machine(host, manifest["target"]["id"], manifest["target"]["isa"])
+    target = manifest["target"]
+    check_machine(host, target["id"], target["isa"], target["triple"])
     directory = f".cache/graphwright/{manifest['digest'][:24]}"
     copied = _copy(host, bundle, manifest, directory)
     command = [f"../{PROGRAM_NAME}"]
@@ -97,17 +99,21 @@ def _checked(file: Path, names: list[str]) -> dict[str, Any]:
     return given
 
 
-def check_machine(host: str, target: str, isa: str) -> None:
-    """Raise InputError where the board at `host` does not run code for `target`, which is `isa`."""
-    answer = ssh(host, "uname -m", limit=ANSWER_S).decode(errors="replace").strip()
-    said, _, machine = answer.rpartition("\n")
+def check_machine(host: str, target: str, isa: str, triple: str) -> None:
+    """Raise InputError where the board at `host` does not run code for `target`, which is `isa` and for `triple`."""
+    answer = ssh(host, "uname -sm", limit=ANSWER_S).decode(errors="replace").strip()
+    said, _, named = answer.rpartition("\n")
     if said:  # it would be taken for results
         raise GraphwrightError(
             f"the shell of {host} prints {said[:80]!r} before it does what it is asked: let its ~/.bashrc, or whatever "
             "does that, print to terminals only"
         )
+    system, _, machine = named.rpartition(" ")
     if machine not in _MACHINES[isa]:
         raise InputError(f"{host} is {machine}, and {target} is {isa}: compile for the board that it is")
+    if (system == "Darwin") != is_macos(triple):
+        wanted = "macOS" if is_macos(triple) else "Linux"
+        raise InputError(f"{host} runs {system}, and the code for {target} is for {wanted}: compile for what it runs")
 
 
 def _copy(host: str, bundle: Path, manifest: dict[str, Any], directory: str) -> int:

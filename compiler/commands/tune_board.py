@@ -51,7 +51,7 @@ def measuring(
     """
     if hw.isa not in library.BUNDLED:
         raise InputError(f"boards are {' and '.join(library.BUNDLED)}, and {hw.id} is {hw.isa}")
-    check_machine(host, hw.id, hw.isa)
+    check_machine(host, hw.id, hw.isa, hw.triple)
     made = ssh(host, "mkdir -p .cache/graphwright && mktemp -d .cache/graphwright/tune-XXXXXX", limit=ANSWER_S)
     directory = shlex.quote(made.decode().strip())
     try:
@@ -112,7 +112,7 @@ class _Board:
         """What runs a build, whose files are on the board by then."""
         if place in self.commands:
             return self.commands[place]
-        facts = {"id": self.hw.id, "isa": self.hw.isa, "features": sorted(self.hw.features)}
+        facts = {"id": self.hw.id, "isa": self.hw.isa, "triple": self.hw.triple, "features": sorted(self.hw.features)}
         table = table_of(place, facts, plan, self.signature)
         code, program = place / library.OBJECT_NAME, place / "run"
         link.program(code if table.runs else None, c_source(table), self.hw.triple, program, place)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import graphwright
 from graphwright.compiler.cli import app
-from graphwright.compiler.commands.run_remote import run_remote
+from graphwright.compiler.commands.run_remote import check_machine, run_remote
 from graphwright.errors import ArtifactError, GraphwrightError, InputError
 from graphwright.hwdb import lookup
 
@@ -168,3 +168,11 @@ def test_calibrations_that_are_refused(board: Board, arguments: list[str], messa
     done = CliRunner().invoke(app, ["hw", "calibrate", *arguments])
     assert done.exit_code == 1
     assert message in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(("system", "target"), [("Darwin arm64", "raspberry-pi-4b"), ("Linux aarch64", "apple-m1")])
+def test_a_board_with_another_system_is_refused(tmp_path, monkeypatch, system, target):
+    Board.reached(tmp_path, monkeypatch, machine=system)
+    hw = graphwright.hwdb.lookup(target)
+    with pytest.raises(InputError, match=r"board runs (Darwin|Linux), and the code for .* is for (Linux|macOS)"):
+        check_machine("board", hw.id, hw.isa, hw.triple)

@@ -240,3 +240,17 @@ def test_an_obstacle_is_named():
     assert obstacle(other) == f"it is {other.isa} code and this machine is {here.isa}"
     more = replace(here, features=here.features | {"no-such-feature"})
     assert obstacle(more) == "this machine lacks no-such-feature"
+
+
+def test_a_mac_under_linux_gets_code_for_linux(tmp_path):
+    hw = replay("apple-m1-linux", tmp_path)
+    assert (hw.id, hw.cores, hw.triple) == ("apple-m1", 4, "aarch64-unknown-linux-gnu")
+    assert hw.dot_product("int8") == "sdot"
+
+
+def test_code_for_macos_runs_under_linux_nowhere(monkeypatch):
+    mac = lookup("apple-m1")
+    monkeypatch.setattr("graphwright.hwdb.detect", lambda: replace(mac, native=True))
+    monkeypatch.setattr("graphwright.hwdb.missing_features", lambda features: frozenset())
+    assert obstacle(replace(mac, triple="aarch64-unknown-linux-gnu")) is None
+    assert obstacle(mac) == "it is code for macOS"

@@ -244,20 +244,49 @@ def test_a_tvm_target_names_processor_features_and_cores():
     )
     assert (hw.id, hw.cores, hw.dot_product()) == ("cortex-a76", 2, "i8mm")
     assert hw.triple == "aarch64-unknown-linux-android"
-    assert hwdb.lookup({"kind": "llvm", "mtriple": "arm64-apple-darwin"}).triple == "aarch64-apple-darwin"
     assert hwdb.lookup('{"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "znver4"}').id == "zen4"
 
 
-def test_code_is_made_for_linux_and_android():
-    for triple in ("arm64-apple-darwin", "x86_64-pc-windows-msvc"):
-        with pytest.raises(UnknownTarget, match=r"code is made for Linux and Android, and .* is neither"):
+def test_code_is_made_for_linux_android_and_macos():
+    for triple in ("x86_64-apple-darwin", "arm64-apple-ios", "x86_64-pc-windows-msvc"):
+        with pytest.raises(UnknownTarget, match=r"code is made for Linux, Android and macOS .* is none of them"):
             hwdb.compile_target({"kind": "llvm", "mtriple": triple})
     # LLVM would take "linux" for the vendor, and with it another calling convention.
     hw = hwdb.compile_target({"kind": "llvm", "mtriple": "armv7a-linux-gnueabihf"})
     assert (hw.isa, hw.triple) == ("armv7", "armv7a-unknown-linux-gnueabihf")
 
 
-@pytest.mark.parametrize("name", ["zen4", "raspberry-pi-5", "x86-64-v2", "sapphirerapids", "riscv64", "loongarch64"])
+@pytest.mark.parametrize(
+    "triple",
+    ["arm64-apple-darwin", "arm64-apple-darwin23.1.0", "aarch64-apple-macosx12.0.0", "arm64-apple-macos26"],
+)
+def test_a_macs_triple_means_the_oldest_mac(triple):
+    hw = hwdb.compile_target({"kind": "llvm", "mtriple": triple})
+    assert (hw.id, hw.triple) == ("apple-m1", "aarch64-apple-macosx12.0.0")
+    assert hwdb.lookup({"kind": "llvm", "mtriple": triple, "mcpu": "apple-m2"}).dot_product() == "i8mm"
+
+
+@pytest.mark.parametrize(
+    ("described", "why"),
+    [
+        ({"mtriple": "arm64-apple-macosx11.3"}, "macOS 12 and newer"),
+        ({"mtriple": "arm64-apple-darwin20"}, "macOS 12 and newer"),
+        ({"mtriple": "arm64-apple-darwin", "mattr": ["+sve2"]}, "no Mac has sve2"),
+        ({"mtriple": "arm64-apple-darwin", "mcpu": "neoverse-v1"}, "no Mac has .*sve"),
+    ],
+)
+def test_what_no_mac_runs_is_refused(described, why):
+    with pytest.raises(UnknownTarget, match=why):
+        hwdb.compile_target({"kind": "llvm", **described})
+
+
+def test_apples_processors_run_macos_and_linux_where_it_is_named():
+    assert hwdb.compile_target("apple-m1-pro").triple == "aarch64-apple-macosx12.0.0"
+    linux = hwdb.compile_target({"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mcpu": "apple-m1"})
+    assert (linux.id, linux.triple) == ("apple-m1", "aarch64-unknown-linux-gnu")
+
+
+@pytest.mark.parametrize("name", ["zen4", "apple-m2", "raspberry-pi-5", "x86-64-v2", "sapphirerapids", "riscv64"])
 def test_what_is_told_to_tvm_leads_back(name):
     hw = hwdb.lookup(name)
     again = hwdb.lookup(json.loads(json.dumps(hw.tvm_target())))
