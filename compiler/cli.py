@@ -131,6 +131,7 @@ def compile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile MODEL to an artifact of machine code and weights, or to a bundle for an ARM machine."""
+    _check_calibration(precision, calibration)
     bundled = _is_bundled(target, output, bundle, executable or single_file)
     _check_page("--damage", damage)
     with progress(f"loading {model}"):
@@ -253,6 +254,7 @@ def explain(
 ) -> None:
     """Print the graph before and after each pass, the choices made and their reasons, and predicted costs."""
     _check_page("--html", html)
+    _check_calibration(precision, calibration)
     with progress(f"explaining {model} for {target}"):
         from .explaining.explain import explained
 
@@ -324,6 +326,16 @@ def progress(what: str) -> Iterator[None]:
 
     with Console(stderr=True).status(what):
         yield
+
+
+def _check_calibration(precision: str, calibration: Path | None) -> None:
+    """Raise InputError where a precision needs inputs and none are given."""
+    why = {"int8": "finds the ranges of values on inputs", "adaptive": "learns from inputs when to reduce precision"}
+    if precision in why and calibration is None:
+        raise InputError(
+            f"--precision {precision} {why[precision]}: give --calibration FILE.npz, with a few dozen that look like "
+            "those the model will get, by the inputs' names and along a leading axis"
+        )
 
 
 def _is_bundled(target: str, output: Path, asked: bool | None, options: bool) -> bool:

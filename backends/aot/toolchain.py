@@ -10,6 +10,7 @@ import atexit
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import os
 import shutil
 import subprocess
@@ -20,12 +21,13 @@ from pathlib import Path
 
 import platformdirs
 
-from ...errors import ToolMissing
+from ...errors import GraphwrightError, ToolMissing, size
 from . import elf
 
 _SOURCES = ("runtime.c", "message.c", "pool.c", "scratch.c", "half.c")
 _HERE = Path(__file__).parent
 _FLAGS = ("-O2", "-fPIC", "-ffunction-sections", "-std=c11", "-D_GNU_SOURCE", "-g0", "-Wall", "-Wextra", "-Werror")
+_FULL = ("No space left on device", "NoSpaceLeft", "Disk quota exceeded", "DiskQuota")  # of the system, and of zig
 # Of 32-bit Arm: what runs before the processor is checked keeps to ARMv6 and the registers by which floating point is
 # passed; the rest of the runtime has barriers, which ARMv6 has only as what newer systems emulate.
 _ARM_FIRST, _ARM = "-mcpu=arm1176jzf_s", "-mcpu=generic+v7a-neon-d32"
@@ -203,7 +205,7 @@ def _zig_version() -> str:
 def zig(*arguments: str, scratch: Path | None = None) -> None:
     """Run a command of the ziglang package; with `scratch`, what it makes for this run alone is kept there.
 
-    Raises ToolMissing with what it printed where it fails.
+    Raises ToolMissing with what it printed where it fails, and GraphwrightError where a disk is full.
     """
     command = [sys.executable, "-m", "ziglang", *arguments]
     caches = _workshop() / "zig"
@@ -211,10 +213,23 @@ def zig(*arguments: str, scratch: Path | None = None) -> None:
     environment = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": str(caches), "ZIG_LOCAL_CACHE_DIR": local}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
+        if any(said in done.stderr for said in _FULL):
+            written = [Path(path).parent for option, path in itertools.pairwise(arguments) if option == "-o"]
+            raise GraphwrightError(_full_disk([caches, Path(local), *written]))
         raise ToolMissing(
             f"{' '.join(command[:4])} failed with {done.returncode}: {done.stderr.strip()[-2000:]}; "
             "`graphwright doctor` checks the ziglang package"
         )
+
+
+def _full_disk(places: Sequence[Path]) -> str:
+    """What to do about a full disk: the one of `places` with the least room is meant."""
+    free = {place: shutil.disk_usage(place).free for place in places if place.is_dir()}
+    place = min(free, key=free.__getitem__, default=places[0])
+    return (
+        f"the disk is full: {place} has {size(free.get(place, 0))} left; make room there, or name directories on "
+        f"another disk by GRAPHWRIGHT_CACHE (now {cache_directory()}) and TMPDIR (now {tempfile.gettempdir()})"
+    )
 
 
 def cache_directory() -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from graphwright.backends.aot import toolchain
-from graphwright.errors import ToolMissing
+from graphwright.errors import GraphwrightError, ToolMissing
 
 TRIPLE = "x86_64-unknown-linux-gnu"
 
@@ -18,6 +19,7 @@ TRIPLE = "x86_64-unknown-linux-gnu"
     ("triple", "zig"),
     [
         ("x86_64-unknown-linux-gnu", "x86_64-linux-gnu"),
+        ("aarch64-apple-macosx12.0.0", "aarch64-macos.12.0.0"),
         ("x86_64-linux-gnu", "x86_64-linux-gnu"),
         ("aarch64-unknown-linux-musl", "aarch64-linux-musl"),
         ("aarch64-linux-gnu", "aarch64-linux-gnu"),
@@ -60,6 +62,21 @@ def test_without_the_ziglang_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ToolMissing, match="ziglang cc failed with 1"):
         toolchain.runtime_objects(TRIPLE)
     assert not list(tmp_path.rglob("*.o"))
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHWRIGHT_CACHE", str(tmp_path / "cache"))
+    full = tmp_path / "python"
+    full.write_text("#!/bin/sh\necho 'error: unable to write model.o: No space left on device' >&2\nexit 1\n")
+    full.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(full))
+    out = tmp_path / "out"
+    out.mkdir()
+    room = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: room._replace(free=0 if place == out else 1 << 30))
+    with pytest.raises(GraphwrightError, match=f"the disk is full: {out} has 0 .* left.*GRAPHWRIGHT_CACHE") as caught:
+        toolchain.merge([tmp_path / "a.o"], out / "model.o")
+    assert "ziglang" not in str(caught.value)
 
 
 def test_linking_what_is_not_an_object(tmp_path: Path) -> None:

@@ -379,7 +379,10 @@ def test_compile_in_8_bits_by_a_file_of_inputs():
     assert result.exit_code == 0, result.output
     # Products as small as these gain nothing anywhere, and the report says why.
     assert "everything stays float32" in result.output
-    assert "calibration=" in fails("compile", "my_models:mlp", "-o", "out", "--precision", "int8")
+    for command in (("compile", "my_models:mlp", "-o", "out"), ("explain", "my_models:mlp")):
+        message = fails(*command, "--precision", "int8")
+        assert "give --calibration FILE.npz" in message
+        assert "calibration=" not in message
     start = ("compile", "my_models:mlp", "-o", "out", *given, "--int8")
     assert "NAME=VALUE" in fails(*start, "kl")
     assert "did you mean 'kl'" in fails(*start, "activation=kll")
