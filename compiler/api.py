@@ -105,7 +105,8 @@ def compile(
     fallback: "fp32" builds the model a second time in float32, which runs where the reduced build gives infinities or
         NaN for finite inputs; `report().calls` counts.
     calibration: inputs besides the example to keep the tolerance on: a list of them, each as example_inputs, or a
-        mapping from input names to tensors with a leading axis of samples. "int8" and "adaptive" need it.
+        mapping from input names to tensors with a leading axis of samples. "int8" and "adaptive" need it, linear layers
+        with int8={"activation": "dynamic"} do not.
     int8: how "int8" quantises: the options of `graphwright.quantize` from scheme to group, as a mapping.
 
     Raises CaptureError, UnknownTarget, InputError, PassError, MemoryLimit, UnsupportedOp (targets where PyTorch cannot
@@ -117,8 +118,8 @@ def compile(
     if options.hw.kind == "gpu" and (memory_limit is not None or fallback is not None):
         raise InputError(f"memory_limit= and fallback= are for CPUs: leave them out for {options.hw.id}")
     has_example = example_inputs is not None or isinstance(model, (ExportedProgram, str, os.PathLike))
-    check_options(precision, fallback, calibration, has_example)
     method = int8_method(precision, int8)
+    check_options(precision, fallback, calibration, has_example, method)
     options = replace(options, fallback=fallback, calibration=calibration, method=method)
     if isinstance(model, (ExportedProgram, str, os.PathLike)):
         program = export(model)
@@ -188,8 +189,8 @@ def check(options: Mapping[str, Any]) -> None:
         get("target", "native"), get("precision", "fp32"), get("tolerance"), get("verify", True), get("cache", True),
         get("threads"), None, get("passes"), get("kernel_fusion"),
     )  # fmt: skip
-    check_options(get("precision", "fp32"), get("fallback"), get("calibration"), True)
-    int8_method(get("precision", "fp32"), get("int8"))
+    method = int8_method(get("precision", "fp32"), get("int8"))
+    check_options(get("precision", "fp32"), get("fallback"), get("calibration"), True, method)
 
 
 def _options(

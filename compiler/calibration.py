@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..errors import InputError, suggest
 from . import compare
 from .capture import Captured, Signature, TensorSpec, arguments, example_tensors
+from .compression.int8_method import DEFAULT, Method
 from .precision import Sample
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Inputs:
     calibration: tuple[list[torch.Tensor], ...]
 
 
-def check_options(precision: str, fallback: Any, calibration: Any, has_example: bool) -> None:
-    """Raise InputError for options that say nothing together."""
+def check_options(precision: str, fallback: Any, calibration: Any, has_example: bool, method: Method = DEFAULT) -> None:
+    """Raise InputError for options that say nothing together; `method`: of int8."""
     if fallback is not None:
         if fallback != "fp32":
             near = suggest(str(fallback), ("fp32",))
@@ -57,10 +58,11 @@ def check_options(precision: str, fallback: Any, calibration: Any, has_example: 
                 "calibration is a list of inputs, each as example_inputs are, or a mapping from input names to "
                 f"tensors with a leading axis of samples; got {_shown(calibration)}"
             )
-    if precision == "int8" and calibration is None:
+    if precision == "int8" and calibration is None and method.calibrates:
         raise InputError(
             "precision='int8' finds the ranges of values on inputs: pass calibration=[inputs, ...], a few dozen that "
-            "look like those the model will get"
+            "look like those the model will get (int8={'activation': 'dynamic'}, without migration, needs none for "
+            "linear layers)"
         )
     if precision == "adaptive" and calibration is None:
         raise InputError(

@@ -67,7 +67,7 @@ Inputs = Annotated[
 Calibration = Annotated[Path | None, typer.Option(help="Inputs by name in a .npz file, several along a leading axis.")]
 Int8 = Annotated[
     list[str] | None,
-    typer.Option("--int8", metavar="NAME=VALUE", help="How int8 quantises, as activation=kl: docs/compression.md."),
+    typer.Option("--int8", metavar="NAME=VALUE", help="How int8 quantises: activation=dynamic (docs/compression.md)."),
 ]
 Fusions = Annotated[
     str | None,

@@ -148,9 +148,11 @@ def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[
     plan = int8_plan.plan_int8(graph, hw, precision.method, precision.observed)
     method = precision.method
     how = (
-        f"ranges by {method.activation} on {len(precision.observed)} sets of inputs, {method.scheme} activations, "
+        f"ranges by {method.ranges} on {len(precision.observed)} sets of inputs, {method.scheme} activations, "
         f"{method.weight.replace('_', ' ')} weights"
     )
+    if method.dynamic:
+        how = f"inputs of linear layers by a scale for each row, found at run time; of other products {how}"
     if method.activation == LEARNED:
         how = "ranges and steps as training learned them"
     blind = _blind(plan)
@@ -202,7 +204,9 @@ def _blind(plan: int8_plan.Int8Plan) -> list[str]:
 
 def _unlike(graph: fx.GraphModule, precision: Precision) -> list[str]:
     """Inputs that reach further where errors are measured than calibration saw."""
-    found = []
+    found: list[str] = []
+    if not precision.observed:
+        return found
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     for place, name in enumerate(names):
         measured = _reach([inputs[place] for inputs, _ in precision.samples])

@@ -6,6 +6,8 @@ float32                                      max(arithmetic, weights), by Winogr
 int8         both in 8 bits, exact sums      arithmetic at 4 times the rate (depthwise: DEPTHWISE_RATE), a quarter of
                                              the weights' bytes; rounding the input, where no other product of 8 bits
                                              makes or reads it
+int8 dynamic both in 8 bits, inputs by a scale    the same arithmetic and bytes; every product rounds its own input:
+             for each row                    linear layers, where asked for
 int8 weights float32 inputs and sums         the same arithmetic, a quarter of the bytes: linear layers whose few rows
                                              wait for weights. As fast as int8 there, and inputs are not rounded
 int4 weights inputs in int8, row by row      an eighth of the bytes, and scales: the same layers, where asked for
@@ -37,6 +39,7 @@ from .precision_forms import PRODUCTS, WINOGRAD_CHANNELS, Times
 from .rewrite import arguments, constant, other_than, shape_of
 from .skip_zero_blocks import skipping_seconds
 
+DYNAMIC = "int8 dynamic"
 GAIN = 0.9  # of the float32 time: less is not worth the rounding
 WINOGRAD_GAIN = 2.4  # times as fast as the direct float32 sum, where its tiles fit the image well
 RATE = 4.0  # products of bytes in the time of one of floats, by vector instructions
@@ -61,7 +64,7 @@ class Int8Form:
     reason: str
     float32_seconds: float = 0.0
     seconds: float = 0.0
-    name: str = "int8"  # or "int8 weights", "int4 weights"
+    name: str = "int8"  # or DYNAMIC, "int8 weights", "int4 weights"
     worth: float = GAIN  # of the float32 time, or less
 
     @property
@@ -77,11 +80,12 @@ def int8_form(
     shared: Collection[fx.Node] = (),
     streamed: int | None = None,
     group: int = 0,
+    dynamic: bool = False,
 ) -> Int8Form:
     """What 8 bits are for one product; values in `shared` are rounded for other products in any case.
 
     `streamed`: bytes in float32 of all weights of the graph; None: of this product's. `group`: of the inputs that share
-    a scale, where weights may have four bits; 0: they may not.
+    a scale, where weights may have four bits; 0: they may not. `dynamic`: linear layers round their inputs row by row.
     """
     why_not = _refusal(graph, node)
     if why_not is not None:
@@ -101,9 +105,10 @@ def int8_form(
     narrow = times.seconds(item_bytes=1, rate=LONG_EFFICIENCY * hw.byte_rate if pairs else _rate(node))
     # Between products of 8 bits, a depthwise convolution that is no slower saves them the rounding.
     worth = 1.0 if x in shared and is_depthwise(node) else GAIN
-    if x not in shared:
+    by_rows = dynamic and node.target is not dialect.conv2d
+    if by_rows or x not in shared:
         elements = prod(shape_of(x))
-        narrow += ENTRY_SECONDS
+        narrow += 0.0 if by_rows else ENTRY_SECONDS  # rows are rounded by the product itself
         narrow += predict_seconds(hw, Work({}, 4.0 * elements, 1.0 * elements, launches=0)) or 0.0
     if node.target is not dialect.conv2d and alone.pays and alone.seconds <= NEARLY * narrow:
         if not group:
@@ -117,7 +122,10 @@ def int8_form(
             return Int8Form(True, _HALVES, wide, fewer, "int4 weights")
         return replace(alone, reason=f"{_WEIGHTS}; {NOT_FOUR}: {why_not}")
     how = "products of bytes (smull, sadalp)" if pairs else f"dot products of bytes ({family})"
-    form = Int8Form(True, f"{how}, exact sums", wide, narrow, worth=worth)
+    if by_rows:
+        form = Int8Form(True, f"{how}, exact sums; inputs by a scale for each row", wide, narrow, DYNAMIC)
+    else:
+        form = Int8Form(True, f"{how}, exact sums", wide, narrow, worth=worth)
     if form.pays:
         return form
     share = narrow / wide if wide else 1.0

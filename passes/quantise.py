@@ -1,5 +1,6 @@
 """linear(x, w, b) -> qlinear(quantize(x), w8, scale, b'), conv2d likewise, for the products that were chosen.
 
+    linear(x, w, b) -> linear_rows(x, w8, scale, b)      those in `by_rows`: x is rounded at run time, a scale a row
     linear(x, w, b) -> linear_w8(x, w8, scale, b)        those in `weights_only`
     linear(x, w, b) -> linear_w4(x, w4, scales, b)       those in `halved`: groups of so many inputs have a scale
     embedding(w, i) -> embedding_w8(w8, scale, i)        a scale a row
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import dialect, dialect_int8, int4_groups, mixed, rewrite
+from . import dialect, dialect_int8, dialect_rows, int4_groups, mixed, rewrite
 from .int8_forms import is_product, table_reason
 from .int8_scales import Scale, Table, corrected_bias, quantised_weight, weight_scales
 from .rewrite import arguments, constant
@@ -36,10 +37,12 @@ def quantise(
     chosen: Collection[str],
     weights_only: Collection[str] = (),
     halved: Mapping[str, int] = MappingProxyType({}),
+    by_rows: Collection[str] = (),
 ) -> int:
     """Rewrite the products named in `chosen`, those in `weights_only` with float32 inputs; returns how many.
 
-    `halved`: those whose weights alone are narrow, in four bits, and their groups.
+    `halved`: those whose weights alone are narrow, in four bits, and their groups. `by_rows`: those whose inputs
+    are rounded at run time.
     """
     named = [n for n in graph.graph.nodes if n.name in chosen]
     tables = [n for n in named if table_reason(graph, n) is not None]
@@ -61,8 +64,9 @@ def quantise(
         if node.name in halved:
             _halved(graph, node, halved[node.name])
             continue
-        if node.name in weights_only:
-            _weights_only(graph, node, table.per_channel)
+        if node.name in weights_only or node.name in by_rows:
+            operator = dialect_rows.linear_rows if node.name in by_rows else mixed.linear_w8
+            _float_input(graph, node, table.per_channel, operator)
             continue
         x, scale = in_8_bits(given["input"])
         residual: Any = given.get("residual")
@@ -89,7 +93,8 @@ def _rows(graph: fx.GraphModule, node: fx.Node) -> None:
     rewrite.replace(node, made)
 
 
-def _weights_only(graph: fx.GraphModule, node: fx.Node, per_channel: bool) -> None:
+def _float_input(graph: fx.GraphModule, node: fx.Node, per_channel: bool, operator: Any) -> None:
+    """A linear layer that reads float32, with weights in 8 bits."""
     given = arguments(node)
     weight = constant(graph, given["weight"])
     assert weight is not None, node
@@ -99,7 +104,7 @@ def _weights_only(graph: fx.GraphModule, node: fx.Node, per_channel: bool) -> No
     s = rewrite.add_constant(graph, f"{name}_scale", scales, node)
     activation = (given.get("activation", "none"), list(given.get("activation_args", [])))
     operands = (given["input"], w, s, given["bias"], given.get("residual"), *activation)
-    rewrite.replace(node, rewrite.call(graph, mixed.linear_w8, operands, before=node, value=node.meta["val"]))
+    rewrite.replace(node, rewrite.call(graph, operator, operands, before=node, value=node.meta["val"]))
 
 
 def _halved(graph: fx.GraphModule, node: fx.Node, group: int) -> None:

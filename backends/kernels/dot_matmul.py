@@ -12,13 +12,14 @@
     registers  MR * V + V + 1 + spare <= vector registers; AVX-512: 14 x 32 is 14 * 2 + 2 + 1 = 31 of 32
 
 The split over cores, the two sizes of row tiles and the order of panels are those of the float32 product (matmul.py).
-A single row is the same nest: the weights stream once, each core its own panels.
+A single row is the same nest: the weights stream once, each core its own panels. Rows of floats that are rounded to
+bytes are staged with a unit each, which the finish finds behind its other operands (int8_rows.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from .dot_tile import (
     store_panel,
     store_tile,
 )
+from .int8_rows import round_row
 from .loops import Shape, between, share, span, typed_kernel, view
 from .matmul import each_row_tile
 
@@ -56,6 +58,7 @@ class Product:
     source: str
     input_shape: Shape | None = None
     output_shape: Shape | None = None
+    by_rows: bool = False  # `source` is float32, and each row is rounded to bytes by its largest value
 
 
 def pack_words(weight: torch.Tensor, group: int, columns: int) -> torch.Tensor:
@@ -103,8 +106,14 @@ class _Nest:
     out: Any
 
     def emit(self) -> None:
+        if not self.product.by_rows:
+            self._tiles(self._words())
+            return
+        units = T.alloc_buffer((self.product.M,), "float32", scope="global")
+        replace(self, read=(*self.read, units))._tiles(self._staged(units))
+
+    def _tiles(self, words: Any) -> None:
         p, dot, t = self.product, self.dot, self.tiling
-        words = self._words()
         with T.parallel(0, t.tasks) if t.tasks > 1 else T.serial(0, 1) as task:
             acc, spill = allocate(Tile(t.rows, t.columns // dot.lanes), dot, p.N, self.finish)
             with between(*share(t.panels * t.row_chunks, t.tasks, task)) as unit:
@@ -117,19 +126,27 @@ class _Nest:
         p, dot = self.product, self.dot
         if not dot.by_word:
             return self.x
-        steps = -(-p.K // dot.group)
         if not needs_staging(p.source, dot, p.K):
-            return T.decl_buffer((p.M, steps), dot.word, data=self.x.data)
-        staged = T.alloc_buffer((p.M, steps), dot.word, scope="global")
+            return T.decl_buffer((p.M, -(-p.K // dot.group)), dot.word, data=self.x.data)
+        return self._staged()
+
+    def _staged(self, units: Any = None) -> Any:
+        """The left operand copied as [M, words]; rounded row by row where there are `units` to note."""
+        p, dot = self.product, self.dot
+        staged = T.alloc_buffer((p.M, -(-p.K // dot.group)), dot.word, scope="global")
         tasks = min(self.tiling.tasks, p.M, max(1, p.M * p.K // STAGING_SHARE))
         with T.parallel(0, tasks) if tasks > 1 else T.serial(0, 1) as task, between(*share(p.M, tasks, task)) as row:
-            stage(
-                lambda k, lanes: self.x[row, span(k, lanes)],
-                lambda value, word, lanes: T.buffer_store(staged, value, [row, span(word, lanes)]),
-                p.K,
-                p.source,
-                dot,
-            )
+
+            def load(k: Any, lanes: int) -> Any:
+                return self.x[row, span(k, lanes)]
+
+            def store(value: Any, word: Any, lanes: int) -> None:
+                T.buffer_store(staged, value, [row, span(word, lanes)])
+
+            if units is None:
+                stage(load, store, p.K, p.source, dot)
+            else:
+                T.buffer_store(units, round_row(load, store, p.K, dot), [row])
         return staged
 
     def _tile(self, acc: Any, spill: Any, words: Any, rows: int, row: Any, panel: Any) -> None:

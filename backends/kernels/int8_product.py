@@ -36,6 +36,7 @@ from .dot_matmul import Product, dot_matmul, pack_for
 from .dot_product import Dot, choose_dot_tiling
 from .dot_tile import FLIP, flips
 from .epilogue import apply_activation, is_heavy
+from .int8_rows import RowFinish
 from .loops import Shape, span, spread, view
 
 RANGES = {"uint8": (0, 255), "int8": (-128, 127)}
@@ -173,6 +174,23 @@ def int8_matmul(
     return dot_matmul("int8_matmul", Product(M, K, N, source, input_shape, finish.output_shape), dot, t, finish)
 
 
+def int8_rows_matmul(
+    M: int,
+    K: int,
+    N: int,
+    hw: Hardware,
+    finish: RowFinish,
+    *,
+    dot: Dot,
+    tiling: Tiling | None = None,
+    input_shape: Shape | None = None,
+) -> Any:
+    """Return the kernel (x, packed weights, offset, scale[, bias][, residual], out), x float32: int8_rows.py."""
+    t = tiling or choose_dot_tiling(hw, dot, M, N, K)
+    product = Product(M, K, N, "float32", input_shape, finish.output_shape, by_rows=True)
+    return dot_matmul("int8_rows_matmul", product, dot, t, finish)
+
+
 def int8_conv(
     conv: Conv,
     hw: Hardware,
@@ -196,4 +214,13 @@ def pack_matmul(weight: torch.Tensor, dot: Dot, columns: int) -> torch.Tensor:
     return pack_for(weight, dot, columns)
 
 
-__all__ = ["Requantize", "Residual", "int8_conv", "int8_matmul", "offsets", "pack_conv", "pack_matmul"]
+__all__ = [
+    "Requantize",
+    "Residual",
+    "int8_conv",
+    "int8_matmul",
+    "int8_rows_matmul",
+    "offsets",
+    "pack_conv",
+    "pack_matmul",
+]

@@ -17,7 +17,7 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
-from ...passes import dialect_int8, mixed
+from ...passes import dialect_int8, dialect_rows, mixed
 from ...passes.rewrite import arguments, shape_of
 from ..kernels.bf16_matmul import FloatFinish
 from ..kernels.conv_plan import Conv, problem_of
@@ -27,7 +27,8 @@ from ..kernels.dot_depthwise_plan import DotDepthwisePlan, choose_dot_depthwise,
 from ..kernels.dot_matmul import pack_for
 from ..kernels.dot_product import Dot, choose_dot_tiling, int8_dot
 from ..kernels.int4_product import choose_int4, int4_matmul, pack_halves, pack_scales
-from ..kernels.int8_product import Requantize, Residual, int8_conv, int8_matmul, offsets
+from ..kernels.int8_product import Requantize, Residual, int8_conv, int8_matmul, int8_rows_matmul, offsets
+from ..kernels.int8_rows import RowFinish
 from ..kernels.mmla import FEWEST_ROWS, MmlaPlan, choose_mmla, mmla_conv, mmla_dot, pack_mmla
 from .kernels_matmul import refuse_large
 from .registry import KernelCall, Packed, Refusal, kernel_for
@@ -139,6 +140,26 @@ def linear_w4(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return KernelCall(int4_matmul(plan, finish, shape_of(x)), (x, *packed, *extra), "int4-weight matmul", choice, work)
 
 
+@kernel_for(dialect_rows.linear_rows)
+def linear_rows(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(x . w8^T * scale + bias + residual), x in bytes with a unit a row that is found at run time."""
+    given = arguments(node)
+    refusal = _refusal(node, given)
+    if refusal is not None:
+        return refusal
+    (N, K), M, dot = shape_of(given["weight"]), prod(shape_of(node)[:-1]), int8_dot(hw)
+    tiling = choose_dot_tiling(hw, dot, M, N, K)
+    activation = (given["activation"], tuple(given["activation_args"]))
+    added = (given["bias"] is not None, given["residual"] is not None)
+    finish = RowFinish(M, N, *added, *activation, output_shape=shape_of(node))
+    func = int8_rows_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling, input_shape=shape_of(given["input"]))
+    layout = f"int8_panels_{dot.group}_{tiling.columns}"
+    packed = Packed(given["weight"], layout, partial(_pack, dot=dot, columns=tiling.columns))
+    work = _work(node, 2.0 * M * N * K, tiling.panels * tiling.row_chunks, tiling.efficiency)
+    name = "int8 matmul, rows rounded at run time"
+    return KernelCall(func, _read(given, packed, dot), name, f"{dot.name}, {tiling.reason}", work)
+
+
 def _refusal(node: fx.Node, given: dict[str, Any]) -> Refusal | None:
     tensors = [t for t in (node, *node.all_input_nodes) if t is not None]
     if not prod(shape_of(node)):
@@ -191,7 +212,8 @@ def _pack_conv(weight: torch.Tensor, dot: Dot, plan: DotConvPlan) -> torch.Tenso
 
 
 def _read(given: dict[str, Any], packed: Packed, dot: Dot) -> tuple[fx.Node | Packed, ...]:
-    zero, source = given["input_zero"], _dtype(given["input"])
+    source, zero = _dtype(given["input"]), given.get("input_zero", 0)
+    source = "int8" if source == "float32" else source  # which rows of floats are rounded to
     constant = partial(_offsets, zero=zero, source=source, dot=dot)
     added = Packed(packed.constant, f"int8_offsets_{source}_{zero}_{dot.left}", constant)
     extra = [given[name] for name in ("bias", "residual") if given[name] is not None]

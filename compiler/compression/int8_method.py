@@ -12,6 +12,7 @@ from .ranges import METHODS
 
 SCHEMES = ("affine", "symmetric")
 LEARNED = "learned"  # ranges that training found: `convert` alone asks for it
+DYNAMIC = "dynamic"  # a range for each row (token) of a linear layer's input, found at run time
 WEIGHTS = ("per_channel", "per_tensor")
 WEIGHTS_ONLY = ("int8", "int4")  # of products that wait for their weights
 MIGRATIONS = ("none", "smooth", "equalise", "auto")  # of large channels into the weights: migrate.py
@@ -31,6 +32,21 @@ class Method:
     migration: str = "none"
     weights_only: str = "int8"
     group: int = 32  # inputs that share a scale of 4-bit weights
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether linear layers find the ranges of their inputs at run time."""
+        return self.activation == DYNAMIC
+
+    @property
+    def ranges(self) -> str:
+        """How ranges are found on calibration inputs: of METHODS."""
+        return "mse" if self.dynamic else self.activation
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether nothing can be decided without calibration inputs."""
+        return not self.dynamic or self.migration in ("smooth", "auto")
 
 
 DEFAULT = Method()
@@ -76,7 +92,7 @@ def method_of(
     for option, value, allowed in (
         ("scheme", scheme, SCHEMES),
         ("weight", weight, WEIGHTS),
-        ("activation", activation, tuple(METHODS)),
+        ("activation", activation, (*METHODS, DYNAMIC)),
         ("migration", migration, MIGRATIONS),
         ("weights_only", weights_only, WEIGHTS_ONLY),
         ("group", group, GROUPS),

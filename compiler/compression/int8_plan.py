@@ -27,7 +27,7 @@ from ...hwdb import Hardware
 from ...passes import dialect
 from ...passes.assign_precision import Choice
 from ...passes.hoist_quantise import hoist_quantise, moved
-from ...passes.int8_forms import Int8Form, int8_form, is_product, table_reason
+from ...passes.int8_forms import DYNAMIC, Int8Form, int8_form, is_product, table_reason
 from ...passes.int8_scales import Scale, Table, scale_between
 from ...passes.learned_codes import learned_scales
 from ...passes.merge_duplicates import merge_duplicates
@@ -53,6 +53,7 @@ ENOUGH = 0.85  # of the allowed error, after which no larger budget is tried
 LOOKED_AT = 4  # inputs whose damage is averaged
 NARROW = ("int8", "int4")
 HALVED = "int4 weights"
+UNCALIBRATED = "its range is found on calibration inputs, and there are none: pass calibration=[inputs, ...]"
 _UNTRAINED = "training did not round its input and weights to 8 bits"
 # Behind `quantise`: rounding moves to the front, products give bytes, what came twice is merged.
 JOINING = (hoist_quantise, requantise, merge_duplicates, remove_dead)
@@ -81,9 +82,15 @@ class Int8Plan:
         """Those of the chosen whose inputs stay float32."""
         return frozenset(choice.node for choice in self.choices if choice.form == "int8 weights")
 
+    @property
+    def by_rows(self) -> frozenset[str]:
+        """Those of the chosen whose inputs are rounded at run time."""
+        return frozenset(choice.node for choice in self.choices if choice.form == DYNAMIC)
+
     def quantise(self, graph: fx.GraphModule, some: Collection[str] | None = None) -> int:
         """Rewrite the products in 8 bits, or those of `some`; returns how many."""
-        return quantise(graph, self.table, self.chosen if some is None else some, self.weights_only, self.halved)
+        names = self.chosen if some is None else some
+        return quantise(graph, self.table, names, self.weights_only, self.halved, self.by_rows)
 
     @property
     def chosen(self) -> frozenset[str]:
@@ -131,11 +138,12 @@ def plan_int8(
         kept |= dict.fromkeys([n for n in products if n not in trained], _UNTRAINED)
     streamed = streamed_bytes(graph, products)
     group = method.group if method.weights_only == "int4" else 0
-    first = {n: int8_form(graph, n, hw, streamed=streamed, group=group) for n in products}
+    asked = (streamed, group, method.dynamic)
+    first = {n: int8_form(graph, n, hw, (), *asked) for n in products}
     possible = [n for n in products if first[n].possible]
     paying = [n for n in possible if first[n].name == "int8" and n not in kept]
     while True:  # a product that does not pay rounds no input for others: until all that are left do
-        forms = {n: int8_form(graph, n, hw, _shared(paying), streamed, group) for n in possible}
+        forms = {n: int8_form(graph, n, hw, _shared(paying), *asked) for n in possible}
         before = len(paying)
         paying = [n for n in paying if forms[n].pays and forms[n].name == "int8"]
         if len(paying) == before:
@@ -163,10 +171,12 @@ def plan_int8(
             if form.pays and known and (only is None or node.name in only):
                 name = form.name if only is None else only[node.name]
                 dtype = "int4" if name == HALVED else "int8"
-                choices.append(Choice(node.name, operator, dtype, reason, round_input=inputs_too, form=name))
+                rounds = inputs_too or name == DYNAMIC
+                choices.append(Choice(node.name, operator, dtype, reason, round_input=rounds, form=name))
                 continue
             if form.pays:
                 reason = observed.unknown.get(source, "it was decided so when the model was compiled")
+                reason = reason if inputs else UNCALIBRATED
         choices.append(Choice(node.name, operator, "float32", reason))
     saved = {n.name: 3.0 * prod(shape_of(n.args[0])) * SECONDS_PER_BYTE for n in tables}
     plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()}, saved, trained is not None, group)
@@ -225,7 +235,7 @@ def _table(observed: Observed, method: Method) -> Table:
     for name, seen in observed.seen.items():
         key = id(seen.counts)
         if key not in ranges:
-            ranges[key] = METHODS[method.activation](seen)
+            ranges[key] = METHODS[method.ranges](seen)
         scales[name] = scale_between(*ranges[key], symmetric=method.scheme == "symmetric")
     return Table(scales, observed.means, method.weight == "per_channel")
 

@@ -124,8 +124,8 @@ def explained(
     """
     hw = compile_target(target)
     check_precision(precision)
-    check_options(precision, None, calibration, example_inputs is not None)
     method = int8_method(precision, int8)
+    check_options(precision, None, calibration, example_inputs is not None, method)
     chosen, fusions = select(passes, kernel_fusion, hw)
     early, late = divided(chosen) if precision == "int8" else (chosen, ())
     whole = capture(export(model, *arguments(example_inputs)), parameters_of(model))

@@ -55,3 +55,25 @@ def test_four_bits_where_weights_are_waited_for(hw: Hardware, rows: int, inputs:
     assert (found.name, found.pays) == (form, True)
     if form == "int4 weights":
         assert found.seconds <= INT4_GAIN * int8_form(graph, node, small).seconds
+
+
+@pytest.mark.parametrize(
+    ("target", "rows", "form", "pays"),
+    [
+        ("znver4", 256, "int8 dynamic", True),
+        ("raspberry-pi-5", 256, "int8 dynamic", True),
+        ("znver4", 1, "int8 weights", True),  # as fast, and inputs are not rounded
+        ("x86-64-v3", 256, "int8", False),  # no dot product of bytes
+    ],
+)
+def test_inputs_rounded_row_by_row(target: str, rows: int, form: str, pays: bool) -> None:
+    machine = dataclasses.replace(lookup(target), dram_gbs=10.0)
+    graph, (node,) = products(nn.Linear(512, 512), torch.randn(rows, 512), machine)
+    found = int8_form(graph, node, machine, streamed=1 << 30, dynamic=True)
+    assert (found.name, found.pays) == (form, pays), found.reason
+    assert pays or "no dot product of bytes" in found.reason
+
+
+def test_a_convolution_rounds_nothing_row_by_row(hw: Hardware) -> None:
+    graph, (node,) = products(nn.Conv2d(64, 64, 3), torch.randn(1, 64, 28, 28), hw)
+    assert int8_form(graph, node, hw, dynamic=True) == int8_form(graph, node, hw)

@@ -1,0 +1,110 @@
+"""int8 matrix product of float32 rounded to bytes row by row at run time; passes/dialect_rows.py bit for bit.
+
+    staging   row of x -> max |x| -> bytes as the dot product takes them (dot_tile.stage), and the row's unit
+    sums      those of int8_product.py, whose `offsets` of zero point 0 set signed bytes right
+    finish    act(fma(float(sum + offset[n]) * scale[n], unit[row], bias[n] + residual))
+
+The largest value is found among the bits of |x|, which are ordered as their numbers are and hold NaN above infinity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from ...passes.dialect_rows import LEAST_EXPONENT
+from .dot_product import Dot
+from .dot_tile import stage
+from .epilogue import apply_activation, is_heavy
+from .gemv import across
+from .loops import Shape, between, span, spread, view
+
+MAGNITUDE = 0x7FFFFFFF
+INFINITE = 0x7F800000
+LEAST_BITS = (LEAST_EXPONENT + 127) << 23
+
+
+def round_row(
+    load: Callable[[Any, int], Any],
+    store: Callable[[Any, Any, int], None],
+    depth: int,
+    dot: Dot,
+) -> Any:
+    """Store a row of `depth` floats as words of bytes, and return its unit; `load` and `store` are those of `stage`."""
+    lanes = dot.lanes
+    every = span(0, lanes)
+    most = T.alloc_buffer((lanes,), "int32", scope="local")
+    T.buffer_store(most, spread(tirx.const(0, "int32"), lanes), [every])
+
+    def magnitude(k: Any, width: int) -> Any:
+        integers = "int32" if width == 1 else f"int32x{width}"
+        mask = spread(tirx.const(MAGNITUDE, "int32"), width)
+        return tirx.bitwise_and(T.reinterpret(integers, load(k, width)), mask)
+
+    whole = depth // lanes
+    if whole:
+        with T.serial(0, whole) as i:
+            T.buffer_store(most, tirx.max(most[every], magnitude(i * lanes, lanes)), [every])
+    if depth % lanes:
+        with between(whole * lanes, depth) as k:
+            T.buffer_store(most, tirx.max(most[0], magnitude(k, 1)), [0])
+    bits = T.bind(across([most[every]], tirx.max, lanes))
+    largest = T.bind(T.reinterpret("float32", bits))
+    finite = bits < tirx.const(INFINITE, "int32")
+    rounds = tirx.all(finite, bits >= tirx.const(LEAST_BITS, "int32"))
+    most_steps = tirx.const(127.0, "float32")
+    inverse = T.bind(most_steps / tirx.Select(rounds, largest, most_steps))
+
+    def steps(k: Any, width: int) -> Any:
+        many = "" if width == 1 else f"x{width}"
+        y = load(k, width) * spread(inverse, width)
+        return tirx.Cast(f"int8{many}", tirx.call_llvm_pure_intrin(f"int32{many}", "llvm.lrint", y))
+
+    stage(steps, store, depth, "int8", dot)
+    nan = T.reinterpret("float32", tirx.const(INFINITE | 1 << 22, "int32"))
+    return tirx.Select(finite, largest * tirx.const(1 / 127, "float32"), nan)
+
+
+@dataclass(frozen=True)
+class RowFinish:
+    """How int32 sums become float32. Reads offset, scale[, bias][, residual], and behind them the rows' units."""
+
+    M: int
+    N: int
+    bias: bool = False
+    residual: bool = False
+    activation: str = "none"
+    args: tuple[float, ...] = ()
+    output_shape: Shape | None = None
+    result: str = "float32"
+
+    @property
+    def operands(self) -> Sequence[tuple[Shape, str]]:
+        """Offset and scale of each column, bias, residual."""
+        shapes: list[tuple[Shape, str]] = [((self.N,), "int32"), ((self.N,), "float32")]
+        shapes += [((self.N,), "float32")] * self.bias
+        return shapes + [(self.output_shape or (self.M, self.N), "float32")] * self.residual
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the activation is a polynomial."""
+        return is_heavy(self.activation)
+
+    def store(self, value: Any, row: Any, column: Any, lanes: int, read: Sequence[Any], out: Any) -> None:
+        """Finish and store."""
+        at, floats = span(column, lanes), "float32" if lanes == 1 else f"float32x{lanes}"
+        *operands, units = read
+        y = tirx.Cast(floats, value + operands[0][at]) * operands[1][at]
+        addend: Any = operands[2][at] if self.bias else None
+        if self.residual:
+            residual = view(operands[-1], (self.M, self.N))[row, at]
+            addend = residual if addend is None else addend + residual
+        unit = spread(units[row], lanes)
+        y = y * unit if addend is None else tirx.call_llvm_pure_intrin(floats, "llvm.fma", y, unit, addend)
+        if self.activation != "none":
+            y = apply_activation(T.bind(y), self.activation, self.args)
+        T.buffer_store(out, y, [row, at])

@@ -1,0 +1,107 @@
+"""Rows rounded to bytes at run time: bit for bit the integer reference, by instructions and without."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from narrow_harness import fma, integers, random, run
+
+from graphwright.backends.kernels.dot_product import Dot, choose_dot_tiling, int8_dot
+from graphwright.backends.kernels.int8_product import int8_rows_matmul, offsets, pack_matmul
+from graphwright.backends.kernels.int8_rows import RowFinish
+from graphwright.hwdb import Hardware, detect
+from graphwright.passes import dialect, dialect_rows
+
+EXTENT = st.one_of(st.integers(1, 20), st.sampled_from([31, 64, 97, 130]))
+
+
+def machine(kind: str) -> tuple[Hardware, Dot]:
+    hw = detect()
+    if kind == "pairs":
+        return hw, int8_dot(dataclasses.replace(hw, isa="aarch64", features=frozenset()))
+    if kind == "512":
+        hw = dataclasses.replace(hw, vector_bits=512, vector_registers=32)
+    return hw, int8_dot(hw, emulated=kind != "own")
+
+
+def product(
+    kind: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, finish: RowFinish, *added: torch.Tensor
+) -> torch.Tensor:
+    hw, dot = machine(kind)
+    (M, K), N = x.shape, len(w)
+    tiling = choose_dot_tiling(hw, dot, M, N, K)
+    out = torch.full((M, N), 7.0)
+    func = int8_rows_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling)
+    run(func, detect(), x, pack_matmul(w, dot, tiling.columns), offsets(w, 0, "int8", dot), scale, *added, out)
+    return out
+
+
+def reference(x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, addend: torch.Tensor | None) -> torch.Tensor:
+    """By integers, a row at a time."""
+    rows = []
+    for row in x:
+        largest = row.abs().max()
+        inverse = torch.tensor(127.0) / (largest if largest > 0 else torch.tensor(1.0))
+        q = (row * inverse).round().to(torch.int64)
+        assert int(q.abs().max()) <= 127
+        rows.append(((w.to(torch.int64) * q).sum(1).float() * scale, largest * torch.tensor(1 / 127)))
+    sums, units = (torch.stack(part) for part in zip(*rows, strict=True))
+    return fma(sums, units[:, None], addend)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(["own", "emulated", "512", "pairs"]),
+    st.tuples(st.integers(1, 20), EXTENT, EXTENT),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([("none", ()), ("relu", ()), ("leaky_relu", (0.1,))]),
+)
+def test_bit_for_bit(
+    kind: str,
+    extents: tuple[int, int, int],
+    bias: bool,
+    residual: bool,
+    activation: tuple[str, tuple[float, ...]],
+) -> None:
+    M, K, N = extents
+    x = random(M, K) * torch.logspace(-30, 30, M)[:, None]
+    x[M // 2] = 0.0
+    x[-1, ::3] = 2.5  # ties and the extremes
+    w, scale = integers("int8", N, K, seed=1), torch.linspace(1e-3, 1e-2, N)
+    added = [random(N, seed=2)] * bias + [random(M, N, seed=3)] * residual
+    out = product(kind, x, w, scale, RowFinish(M, N, bias, residual, *activation), *added)
+    addend = sum(added[1:], added[0]) if added else None
+    expected = dialect.ACTIVATIONS[activation[0]](reference(x, w, scale, addend), list(activation[1]))
+    assert torch.equal(out, expected)
+    operands = (added[0] if bias else None, added[-1] if residual else None)
+    assert torch.equal(out, dialect_rows.linear_rows(x, w, scale, *operands, activation[0], list(activation[1])))
+
+
+@pytest.mark.parametrize("kind", ["own", "emulated", "pairs"])
+def test_rows_without_a_scale(kind: str) -> None:
+    x = random(7, 37)
+    x[0, 3], x[1, 36], x[2, 0] = torch.nan, torch.inf, -torch.inf
+    x[3] *= 1e-44
+    x[4] = 0.0
+    x[5] *= 1e35 / x[5].abs().max()
+    w, scale, bias = integers("int8", 20, 37, seed=1), torch.linspace(1e-3, 1e-2, 20), random(20, seed=2)
+    out = product(kind, x, w, scale, RowFinish(7, 20, bias=True), bias)
+    assert out[:3].isnan().all()  # one value that is no number is in every sum of its row
+    assert torch.equal(out[3:5], bias.expand(2, 20))
+    assert out[5:].isfinite().all()
+    assert torch.equal(out[3:], dialect_rows.linear_rows(x, w, scale, bias, None, "none", [])[3:])
+    assert dialect_rows.linear_rows(x, w, scale, bias, None, "none", [])[:3].isnan().all()
+
+
+def test_the_error_of_rounding_rows() -> None:
+    """Steps of max / 127, of about 3.3 standard deviations: 3.3 / 127 / sqrt(12) of a value."""
+    x, w = random(64, 512), integers("int8", 100, 512, seed=1)
+    exact = x.double() @ w.double().t()
+    y = dialect_rows.linear_rows(x * torch.logspace(-3, 3, 64)[:, None], w, torch.ones(100), None, None, "none", [])
+    y = y.double() / torch.logspace(-3, 3, 64).double()[:, None]
+    assert 4e-3 < float((y - exact).norm() / exact.norm()) < 1.1e-2
