@@ -31,6 +31,7 @@ from tvm.target import Target
 from ..lowering import expressions as ex
 from .each import one_thread_each
 from .one_thread import in_one_thread, is_imperative
+from .single_terms import assign_single_terms
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def schedules(function: Any, target: Target, units: int) -> Iterator[tuple[str, 
         if (alone := in_one_thread(function, target)) is not None:
             yield "one thread", alone
         return
+    function = assign_single_terms(function)
     warp = int(target.attrs["thread_warp_size"])
     rules: list[tuple[str, Callable[[], Any]]] = []
     for name, rule in _RULES:

@@ -115,6 +115,8 @@ using std::min;
 using uint = unsigned int;
 using uchar = unsigned char;
 using ushort = unsigned short;
+using longlong = long long;
+using ulonglong = unsigned long long;
 #define VECTORS(T)                                                                                 \
   struct alignas(2 * sizeof(T)) T##2 { T x, y; };                                                  \
   struct T##3 { T x, y, z; };                                                                      \
@@ -129,6 +131,8 @@ VECTORS(uint)
 VECTORS(short)
 VECTORS(ushort)
 VECTORS(uchar)
+VECTORS(longlong)
+VECTORS(ulonglong)
 #undef VECTORS
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
