@@ -1,21 +1,26 @@
 """Torch's own operator samples (OpInfo) as kernels for an A100 on the emulator: do the numbers agree with PyTorch's?
 
-    python tests/cuda_on_cpu/sweep.py [--ops add,sort] [--samples 4] [--narrow 2] [--json out.json]
+    python tests/cuda_on_cpu/sweep.py [--ops add,sort] [--dtypes float32,int64] [--samples 4] [--narrow 2] [--limit 60]
+                                      [--json out.json]
 
 Each operator in every dtype below that it takes and has a lowering in, in both orders of lanes, on the inputs of its
 samples and on the same with NaN, infinities and extreme numbers among them. Many samples are compiled as one model: a
 call of the compiler costs more than a kernel. The operators are done in worker processes, so that a crash is a result
-like any other.
+like any other, and so is a step (tracing an operator, or compiling and running a model) that takes much longer than
+others do.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import faulthandler
 import json
 import logging
 import os
 import re
+import resource
+import signal
 import subprocess
 import sys
 import warnings
@@ -33,9 +38,10 @@ PLACES = ("argsort", "kthvalue", "median", "mode", "msort", "nanmedian", "sort",
 # Zeros that stand between elements, or around them, are multiplied here, and left out there.
 SPARSE = ("conv_transpose", "convolution")
 # From the best to the worst. "alike": the code for CPUs gives the same, for numbers that are not finite, or overflow.
-STATUSES = ("agrees", "alike", "refused", "failed", "wrong", "crash")
+STATUSES = ("agrees", "alike", "refused", "failed", "wrong", "crash", "slow")
 BATCH = 64  # samples in one model
 CHUNK = 20  # operators of one process
+ALLOWANCE = 3  # seconds more for each sample in a model
 DATA = ("drawn", "nan", "infinite", "extreme")
 
 
@@ -239,7 +245,14 @@ def described(sample: Sample) -> str:
     return f"{', '.join(shapes)}; {constants}"[:300]
 
 
-def work(names: Sequence[str], counts: dict[str, int]) -> None:
+def allow(seconds: int) -> None:
+    """Give this process so much more time of the CPU; after that it writes where it is and dies."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    _, most = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(usage.ru_utime + usage.ru_stime) + seconds, most))
+
+
+def work(names: Sequence[str], counts: dict[str, int], limit: int) -> None:
     """Do the operators in this process, and print a line of JSON for each operator and dtype."""
     import emulator
 
@@ -256,6 +269,7 @@ def work(names: Sequence[str], counts: dict[str, int]) -> None:
     cuda.find_compiler = lambda: cuda.Compiler("emulator", Path(emulator.__file__))
     cuda.check_architecture = lambda compiler, arch: None
     common_utils.extract_test_fn = lambda: None  # it looks through the stack for the test that asks for a sample
+    faulthandler.register(signal.SIGXCPU, all_threads=False, chain=True)
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
@@ -263,12 +277,15 @@ def work(names: Sequence[str], counts: dict[str, int]) -> None:
     waiting: list[Sample] = []
     done: list[Sample] = []
     for name in names:
+        allow(limit)
         takes = {str(dtype).removeprefix("torch.") for dtype in infos[name].supported_dtypes("cpu")}
-        found = [s for dtype in DTYPES if dtype in takes for s in samples_of(infos[name], dtype, counts[dtype])]
+        wanted = [dtype for dtype in DTYPES if dtype in takes and dtype in counts]
+        found = [s for dtype in wanted for s in samples_of(infos[name], dtype, counts[dtype])]
         ready = list(admitted(found))
         waiting += ready
         done += found
         if len(waiting) >= BATCH or name == names[-1]:
+            allow(limit + ALLOWANCE * len(waiting))
             run(waiting)
             answer(done, channel)
             waiting, done = [], []
@@ -286,19 +303,20 @@ def answer(samples: Sequence[Sample], channel: Any) -> None:
         print(json.dumps(record), file=channel, flush=True)
 
 
-def sweep(names: Sequence[str], counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+def sweep(names: Sequence[str], counts: dict[str, int], limit: int) -> Iterator[dict[str, Any]]:
     """The records of the operators, by worker processes; those of a process that dies get one each."""
     chunks = collections.deque(list(names[i : i + CHUNK]) for i in range(0, len(names), CHUNK))
     while chunks:
         chunk = chunks.popleft()
-        command = [sys.executable, __file__, "--work", ",".join(chunk), "--counts", json.dumps(counts)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [sys.executable, __file__, "--work", ",".join(chunk), "--limit", str(limit)]
+        done = subprocess.run([*command, "--counts", json.dumps(counts)], capture_output=True, text=True, check=False)
         records = [json.loads(line) for line in done.stdout.splitlines()]
         print(f"to {chunk[-1]}", file=sys.stderr, flush=True)
         yield from records
         left = [name for name in chunk if name not in {record["operator"] for record in records}]
         if done.returncode and len(chunk) == 1:
-            yield {"operator": chunk[0], "dtype": "", "status": "crash", "agree": 0, "detail": done.stderr[-1500:]}
+            status = "slow" if done.returncode == -signal.SIGXCPU else "crash"
+            yield {"operator": chunk[0], "dtype": "", "status": status, "agree": 0, "detail": done.stderr[-3000:]}
         elif done.returncode:
             chunks.extendleft([name] for name in reversed(left))
 
@@ -307,14 +325,16 @@ def main() -> int:
     """Run the sweep; the exit status is 1 if an operator is wrong, failed or crashed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", help="comma-separated names (default: all)")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help="comma-separated (default: all)")
     parser.add_argument("--samples", type=int, default=4, help="samples in float32")
     parser.add_argument("--narrow", type=int, default=2, help="samples in each of the other dtypes")
+    parser.add_argument("--limit", type=int, default=60, help="seconds of the CPU for a step, and 3 more a sample")
     parser.add_argument("--json", type=Path, help="write the records here")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--counts", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work.split(","), json.loads(options.counts))
+        work(options.work.split(","), json.loads(options.counts), options.limit)
         return 0
     listed = re.findall(r"^\| (\S+) \| (?:compiled|partly) \|", OPERATORS.read_text(), re.MULTILINE)
     names = [name for name in listed if "empty" not in name]  # whose results are what was in memory
@@ -323,9 +343,9 @@ def main() -> int:
         if unknown := set(wanted) - set(names):
             parser.error(f"no operator named {', '.join(sorted(unknown))} is compiled: {OPERATORS.name} has the list")
         names = wanted
-    counts = {dtype: options.samples if dtype == "float32" else options.narrow for dtype in DTYPES}
+    counts = {dtype: options.samples if dtype == "float32" else options.narrow for dtype in options.dtypes.split(",")}
     records = []
-    for record in sweep(names, counts):
+    for record in sweep(names, counts, options.limit):
         records.append(record)
         if record["status"] not in ("agrees", "refused"):
             print(
