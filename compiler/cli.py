@@ -131,7 +131,8 @@ def compile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile MODEL to an artifact of machine code and weights, or to a bundle for an ARM machine."""
-    _check_calibration(precision, calibration)
+    if not int8:  # what it says may need no inputs
+        _check_calibration(precision, calibration)
     bundled = _is_bundled(target, output, bundle, executable or single_file)
     _check_page("--damage", damage)
     with progress(f"loading {model}"):
@@ -335,6 +336,7 @@ def _check_calibration(precision: str, calibration: Path | None) -> None:
         raise InputError(
             f"--precision {precision} {why[precision]}: give --calibration FILE.npz, with a few dozen that look like "
             "those the model will get, by the inputs' names and along a leading axis"
+            + (" (--int8 activation=dynamic needs none for linear layers)" if precision == "int8" else "")
         )
 
 
