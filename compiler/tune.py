@@ -154,7 +154,8 @@ def tune(
             both = [builds[0], made("winners", Choices({row.problem: row.kept for row in rows}))]
             again = measure(both, max(started + seconds, time.perf_counter() + 0.2 * seconds))
             rows, before, after = confirmed(rows, [built.kernels for _, built in both], again)
-    preferred = {**stored(hw), **{row.problem: row.kept for row in rows}}
+    # A winner of an earlier, longer measurement stays where there was no time for others.
+    preferred = {**stored(hw), **{row.problem: row.kept for row in rows if len(row.candidates) > 1}}
     _store(hw, preferred)
     return Tuned(rows, before, after, len(builds), preferred, _path(hw))
 

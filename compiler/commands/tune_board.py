@@ -50,7 +50,10 @@ def measuring(
     or a program fails, with what they said.
     """
     if hw.isa not in library.BUNDLED:
-        raise InputError(f"boards are {' and '.join(library.BUNDLED)}, and {hw.id} is {hw.isa}")
+        raise InputError(
+            f"boards are {' and '.join(library.BUNDLED)}, and {hw.id} is {hw.isa}: say what the board is by "
+            "target=, or --target, with a name of `graphwright hw list`"
+        )
     check_machine(host, hw.id, hw.isa, hw.triple)
     made = ssh(host, "mkdir -p .cache/graphwright && mktemp -d .cache/graphwright/tune-XXXXXX", limit=ANSWER_S)
     directory = shlex.quote(made.decode().strip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,22 @@ def test_winners_that_are_slower_together_are_not_kept(
     assert (found.before_us, found.after_us) == (12.0, min(together, 12.0))
     assert f"{12:.1f} us before, {min(together, 12.0):.1f} us now" in found.text()
     assert ("1 that won did not win again" in found.text()) == (expected == "a")
+
+
+def test_a_measurement_without_time_for_others_forgets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHWRIGHT_CACHE", str(tmp_path))
+    tune._store(detect(), {"p": "b", "q": "y"})
+
+    def built(*_: object, choices: Choices, **__: object) -> Built:
+        time.sleep(0.002)
+        return Built(plan.Plan((), 0, (), 0, {}), graph, (), kernels=(kernel("p", "a"),))
+
+    monkeypatch.setattr(tune, "build", built)
+    graph = fx.symbolic_trace(nn.Identity())
+    monkeypatch.setattr(tune.pipeline, "run", lambda graph, hw, passes: (graph, ()))
+    found = tune.tune(graph, detect(), 0.001, lambda builds, end: [[12.0] for _ in builds])
+    assert found.builds == 1
+    assert found.preferred == tune.stored(detect()) == {"p": "b", "q": "y"}
 
 
 @pytest.mark.parametrize(

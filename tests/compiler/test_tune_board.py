@@ -133,7 +133,7 @@ def test_boards_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_what_cannot_be_tuned(board: Board) -> None:
     model, x = nn.Softmax(-1), torch.zeros(2, 5)
-    with pytest.raises(InputError, match="boards are aarch64 and armv7, and zen4 is x86_64"):
+    with pytest.raises(InputError, match="boards are aarch64 and armv7, and zen4 is x86_64: say what"):
         graphwright.tune(model, x, target="zen4", remote="pi@board")
     with pytest.raises(InputError, match="graphwright tune --target raspberry-pi-4b --remote user@board"):
         graphwright.tune(model, x, target=TARGET)
