@@ -35,6 +35,7 @@ from .precision import FP32, Precision, Sample, check_tolerance
 from .report import ErrorRow, Report
 from .rewriting import rewrite_again
 from .selection import identities
+from .without_assertions import without_assertions
 
 if TYPE_CHECKING:
     from .api import Options
@@ -144,6 +145,7 @@ class _Graph:
         if self._captured is None:
             self._captured = capture(self.exported, self.parameters)
             restrict(self._captured.graph, self.options.fusions)
+            without_assertions(self._captured.graph, self.options.hw)
         return self._captured
 
     def signature(self, saved: Signature) -> Signature:

@@ -15,12 +15,16 @@ import pytest
 import torch
 from boards import assert_like_float64, call, refused, run
 from torch import nn
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import graphwright
 from graphwright.backends.aot import elf, library
+from graphwright.compiler.capture import capture, export
 from graphwright.compiler.cli import app
+from graphwright.compiler.without_assertions import without_assertions
 from graphwright.errors import ArtifactError, InputError, UnsupportedOp
+from graphwright.hwdb import detect, lookup
 
 ROUNDING = 1e-6  # a few sums of float32, each within 6e-8 of its terms
 GLIBC_FLOOR = (2, 28)
@@ -389,6 +393,25 @@ def test_models_of_several_shapes_are_not_bundled(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2 sets of shapes"):
         lazy.bundle(tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+class Places(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.one_hot(x, 5) * 2
+
+
+def test_assertions_are_left_out(tmp_path: Path) -> None:
+    x = torch.tensor([[4, 0], [2, 2]])
+    made = bundle(Places(), (x,), tmp_path / "places", executable=True)
+    (found,) = call(made, "cortex-a53", {"x": x}, tmp_path)
+    np.testing.assert_array_equal(found, Places()(x).numpy())
+    graph = capture(export(Places(), (x,))).graph
+    assert without_assertions(graph, detect()) == 0  # PyTorch raises here
+    assert without_assertions(graph, lookup("raspberry-pi-4b")) == 2
+    assert without_assertions(graph, lookup("raspberry-pi-4b")) == 0
+    assert not [
+        node for node in graph.graph.nodes if node.target in (torch.ops.aten.ge.Scalar, torch.ops.aten.lt.Scalar)
+    ]
 
 
 class Unsupported(nn.Module):
