@@ -29,6 +29,8 @@ from .rewriting import rewrite
 from .users_line import users_line
 
 if TYPE_CHECKING:
+    import torch
+
     from ..backends.gpu.lower import Lowered as OnGpu
     from ..backends.lowering.extract import Fused, Lowered
     from ..passes.assign_precision import Choice
@@ -101,8 +103,7 @@ def build(
     plan, constants = make_plan(rewritten, parts.parts)
     built = Built(plan, rewritten, made.runs, made.precisions, made.notes, eager=_eager_rows(parts))
     built.kernels = _kernels(lowered)
-    if constants:
-        save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)
+    _save_constants(constants, directory)
     if info is not None:
         tensors = {name: tensor for r in lowered for name, tensor in r.weights.items()}
         weights.write(directory / library.WEIGHTS_NAME, info.weights, tensors)
@@ -125,7 +126,8 @@ def _build_gpu(built: Built, hw: Hardware, directory: Path, clock: _Clock) -> Bu
     with _named(f"code generation for {hw.id}"):
         parts, region = _lower_for_gpu(built.graph, hw)
     clock.stage("lowering")
-    built.plan, _ = make_plan(built.graph, parts.parts)
+    built.plan, constants = make_plan(built.graph, parts.parts)
+    _save_constants(constants, directory)
     if region is not None:
         with _named(f"code generation for {hw.id}"):
             info = gpu.build(*region, hw, directory)
@@ -139,6 +141,11 @@ def _build_gpu(built: Built, hw: Hardware, directory: Path, clock: _Clock) -> Bu
         }
     built.stages = clock.seconds
     return built
+
+
+def _save_constants(constants: Mapping[str, torch.Tensor], directory: Path) -> None:
+    if constants:
+        save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def executor(plan: Plan, library: Library | DeviceLibrary | None, constants: Map
         slots: list[Any] = [None] * plan.slots
         slots[: plan.inputs] = tensors
         for slot, tensor in fixed.items():
-            slots[slot] = tensor
+            slots[slot] = tensor.to(tensors[0].device) if tensors else tensor  # results are where the inputs are
         with torch.no_grad():
             for call, step in zip(plan.calls, steps, strict=True):
                 if isinstance(call, OperatorCall):

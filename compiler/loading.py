@@ -74,7 +74,7 @@ def describe(directory: Path) -> Description:
 def runner(directory: Path, plan: Plan, threads: int) -> Run:
     """The machine code in `directory` as a function from tensor inputs to tensor results."""
     if (directory / DEVICE_NAME).exists():
-        return executor(plan, DeviceLibrary(directory), {})
+        return executor(plan, DeviceLibrary(directory), _constants(directory))
     return opened(directory, plan, threads)[1]
 
 
@@ -103,7 +103,7 @@ def assembled(
             device = DeviceLibrary(directory)
         except ArtifactError as absent:
             return Compiled(_refusing(str(absent)), described.signature, None, directory, described.report, graph)
-        run = executor(described.plan, device, {})
+        run = executor(described.plan, device, _constants(directory))
         return Compiled(run, described.signature, device, directory, described.report, graph)
     code, run = opened(directory, described.plan, threads)
     if (twin := described.twin) is not None:

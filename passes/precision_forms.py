@@ -194,8 +194,9 @@ def forms(
     if refusal is not None:
         return found, refusal
     if hw.kind == "gpu":
-        reason = _on_matrix_units(node, hw, asked, times, found)
-        return found, reason
+        if any(LABELS[label].dtype == "float16" for label in asked):
+            refusal = _beyond_half(graph, node, hw)
+        return found, refusal or _on_matrix_units(node, hw, asked, times, found)
     asked = [label for label in asked if label not in IN_PLACE]
     halves = _half_sums(graph, node, hw, times, found) if "float16 sums" in asked else ""
     asked = [label for label in asked if label != "float16 sums"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tvm import te
 
-from ...passes import dialect
+from ...passes import dialect, mixed
 from . import expressions as ex
 from .epilogue import activate
 from .index_math import Expr, define, guarded, sizes, spread
@@ -243,7 +243,7 @@ def convolution(
     return _conv(count)(out, source, weight, bias, stride, padding, dilation, groups)
 
 
-@lowers(dialect.conv2d)
+@lowers(dialect.conv2d, mixed.conv2d_f16, mixed.conv2d_bf16)
 def fused_conv2d(
     out: Out,
     source: te.Tensor,
@@ -257,8 +257,13 @@ def fused_conv2d(
     activation: str,
     activation_args: Sequence[float],
     layout: str,
+    round_input: bool = False,
+    narrow: bool = False,
 ) -> te.Tensor:
-    """activation(convolution + bias + residual) in NCHW or NHWC, padding (top, bottom, left, right)."""
+    """activation(convolution + bias + residual) in NCHW or NHWC, padding (top, bottom, left, right).
+
+    The image is not rounded where no kernel serves convolutions of 16 bits.
+    """
     top, bottom, left, right = padding
     form = _correlate_nhwc if layout == "NHWC" else correlate
     sums = form(source, weight, out.shape, stride, [(top, bottom), (left, right)], dilation, groups)

@@ -1,7 +1,7 @@
 """Kernels of the mixed-precision operators (passes/mixed.py and mixed_half.py): dot products of bfloat16, products and
 sums of float16, 16-bit weights widened.
 
-They refuse nothing that `assign_precision` makes; there is no TE definition to fall back to.
+They refuse nothing that `assign_precision` makes for CPUs.
 """
 
 from __future__ import annotations

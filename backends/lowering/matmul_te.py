@@ -122,7 +122,7 @@ def linear(out: Out, x: te.Tensor, weight: te.Tensor, bias: te.Tensor | None = N
     return fused_linear(out, x, weight, bias, None, "none", ())
 
 
-@lowers(dialect.linear)
+@lowers(dialect.linear, mixed.linear_f16, mixed.linear_bf16)
 def fused_linear(
     out: Out,
     x: te.Tensor,
@@ -131,7 +131,10 @@ def fused_linear(
     residual: te.Tensor | None,
     activation: str,
     activation_args: Sequence[float],
+    round_input: bool = False,
+    narrow: bool = False,
 ) -> te.Tensor:
+    """activation(x weight^T + bias + residual); x is not rounded where no kernel serves products of 16 bits."""
     total = product(x, weight, transpose_b=len(weight.shape) > 1)
     return _finish(out, total, bias, residual, activation, activation_args)
 

@@ -174,6 +174,23 @@ def test_attention_of_16_bits_that_cannot_be_lowered_gives_way_to_rules_in_float
     assert not any("attention" in rule for rule in rules[1])
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_products_and_convolutions_of_16_bits_that_cannot_be_lowered_give_way_to_rules_in_float32(
+    monkeypatch, precision
+):
+    torch.manual_seed(0)
+    products = nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)  # what lies between them is 16 bits in memory
+    wide = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU(), nn.Flatten(2), *products)
+    refuse = lambda v, f, call, t: _raised(lower.KernelFailed(call, "no such luck"))  # noqa: E731
+    monkeypatch.setattr(lower, "_lower_kernel", refuse)
+    image = torch.randn(1, 16, 4, 4)
+    report = graphwright.compile(wide.eval(), (image,), target="a100", precision=precision, cache=False).report()
+    narrow = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert len(report.fallbacks) == 3
+    assert all(text.startswith(f"{narrow} tiled") for text in report.fallbacks), report.fallbacks
+    assert not any(kernel.algorithm.startswith(narrow) for kernel in report.kernels)
+
+
 @pytest.mark.parametrize("name", ["orin", "jetson-orin"])
 def test_the_name_of_a_jetson_is_its_gpu(name):
     hw = graphwright.hwdb.lookup(name)

@@ -73,6 +73,33 @@ class Long(nn.Module):
         return {"product": y, "odd": self.odd(x[:, :1033]), "conv": filtered}
 
 
+class Single(nn.Module):
+    """Reductions over one element, each with work behind it that a schedule may put into the same loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line, self.pixel = nn.Linear(1, 5), nn.Conv2d(1, 3, 1)
+        self.each = nn.Conv2d(4, 4, 1, groups=4)
+
+    def forward(self, x: Tensor, image: Tensor) -> list[Tensor]:
+        """x [rows, 1], image [images, 4, height, width]."""
+        outs = [self.line(x), self.pixel(image[:, :1]) + 1, self.each(image) + image]
+        return [F.relu(out) for out in outs] + [x.std(1, correction=0) + 2, x.sum(1) * 2 + 1, x.amax(1) - 3]
+
+
+class Returned(nn.Module):
+    """Results that no kernel makes: an input, a weight twice, and a result that is one twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(20, 24))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [rows, 20]."""
+        y = x @ self.weight
+        return x, self.weight, y, y, self.weight
+
+
 class Transposed(nn.Module):
     """Transposed convolutions of drawn strides, dilations, paddings, kernels and groups; a result each."""
 
@@ -104,6 +131,10 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
         return Long().eval(), (torch.randn(40, 1096), torch.randn(2, 128, 9, 7))
     if name == "several":
         return Several().eval(), (torch.randn(5, 70), torch.tensor([4, 0, 3, 3, 1]))
+    if name == "single":
+        return Single().eval(), (torch.randn(3, 1), torch.randn(2, 4, 3, 5))
+    if name == "returned":
+        return Returned().eval(), (torch.randn(18, 20),)
     if name == "edges":
         x = torch.randn(3, 5).bfloat16()
         return Edges().eval(), (x, x.half(), torch.zeros(0, 4))

@@ -110,6 +110,15 @@ def test_transposed_convolutions_keep_their_numbers_for_all_strides_and_dilation
 
 
 @pytest.mark.slow
+def test_reductions_over_one_element_and_results_that_no_kernel_makes_are_right():
+    for name, result in run("single", "single:fp16", "returned").items():
+        assert "failure" not in result, (name, result["failure"])
+        assert result["same"], name
+        for number, (ours, eager) in enumerate(result["errors"]):
+            assert ours <= max(8 * eager, 1e-6), (name, number, ours, eager)
+
+
+@pytest.mark.slow
 def test_without_barriers_the_numbers_are_wrong():
     """The emulator would show a missing barrier: tiles are read before the other warps have filled them."""
     result = run("block", EMULATED_WITHOUT_BARRIERS="1")["block"]

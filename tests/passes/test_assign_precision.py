@@ -285,6 +285,19 @@ def test_weights_that_float16_cannot_hold(scale: float, reason: str) -> None:
     assert choose_precisions(graph, starved(), "auto")[0].form == "bfloat16 weights"
 
 
+@pytest.mark.parametrize("rows", [3, 32])
+@pytest.mark.parametrize(("scale", "reason"), [(1e8, "beyond float16's 65504"), (1e-7, "float16 errs by")])
+def test_weights_that_float16_cannot_hold_stay_float32_on_matrix_units(rows: int, scale: float, reason: str) -> None:
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    hw = lookup("a100")
+    graph = captured(layer, torch.randn(rows, 64), hw=hw)
+    (choice,) = choose_precisions(graph, hw, "fp16")
+    assert choice.dtype == "float32"
+    assert reason in choice.reason
+
+
 def test_machines_that_do_not_convert_float16() -> None:
     hw = dataclasses.replace(starved(), features=starved().features - {"f16c"})
     graph = captured(nn.Linear(256, 256), torch.randn(1, 256), hw=hw)

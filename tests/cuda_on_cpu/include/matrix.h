@@ -42,6 +42,7 @@ using half = emulated::Half;
 using __half = half;
 using __half2 = emulated::Pair<half>;
 using half2 = __half2;
+inline half2 make_half2(half first, half second) { return {first, second}; }
 using nv_bfloat16 = emulated::Brain;
 struct nv_bfloat162 : emulated::Pair<nv_bfloat16> {
   nv_bfloat162() = default;
