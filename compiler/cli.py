@@ -131,8 +131,7 @@ def compile(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Compile MODEL to an artifact of machine code and weights, or to a bundle for an ARM machine."""
-    if not int8:  # what it says may need no inputs
-        _check_calibration(precision, calibration)
+    options = _int8_options(precision, int8, calibration)
     bundled = _is_bundled(target, output, bundle, executable or single_file)
     _check_page("--damage", damage)
     with progress(f"loading {model}"):
@@ -141,7 +140,6 @@ def compile(
         check_place(output)
         from . import api
         from .compiled import Compiled
-        from .compression.int8_method import options_of
 
         loaded, examples = _load(model, input)
     with progress(f"compiling {model} for {target}"):
@@ -159,7 +157,7 @@ def compile(
             kernel_fusion=_names(kernel_fusion),
             fallback=fallback,
             calibration=None if calibration is None else _arrays(calibration),
-            int8=None if not int8 else options_of(int8),
+            int8=options,
         )
         if bundled:
             if not isinstance(compiled, Compiled):
@@ -251,11 +249,12 @@ def explain(
     precision: Precision = "fp32",
     tolerance: Tolerance = None,
     calibration: Calibration = None,
+    int8: Int8 = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with both graphs here, and print no graphs.")] = None,
 ) -> None:
     """Print the graph before and after each pass, the choices made and their reasons, and predicted costs."""
     _check_page("--html", html)
-    _check_calibration(precision, calibration)
+    options = _int8_options(precision, int8, calibration)
     with progress(f"explaining {model} for {target}"):
         from .explaining.explain import explained
 
@@ -269,6 +268,7 @@ def explain(
             precision=precision,
             tolerance=tolerance,
             calibration=None if calibration is None else _arrays(calibration),
+            int8=options,
         )
         if html is not None:
             html.write_text(found.html(model), encoding="utf-8")
@@ -329,8 +329,15 @@ def progress(what: str) -> Iterator[None]:
         yield
 
 
-def _check_calibration(precision: str, calibration: Path | None) -> None:
-    """Raise InputError where a precision needs inputs and none are given."""
+def _int8_options(precision: str, texts: list[str] | None, calibration: Path | None) -> dict[str, Any] | None:
+    """The options of --int8. Raises InputError for wrong ones, and where needed inputs are not given."""
+    options = None
+    if texts:
+        from .compression.int8_method import int8_method, options_of
+
+        options = options_of(texts)
+        if not int8_method(precision, options).calibrates:
+            return options
     why = {"int8": "finds the ranges of values on inputs", "adaptive": "learns from inputs when to reduce precision"}
     if precision in why and calibration is None:
         raise InputError(
@@ -338,6 +345,7 @@ def _check_calibration(precision: str, calibration: Path | None) -> None:
             "those the model will get, by the inputs' names and along a leading axis"
             + (" (--int8 activation=dynamic needs none for linear layers)" if precision == "int8" else "")
         )
+    return options
 
 
 def _is_bundled(target: str, output: Path, asked: bool | None, options: bool) -> bool:

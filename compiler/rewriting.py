@@ -152,7 +152,8 @@ def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[
         f"{method.weight.replace('_', ' ')} weights"
     )
     if method.dynamic:
-        how = f"inputs of linear layers by a scale for each row, found at run time; of other products {how}"
+        rows = "inputs of linear layers by a scale for each row, found at run time"
+        how = f"{rows}; of other products {how}" if precision.observed else rows
     if method.activation == LEARNED:
         how = "ranges and steps as training learned them"
     blind = _blind(plan)

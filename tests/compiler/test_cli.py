@@ -383,6 +383,9 @@ def test_compile_in_8_bits_by_a_file_of_inputs():
         message = fails(*command, "--precision", "int8")
         assert "give --calibration FILE.npz" in message
         assert "calibration=" not in message
+        result = run(*command, "--precision", "int8", "--int8", "activation=dynamic")
+        assert result.exit_code == 0, result.output
+        assert "float32" in result.output
     start = ("compile", "my_models:mlp", "-o", "out", *given, "--int8")
     assert "NAME=VALUE" in fails(*start, "kl")
     assert "did you mean 'kl'" in fails(*start, "activation=kll")
