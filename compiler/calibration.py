@@ -118,24 +118,33 @@ def inputs_of(example: Example | None, calibration: Any, signature: Signature) -
 
 
 def run_in_evaluation(model: nn.Module, calibration: Iterable[Any]) -> None:
-    """Call the model with each element of `calibration`, without gradients; afterwards its modes are as before."""
+    """Call the model with each element of `calibration`, without gradients; afterwards its modes are as before.
+
+    Raises InputError where the model does not run on one.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            for given in calibration:
+            for number, given in enumerate(calibration):
                 args, kwargs = arguments(given)
-                model(*args, **kwargs)
+                try:
+                    model(*args, **kwargs)
+                except InputError:
+                    raise
+                except Exception as error:
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    raise InputError(f"calibration set {number}: the model does not run on it: {reason}") from error
     finally:
         for module, training in modes.items():
             module.training = training
 
 
-def finite_inputs(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    """A hook in front of the layer `name`, which raises InputError where it reads infinities or NaN."""
+def finite_inputs(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    """A hook with keywords in front of the layer `name`, which raises InputError where it reads infinities or NaN."""
 
-    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if not bool(torch.isfinite(args[0]).all()):
+    def look(layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if not bool(torch.isfinite(args[0] if args else keywords["input"]).all()):
             raise InputError(
                 f"calibration: {name or type(layer).__name__} reads infinities or NaN: leave out the inputs that bring "
                 "them, or mend what computes them"

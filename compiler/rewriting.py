@@ -18,12 +18,12 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from ..passes.int8_forms import NOT_FOUR
+from ..passes.int8_forms import NOT_FOUR, is_product
 from . import pipeline
 from .compression import int8_plan
 from .compression.int8_method import LEARNED
 from .compression.migrate import migrated
-from .compression.observe import ONLY
+from .compression.observe import NOT_FINITE, ONLY
 from .pass_checks import Pass
 from .precision import MARGIN, Precision, Sample, check_tolerance, reduce
 
@@ -62,6 +62,8 @@ def rewrite(graph: fx.GraphModule, hw: Hardware, passes: Sequence[Pass], precisi
     if plan.chosen and not trained and (reason := _gains_nothing(wide, hw, late, plan)) is not None:
         log.warning("precision='int8': %s", reason)
         plan, notes = plan.without(plan.chosen, NOTHING_GAINED), (*notes, reason)
+    elif not plan.chosen:
+        _say_nothing_is_narrow(wide, plan)
     return _joined(wide, hw, late, runs, plan, notes)
 
 
@@ -159,7 +161,8 @@ def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[
     blind = _blind(plan)
     if not plan.chosen:
         said = _in_four(plan) if method.weights_only == "int4" else ()
-        return plan, (f"nothing gains by int8 on {hw.id}: everything stays float32", *blind, *said)
+        why = "no ranges are known" if blind else f"nothing gains by int8 on {hw.id}"
+        return plan, (f"{why}: everything stays float32", *blind, *said)
     if not precision.strictness:
         plan = plan.without(plan.chosen, "machine code erred by too much in 8 bits")
         return plan, (how, "everything stays float32: machine code erred by too much")
@@ -174,6 +177,17 @@ def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[
     plan, measured, found = int8_plan.within_tolerance(graph, hw, plan, precision.samples, wanted)
     said = _in_four(plan) if method.weights_only == "int4" else ()
     return plan, (how, *found, plan.text(), *said, kept(measured, allowed, precision.samples))
+
+
+def _say_nothing_is_narrow(graph: fx.GraphModule, plan: int8_plan.Int8Plan) -> None:
+    """Warn where 8 bits were asked for and no product has them; `_blind` has said so of calibration."""
+    products = {node.name for node in graph.graph.nodes if is_product(node)}
+    reasons = Counter(choice.reason for choice in plan.choices if choice.node in products)
+    if reasons and not any(reason.startswith((ONLY, NOT_FINITE)) for reason in reasons):
+        (reason, count), *_ = reasons.most_common(1)
+        log.warning(
+            "precision='int8': all %d products stay float32, %d of them: %s", sum(reasons.values()), count, reason
+        )
 
 
 def _in_four(plan: int8_plan.Int8Plan) -> tuple[str]:
@@ -194,8 +208,8 @@ def _in_four(plan: int8_plan.Int8Plan) -> tuple[str]:
 
 
 def _blind(plan: int8_plan.Int8Plan) -> list[str]:
-    """What to say where calibration was too uniform to find a range by."""
-    reasons = [choice.reason for choice in plan.choices if choice.reason.startswith(ONLY)]
+    """What to say where calibration was too uniform, or not finite, to find a range by."""
+    reasons = [choice.reason for choice in plan.choices if choice.reason.startswith((ONLY, NOT_FINITE))]
     if not reasons:
         return []
     text = f"{reasons[0]}: {len(reasons)} products stay float32; calibrate with inputs like those the model will get"

@@ -56,19 +56,19 @@ def observe(
     sums: dict[str, torch.Tensor] = {}
     rows: dict[str, int] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         look = finite_inputs(name)
 
-        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            look(layer, args)
-            x = inputs_of(layer, args[0].detach().float())
+        def hook(layer: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            look(layer, args, keywords)
+            x = inputs_of(layer, (args[0] if args else keywords["input"]).detach().float())
             found = statistic(x)
             sums[name] = sums[name] + found if name in sums else found
             rows[name] = rows.get(name, 0) + x.shape[1]
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         run_in_evaluation(model, calibration)
     finally:

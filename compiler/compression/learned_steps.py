@@ -44,8 +44,11 @@ def bounded(step: nn.Parameter, largest: Tensor, high: int) -> None:
 
 
 def slowed(step: Tensor, factor: float) -> Tensor:
-    """The step, its derivative times `factor`; never below LEAST, whatever an optimizer made of it."""
-    positive = step.abs().clamp_min(LEAST)
+    """The step, its derivative times `factor`; never below LEAST, whatever an optimizer made of it.
+
+    Of a copy: a layer that is called again before the derivatives are taken may move its step.
+    """
+    positive = step.clone().abs().clamp_min(LEAST)
     return positive.detach() + (positive - positive.detach()) * factor
 
 

@@ -23,6 +23,7 @@ from ...passes.rewrite import value_of
 from .ranges import BINS, OUTLIER, Seen
 
 ONLY = "calibration saw only the value"
+NOT_FINITE = "calibration saw infinities or NaN"
 
 
 @dataclass
@@ -96,10 +97,10 @@ def observe(graph: fx.GraphModule, samples: Sequence[Sequence[torch.Tensor]], wa
     seen, unknown = {}, {}
     for node in wanted:
         group = groups.get(home[node])
-        if group is None or group.low > group.high:
+        if group is not None and not group.finite:
+            unknown[node.name] = f"{NOT_FINITE} in {node.name}"
+        elif group is None or group.low > group.high:
             unknown[node.name] = f"calibration saw no element of {node.name}"
-        elif not group.finite:
-            unknown[node.name] = f"calibration saw infinities or NaN in {node.name}"
         elif group.low == group.high:
             unknown[node.name] = f"{ONLY} {group.low:.3g} in {node.name}"
         elif node in repeated:

@@ -131,7 +131,7 @@ def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptZeros:
 
     Of linear layers and convolutions, whoever put the zeros there and however few they are; a weight that is zero as a
     whole (a layer that begins so) is left to the optimizer.
-    Raises InputError where no weight has zeros.
+    Raises InputError where no weight has zeros, or `optimizer` trains none of those that do.
     """
     zeros = {
         f"{name}.weight".lstrip("."): (module.weight, (module.weight == 0).detach())
@@ -141,6 +141,12 @@ def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptZeros:
     found = {n: (w, z) for n, (w, z) in zeros.items() if bool(z.any()) and not bool(z.all())}
     if not found:
         raise InputError("keep_zeros: no linear layer or convolution has zeros in its weights: prune the model first")
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if trained.isdisjoint(id(weight) for weight, _ in found.values()):
+        raise InputError(
+            f"keep_zeros: the optimizer trains none of the weights with zeros, {_few(found)}: make it with the "
+            "parameters of the pruned model, which is a copy"
+        )
     kept = KeptZeros(found)
     kept._handle = optimizer.register_step_post_hook(lambda *_: kept.apply())
     return kept
@@ -186,7 +192,7 @@ def _layers(model: nn.Module, pattern: Pattern, keep: Sequence[str]) -> dict[str
         else:
             layers[name] = Layer(module, as_matrix(module.weight.detach()))
     if not layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:5])
+        reasons = "; ".join(f"{name or 'the model'}: {reason}" for name, reason in list(refused.items())[:5])
         raise InputError(f"no layer can be pruned to {pattern.name!r}: {reasons}")
     return layers
 

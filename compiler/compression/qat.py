@@ -122,7 +122,7 @@ def prepare_qat(model: nn.Module, calibration: Iterable[Any] = (), *, keep: Sequ
         module.value_step, module.weight_steps = ValueStep(), WeightSteps(module.weight)
         module.train(module.training)
     _stay_unfused(prepared, set(chosen.values()))
-    hooks = [layer.register_forward_pre_hook(finite_inputs(name)) for name, layer in chosen.items()]
+    hooks = [layer.register_forward_pre_hook(finite_inputs(name), with_kwargs=True) for name, layer in chosen.items()]
     try:
         run_in_evaluation(prepared, calibration)
     finally:

@@ -12,6 +12,7 @@ from torch import nn
 import graphwright
 from graphwright.errors import InputError
 from graphwright.hwdb import lookup
+from graphwright.passes import dialect_gating
 
 LEFT_OUT = "matmul of rows that are left"
 
@@ -64,6 +65,29 @@ def test_a_gate_that_nothing_follows() -> None:
         x[0, 0] = float("nan")
         compiled = graphwright.compile(model, (x,))
         torch.testing.assert_close(compiled(x), model(x), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "threshold", "stays"),
+    [
+        (torch.bfloat16, 0.30078125, 0.3011, True),  # the threshold is 0.30078125 in 8 bits of mantissa
+        (torch.float32, 0.7, 0.7, True),  # and the float next to 0.7 is less
+        (torch.float64, 0.7, 0.7, True),
+        (torch.float32, 2.0**-149, 1.6 * 2.0**-149, False),
+        (torch.float16, 65504.0, 1e6, False),
+        (torch.float32, float("inf"), 1e39, True),
+    ],
+)
+def test_thresholds_are_of_the_dtype(dtype: torch.dtype, value: float, threshold: float, stays: bool) -> None:
+    model = lambda_module(lambda x: graphwright.gate(x, threshold))
+    x = torch.full((2, 4), value, dtype=dtype)
+    compiled = graphwright.compile(model, (x,))
+    assert compiled.report().kernels
+    for found in (model(x), compiled(x)):
+        assert torch.equal(found, x if stays else torch.zeros_like(x))
+    (limit,) = (n.args[1] for n in torch.export.export(model, (x,)).graph.nodes if n.op == "call_function")
+    assert limit == float(torch.tensor(threshold, dtype=dtype))
+    assert bool(dialect_gating.there(x.double(), limit, True).all()) is stays  # what verification compares with
 
 
 def lambda_module(function):

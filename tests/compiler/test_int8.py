@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -137,6 +138,22 @@ def test_bad_values_keep_their_part_in_float32() -> None:
     broken[1][0, 0, 0, 0] = torch.inf
     report = compiled(network(), x, broken, verify=False).report()
     assert any("calibration saw infinities or NaN" in c.reason for c in report.precisions)
+
+
+@needs_vnni
+def test_where_nothing_is_in_8_bits_a_warning_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval(), torch.randn(64, 64)
+    for given, data, tolerance, reason in (
+        (model, torch.full_like(x, torch.nan), None, "calibration saw infinities or NaN"),
+        (model, x, 1e-5, "costs more accuracy than the tolerance leaves"),
+        (copy.deepcopy(model).half(), x.half(), None, "is not float32"),
+    ):
+        caplog.clear()
+        report = graphwright.quantize(given, [data], tolerance=tolerance).report()
+        assert "int8" not in dtypes(report).values()
+        (said,) = [r.getMessage() for r in caplog.records if "precision='int8'" in r.getMessage()]
+        assert reason in said
+        assert "stay float32" in said
 
 
 @needs_vnni

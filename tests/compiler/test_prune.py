@@ -214,6 +214,28 @@ def test_nothing_to_prune_or_to_keep() -> None:
     dense = model()
     with pytest.raises(InputError, match="prune the model first"):
         graphwright.keep_zeros(dense, torch.optim.SGD(dense.parameters(), 0.1))
+    with pytest.raises(InputError, match="trains none of the weights with zeros"):
+        graphwright.keep_zeros(graphwright.prune(dense), torch.optim.SGD(dense.parameters(), 0.1))
+
+
+class Keyword(nn.Module):
+    """Calls its layer by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(input=x)
+
+
+def test_layers_called_by_keyword_are_calibrated_and_bad_inputs_have_a_number() -> None:
+    x = torch.randn(4, 16)
+    pruned = graphwright.prune(Keyword(), importance="wanda", calibration=[x])
+    assert share(pruned.layer.weight) == 0.5
+    assert bool(graphwright.prepare_qat(Keyword(), [x]).layer.value_step.seen)
+    with pytest.raises(InputError, match="calibration set 1: the model does not run on it: "):
+        graphwright.prune(Keyword(), importance="wanda", calibration=[x, torch.randn(4, 5)])
 
 
 @pytest.mark.parametrize("importance", ["wanda", "hessian"])

@@ -60,6 +60,23 @@ def test_a_negative_value_that_comes_later_finds_codes() -> None:
     assert torch.equal(step.step, before)
 
 
+def test_a_layer_that_is_called_twice_may_move_its_step() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.layer(self.layer(F.relu(x)))
+
+    prepared = graphwright.prepare_qat(Twice())
+    prepared(torch.randn(8, 16)).square().mean().backward()
+    step = prepared.layer.value_step
+    assert int(step.zero) == MIDDLE
+    assert step.step.grad.isfinite()
+    assert step.step.grad != 0
+
+
 class Net(nn.Module):
     """Batch norms to fold, a residual, a branch that two products read, bounds of the model's own."""
 

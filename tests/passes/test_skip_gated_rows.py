@@ -84,6 +84,7 @@ def test_a_hidden_value_that_is_read_is_unpacked_too() -> None:
         (lambda x: graphwright.gate(x, 0.5).sin(), rows(128, 64), "no linear layer"),
         (lambda x: graphwright.gate(x, 0.5).mT @ x, rows(128, 64), "no linear layer"),
         (Block(), torch.randn(64), "no linear layer"),
+        (Block(), torch.randn(0, 64), "no linear layer"),
         (Block(share=0.0), rows(128, 64), "0% of the rows empty"),
         (Block(), rows(2, 64), "50% of the rows empty"),
     ],
