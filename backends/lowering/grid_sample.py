@@ -47,19 +47,23 @@ def _padded_position(x: Expr, extent: int, padding: int, align_corners: bool, dt
     return _reflected(x, *((0, 2 * (extent - 1)) if align_corners else (-1, 2 * extent - 1)), dtype)
 
 
+def _clip(x: Expr, low: Expr, high: Expr) -> Expr:
+    """NaN goes to the low end: a conversion to integers is defined whatever the grid holds."""
+    # x stands there once: a thread of a GPU has the formulas of all eight corners in one expression.
+    return tirx.min(tirx.max(x, low), high)
+
+
 def _place(x: Expr, extent: int, padding: int, dtype: str) -> Expr:
     """A whole position as an integer: at most one outside, or on the border where the padding says so."""
     outside = int(padding == ZEROS)
     low, high = ex.constant(-outside, dtype), ex.constant(extent - 1 + outside, dtype)
-    # NaN goes to the low end, and the conversion is defined whatever the grid holds.
-    return tirx.Cast("int32", tirx.Select(x > low, tirx.Select(x < high, x, high), low))
+    return tirx.Cast("int32", _clip(x, low, high))
 
 
 def _border(x: Expr, extent: int, padding: int, dtype: str) -> Expr:
     if padding == ZEROS:
         return x
-    low, high = ex.constant(0, dtype), ex.constant(extent - 1, dtype)
-    return tirx.Select(x > low, tirx.Select(x < high, x, high), low)
+    return _clip(x, ex.constant(0, dtype), ex.constant(extent - 1, dtype))
 
 
 def _stage(shape: Sequence[int], value: Callable[..., Expr], name: str) -> te.Tensor:
