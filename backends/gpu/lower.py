@@ -26,6 +26,7 @@ from ...hwdb import Hardware
 from ..lowering.extract import Fused
 from ..lowering.registry import KernelCall, KernelInfo
 from .launches import Launch
+from .one_thread import is_imperative
 from .schedule import NOTHING, schedules
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
     """
     target = Target(hw.tvm_target(), host=host)
     with target:
-        joined = _apply(_several_results_apart(fused.module), _JOIN)
+        joined = _apply(_not_joined(fused.module), _JOIN)
         planned = _apply(joined, _PLAN)
         storage = _storage_bytes(planned)
         builder = relax.ExecBuilder()
@@ -117,18 +118,23 @@ def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
     return Lowered(builder, on_host, on_device, target, launches, rows, storage, fallbacks)
 
 
-def _several_results_apart(module: Any) -> Any:
-    """The module with functions of several results as they are: joined, one that nobody reads is memory of a kernel."""
-    several: set[Any] = set()
+def _not_joined(module: Any) -> Any:
+    """The module with functions that must stay as they are.
+
+    Those of several results: joined, one that nobody reads is memory of a kernel. Those in an order of their own: where
+    they have no loop, TVM takes them for elementwise, and does not see what they read.
+    """
+    marked = ir.IRModule(dict(module.functions_items()))
+    functions = [(name, f) for name, f in module.functions_items() if isinstance(f, tirx.PrimFunc)]
+    apart = {name for name, function in functions if is_imperative(function)}
 
     def look(call: Any) -> None:
         called = isinstance(call, relax.Call) and call.op.same_as(ir.Op.get("relax.call_tir"))
         if called and isinstance(call.ty, ir.TupleType):
-            several.add(call.args[0])
+            apart.add(call.args[0])
 
     relax.analysis.post_order_visit(module["main"], look)
-    marked = ir.IRModule(dict(module.functions_items()))
-    for variable in several:
+    for variable in apart:
         marked.update_func(variable, module[variable].with_attr("op_pattern", _OPAQUE))
     return marked
 

@@ -14,12 +14,12 @@ from tvm.target import Target
 
 
 def is_imperative(function: Any) -> bool:
-    """Whether a block of the function has loops inside."""
+    """Whether a block of the function has loops inside, or is a loop over one element: those write as they like."""
     found = False
 
     def look(block: Any) -> None:
         nonlocal found
-        found = found or (block.name_hint != "root" and _has_loop(block.body))
+        found = found or (block.name_hint != "root" and (not block.writes or _has_loop(block.body)))
 
     tvm_ffi.structural_walk(function.body, [(s_tir.SBlock, look)])
     return found

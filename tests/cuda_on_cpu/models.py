@@ -41,7 +41,7 @@ class Several(nn.Module):
 
 
 class Edges(nn.Module):
-    """Moves of 16-bit numbers with constants among them, and results without elements."""
+    """Moves of 16-bit numbers with constants among them, results without elements, and a scatter of one."""
 
     def forward(self, x: Tensor, half: Tensor, empty: Tensor) -> dict[str, Tensor]:
         """x in bfloat16 and half in float16 [rows, columns], empty [0, columns]."""
@@ -55,6 +55,7 @@ class Edges(nn.Module):
             "sum": empty.sum(0) + 1,
             "reshaped": x[:0].reshape(2, 0, 3),
             "gone": torch.diff(half.float(), n=5),
+            "one": torch.scatter_add(half[0, 0].float(), 0, torch.zeros((), dtype=torch.int64), half[0, 1].float()),
         }
 
 

@@ -85,7 +85,7 @@ def test_16_bit_constants_and_results_without_elements_are_right():
     result = run("edges")["edges"]
     assert "failure" not in result, result["failure"]
     assert result["same"]
-    assert [ours for ours, _ in result["errors"]] == [0.0] * 9
+    assert [ours for ours, _ in result["errors"]] == [0.0] * 10
     assert "nothing to compute" in result["rules"]
 
 
