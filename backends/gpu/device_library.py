@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 # By the kind of TVM's target: the loader of its runtime, and the form it is told.
 _LOADERS = {"cuda": ("cuda", "cubin"), "rocm": ("hip", "hsaco")}
 _KINDS = {"nvptx": "cuda", "amdgcn": "rocm"}
+_ALIGNMENT = 16  # of the widest loads, and of what is copied past the registers
 _NEEDED = {
     "cuda": "libcuda.so.1 (NVIDIA's driver) and libcudart.so.13 (CUDA's toolkit, or pip install 'graphwright[cuda]')",
     "rocm": "a build of TVM with ROCm",
@@ -156,7 +157,7 @@ class DeviceLibrary:
         elif stream != self._stream:
             stream.wait_stream(self._stream)  # calls share memory, and results that were freed are used again
         self._stream = stream
-        operands = [self._from_torch(tensor.detach().contiguous()) for tensor in tensors]
+        operands = [self._from_torch(_aligned(tensor)) for tensor in tensors]
         with self._on_stream(self._device, stream.cuda_stream):
             results = self._main(*operands, *self._weights)
         return [torch.utils.dlpack.from_dlpack(result) for result in results]
@@ -168,6 +169,12 @@ class DeviceLibrary:
             to = self._empty(tuple(tensor.shape), str(source.dtype), self._device)
         source.copyto(to)
         return to
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, dense, or a copy where kernels cannot read it 16 bytes at a time: a GPU faults on that."""
+    dense = tensor.detach().contiguous()
+    return dense if dense.data_ptr() % _ALIGNMENT == 0 else dense.clone()
 
 
 def _dtype(tensor: Any) -> torch.dtype:

@@ -44,6 +44,10 @@ class There:
 
     contiguous = detach
 
+    def data_ptr(self) -> int:
+        """Where TVM has it."""
+        return 1 << 20
+
     def __dlpack__(self, **options: Any) -> Any:
         return self.content.__dlpack__()
 
@@ -53,6 +57,21 @@ class There:
     def back(self) -> torch.Tensor:
         """On the CPU."""
         return torch.from_numpy(self.content.numpy().copy())
+
+
+class Shifted(There):
+    """The same four bytes behind a place that wide loads take: a view x[1:] of odd rows."""
+
+    copies = 0
+
+    def data_ptr(self) -> int:
+        """No multiple of 16."""
+        return super().data_ptr() + 4
+
+    def clone(self) -> There:
+        """A copy lies where wide loads take it."""
+        Shifted.copies += 1
+        return There(self.content)
 
 
 class Stream:
@@ -94,6 +113,8 @@ def main() -> None:
         (made,) = library.call([there(x)])
         seen.append(emulator.counts().stream)
         errors.append(difference(made.back(), model(x)))
+    (made,) = library.call([Shifted(there(inputs[4]).content)])
+    errors.append(difference(made.back(), model(inputs[4])))
     (made,) = library.call([inputs[3]])
     errors.append(difference(made, model(inputs[3])))
     refused = []
@@ -109,6 +130,7 @@ def main() -> None:
                 "on_cpu": emulator.counts().stream,
                 "asked": [s.asked for s in streams],
                 "errors": errors,
+                "copies": Shifted.copies,
                 "refused": refused,
                 "benchmark": benchmark(model, inputs[0]),
             }

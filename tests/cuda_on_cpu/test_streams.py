@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -10,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import emulator
@@ -28,7 +32,7 @@ def result():
 
 def test_tensors_on_the_gpu_run_on_the_current_stream_and_keep_their_numbers(result):
     assert result["streams"] == [11, 11, 12]
-    assert len(result["errors"]) == 4
+    assert len(result["errors"]) == 5
     assert max(result["errors"]) < 1e-6  # float32 sums in another order
 
 
@@ -36,6 +40,10 @@ def test_a_call_waits_for_the_stream_of_the_call_before(result):
     """Calls share memory: the second stream waits for the first, and a call from the CPU for the second."""
     assert result["asked"] == [[], ["wait for 11", "synchronize"]]
     assert not result["on_cpu"]  # TVM's own stream
+
+
+def test_a_tensor_that_wide_loads_do_not_take_is_copied(result):
+    assert result["copies"] == 1
 
 
 def test_tensors_on_two_devices_and_on_another_gpu_are_refused(result):
@@ -49,6 +57,16 @@ def test_the_benchmark_for_gpus_runs_and_checks_its_results(result):
     (eager, _, exact), (ours, no_events, error) = result["benchmark"]
     assert (eager, ours, no_events) == ("eager on the CPU", "graphwright", None)
     assert max(error, exact) < 1e-6  # float32 against float64
+
+
+def test_a_result_of_nan_ends_the_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu.zoo, "build", lambda name, batch: (nn.Linear(2, 2), (torch.ones(1, 2),)))
+    monkeypatch.setattr(gpu.graphwright, "compile", lambda *args, **options: lambda x: x * math.nan)
+    monkeypatch.setattr(gpu, "CALLS", 1)
+    with pytest.raises(SystemExit, match="graphwright is wrong by nan"):
+        gpu.measured("small", "a100", 1, "fp32")
 
 
 # TVM does not load its runtime by itself, as on a machine without CUDA's toolkit; this one may have it.
