@@ -2,7 +2,8 @@
 
 What follows a gate row by row (linear layers with constant weights, activations, sums and products of such values)
 gives one and the same row for every row that the gate empties. So rows that are left are moved to the front, a row of
-zeros stands for all others, and linear layers stop behind it. A residual that is not gated is added behind.
+zeros stands for all others, and linear layers stop behind it. A residual that is gated too is added to the rows that
+are left, another one behind.
 
 Refused: gates that nothing multiplies row by row, other dtypes than float32, weights that are computed, a residual with
 an activation behind it, and what is predicted to take as long with the share of rows that `gate` was told to expect.
@@ -63,7 +64,7 @@ def _followers(graph: fx.GraphModule, gate: fx.Node) -> list[fx.Node]:
     for node in graph.graph.nodes:
         if not packed.isdisjoint(node.all_input_nodes) and _by_row(graph, node, packed):
             found[node] = None
-            if _residual(node) is None:
+            if _residual(node) is None or _residual(node) in packed:
                 packed.add(node)
     while True:  # what follows the last product gains nothing
         last = [n for n in found if n.target in _BY_ELEMENT and not any(user in found for user in n.users)]
@@ -105,18 +106,20 @@ def _refused(gate: fx.Node, chain: list[fx.Node], hw: Hardware, streamed: int) -
     left = min(1.0, 1.0 - share + 1.0 / rows)
     times = [Times(node, hw, streamed) for node in products]
     dense = sum(t.seconds() for t in times)
-    moved = 4.0 * (2 * prod(shape) * left + sum(2 * prod(rewrite.shape_of(n)) for n in _exits(chain)) + prod(shape))
+    exits = _exits(gate, chain)
+    moved = 4.0 * (2 * prod(shape) * left + sum(2 * prod(rewrite.shape_of(n)) for n in exits) + prod(shape))
     moves = predict_seconds(hw, Work({}, moved / 2, moved / 2, launches=0)) or 0.0
-    packed = sum(t.seconds(rate=1.0 / left) for t in times) + moves + (2 + len(_exits(chain))) * ENTRY_SECONDS
+    packed = sum(t.seconds(rate=1.0 / left) for t in times) + moves + (2 + len(exits)) * ENTRY_SECONDS
     if packed > GAIN * dense:
         taken = packed / dense if dense else 1.0
         return f"with {share:.0%} of the rows empty, moving the others is predicted to take {taken:.2f} of all products"
     return None
 
 
-def _exits(chain: list[fx.Node]) -> list[fx.Node]:
-    inside = set(chain)
-    return [node for node in chain if any(user not in inside for user in node.users) or _residual(node) is not None]
+def _exits(gate: fx.Node, chain: list[fx.Node]) -> list[fx.Node]:
+    """Whose rows are put back: somebody else reads them, or adds another residual."""
+    inside = {gate, *chain}
+    return [node for node in chain if not inside.issuperset([*node.users, _residual(node) or gate])]
 
 
 def _residual(node: fx.Node) -> fx.Node | None:
@@ -137,10 +140,10 @@ def _rewrite(graph: fx.GraphModule, gate: fx.Node, chain: list[fx.Node]) -> None
     packed = {gate: rewrite.call(graph, dialect_gating.pack_rows, (flat, places), before=at)}
     for node in chain:
         packed[node] = _packed(graph, node, packed, places, share)
-    for node in reversed(_exits(chain)):
+    for node in reversed(_exits(gate, chain)):
         unpacked = rewrite.call(graph, dialect_gating.unpack_rows, (packed[node], places), before=node)
         shaped = _seen_as(graph, unpacked, rewrite.shape_of(node), node)
-        if (residual := _residual(node)) is not None:
+        if (residual := _residual(node)) is not None and residual not in packed:
             shaped = rewrite.call(graph, aten.add.Tensor, (shaped, residual), before=node)
         node.replace_all_uses_with(shaped)
     rewrite.erase_unused(*reversed(chain), gate)
@@ -149,14 +152,17 @@ def _rewrite(graph: fx.GraphModule, gate: fx.Node, chain: list[fx.Node]) -> None
 def _packed(
     graph: fx.GraphModule, node: fx.Node, packed: dict[fx.Node, fx.Node], places: fx.Node, share: object
 ) -> fx.Node:
-    """The node for the rows that are left; without a residual, which `_rewrite` adds behind."""
+    """The node for the rows that are left; without a residual that has all rows, which `_rewrite` adds behind."""
     if rewrite.calls(node, *_LINEAR):
         a = rewrite.arguments(node)
         epilogue = (a.get("activation", "none"), a.get("activation_args", []))
         operands = (packed[a["input"]], a["weight"], a["bias"], *epilogue, places, share)
-        return rewrite.call(graph, dialect_gating.packed_linear, operands, before=node)
-    made = fx.map_arg(node.args, lambda operand: packed[operand])
-    return rewrite.call(graph, node.target, made, before=node, kwargs=node.kwargs)  # type: ignore[arg-type]
+        made = rewrite.call(graph, dialect_gating.packed_linear, operands, before=node)
+        if (residual := _residual(node)) not in packed:
+            return made
+        return rewrite.call(graph, aten.add.Tensor, (made, packed[residual]), before=node)
+    args = fx.map_arg(node.args, lambda operand: packed[operand])
+    return rewrite.call(graph, node.target, args, before=node, kwargs=node.kwargs)  # type: ignore[arg-type]
 
 
 def _seen_as(graph: fx.GraphModule, node: fx.Node, shape: object, before: fx.Node) -> fx.Node:

@@ -15,7 +15,7 @@ from torch import nn
 import graphwright
 from graphwright import hwdb
 from graphwright.compiler.pipeline import copy_graph
-from graphwright.passes import dialect_gating
+from graphwright.passes import dialect, dialect_gating
 from graphwright.passes.default import passes_for
 from graphwright.passes.refusals import recording
 from graphwright.passes.skip_gated_rows import skip_gated_rows
@@ -76,6 +76,23 @@ def test_a_hidden_value_that_is_read_is_unpacked_too() -> None:
 
     graph, _ = run(Both(), (rows(128, 64),), 1)
     assert targets(graph).count(dialect_gating.unpack_rows) == 2
+
+
+def test_blocks_behind_each_other_stay_packed() -> None:
+    """A residual that is gated itself keeps its rows apart."""
+
+    class Stack(Block):
+        def forward(self, x):
+            kept = graphwright.gate(x, 0.5)
+            for _ in range(2):
+                hidden = F.linear(kept, self.wide, self.bias).relu()
+                kept = dialect.linear(hidden, self.narrow, None, kept, "none", [])
+            return kept
+
+    graph, _ = run(Stack(), (rows(128, 64),), 1)
+    found = targets(graph)
+    assert found.count(dialect_gating.packed_linear) == 4
+    assert found.count(dialect_gating.pack_rows) == found.count(dialect_gating.unpack_rows) == 1
 
 
 @pytest.mark.parametrize(
