@@ -49,8 +49,8 @@ def _padded_position(x: Expr, extent: int, padding: int, align_corners: bool, dt
 
 def _clip(x: Expr, low: Expr, high: Expr) -> Expr:
     """NaN goes to the low end: a conversion to integers is defined whatever the grid holds."""
-    # x stands there once: a thread of a GPU has the formulas of all eight corners in one expression.
-    return tirx.min(tirx.max(x, low), high)
+    # x stands there twice, not thrice: a thread of a GPU has the formulas of all eight corners in one expression.
+    return tirx.Select(x > low, tirx.min(x, high), low)
 
 
 def _place(x: Expr, extent: int, padding: int, dtype: str) -> Expr:
