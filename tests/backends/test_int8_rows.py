@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
+from boards import run_kernel_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from narrow_harness import fma, integers, random, run
@@ -13,7 +15,7 @@ from narrow_harness import fma, integers, random, run
 from graphwright.backends.kernels.dot_product import Dot, choose_dot_tiling, int8_dot
 from graphwright.backends.kernels.int8_product import int8_rows_matmul, offsets, pack_matmul
 from graphwright.backends.kernels.int8_rows import RowFinish
-from graphwright.hwdb import Hardware, detect
+from graphwright.hwdb import Hardware, detect, lookup
 from graphwright.passes import dialect, dialect_rows
 
 EXTENT = st.one_of(st.integers(1, 20), st.sampled_from([31, 64, 97, 130]))
@@ -96,6 +98,34 @@ def test_rows_without_a_scale(kind: str) -> None:
     assert out[5:].isfinite().all()
     assert torch.equal(out[3:], dialect_rows.linear_rows(x, w, scale, bias, None, "none", [])[3:])
     assert dialect_rows.linear_rows(x, w, scale, bias, None, "none", [])[:3].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("board", "cpu", "instruction"),
+    [
+        ("raspberry-pi-5", "cortex-a76", "sdot"),
+        ("neoverse-v1", "max", "usdot"),
+        ("raspberry-pi-4b", "cortex-a72", "smull and sadalp"),
+    ],
+)
+def test_on_arm(board: str, cpu: str, instruction: str, tmp_path: Path) -> None:
+    """The same bits under QEMU; a depth of no whole words, and rows without a scale."""
+    hw = lookup(board)
+    dot = int8_dot(hw)
+    assert dot.name == instruction
+    x, w, scale = random(9, 77), integers("int8", 45, 77, seed=1), torch.linspace(1e-3, 1e-2, 45)
+    x[0], x[1, 76], x[2, 5], x[3] = 0.0, torch.nan, -torch.inf, 1e-42
+    x[8, ::3] = 2.5
+    added, residual = random(45, seed=2), random(9, 45, seed=3)
+    tiling, finish = choose_dot_tiling(hw, dot, 9, 45, 77), RowFinish(9, 45, True, True, "leaky_relu", (0.1,))
+    func = int8_rows_matmul(9, 77, 45, hw, finish, dot=dot, tiling=tiling)
+    out = torch.full((9, 45), 7.0)
+    packed, offset = pack_matmul(w, dot, tiling.columns), offsets(w, 0, "int8", dot)
+    run_kernel_on(func, hw, cpu, tmp_path, x, packed, offset, scale, added, residual, out)
+    expected = dialect_rows.linear_rows(x, w, scale, added, residual, "leaky_relu", [0.1])
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out.isnan().all(1).nonzero().flatten().tolist() == [1, 2]
+    assert torch.equal(out.nan_to_num(), expected.nan_to_num())
 
 
 def test_the_error_of_rounding_rows() -> None:
