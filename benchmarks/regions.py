@@ -100,7 +100,8 @@ def _compiled(name: str, model: Graph, inputs: Inputs, artifacts: Path | None) -
 
 def ours_bytes(model: Graph, inputs: Inputs) -> int:
     """Bytes of the operands and results of our kernels."""
-    from graphwright.backends.lowering.graph import Region, lower, why_not
+    from graphwright.backends.lowering.graph import Region, lower
+    from graphwright.backends.lowering.supported import why_not
     from graphwright.compiler import capture, pipeline
     from graphwright.compiler.build import default_passes
     from graphwright.compiler.partition import partition

@@ -168,7 +168,8 @@ def _lower_for_gpu(graph: fx.GraphModule, hw: Hardware) -> tuple[Partition, tupl
     """
     from ..backends.gpu import build as gpu
     from ..backends.gpu.lower import KernelFailed, lower
-    from ..backends.lowering.graph import LoweringError, Region, relax_region, why_not
+    from ..backends.lowering.graph import LoweringError, Region, relax_region
+    from ..backends.lowering.supported import why_not
 
     failed: set[fx.Node] = set()
     fallbacks: list[str] = []
@@ -236,7 +237,8 @@ def _lower(
     Raises RuntimeError where that does not help, or helps too slowly: then nothing is compiled.
     """
     from ..backends.lowering.arrange import arrange
-    from ..backends.lowering.graph import LoweringError, Region, lower, why_not
+    from ..backends.lowering.graph import LoweringError, Region, lower
+    from ..backends.lowering.supported import why_not
 
     left_out = left_out or {}
     failed = {node: left_out[node.name] for node in graph.graph.nodes if node.name in left_out}

@@ -19,51 +19,18 @@ from tvm import relax, te
 
 from ...errors import GraphwrightError
 from ...hwdb import Hardware
-from ..choices import noting
-from ..gpu.operators import GPU_KERNELS
 from .expressions import filled
 from .extract import Fused, Lowered, Unscheduled, extract
 from .fusion import Fusion, apart, fuse, outs_of, source_of
-from .operators import KERNELS, LOWERINGS
-from .registry import Kernel, KernelCall, Out, Packed
+from .operators import LOWERINGS
+from .registry import KernelCall, Out, Packed
 from .repack import gather, order_of
+from .supported import has_kernels, is_reshape, out_of, promised
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
-# Operators that keep the elements and their order: the result reuses the operand's bytes.
-RESHAPES = {
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.flatten.using_ints,
-    aten.unflatten.int,
-    aten.alias.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-    aten.contiguous.default,
-}
-# Also reshapes, unless they change the dtype.
-COPIES = {aten.clone.default, aten._to_copy.default}
-
 _NAME_LENGTH = 48  # of a kernel of several operators
-
-_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int8: "int8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.uint8: "uint8",
-    torch.bool: "bool",
-}
 
 
 def _where(node: fx.Node) -> str:
@@ -90,74 +57,6 @@ class Region:
     outputs: tuple[fx.Node, ...]
 
 
-def dtype_name(dtype: torch.dtype) -> str | None:
-    """TVM's name of a torch dtype, or None where kernels do not compute in it (complex, quantised, float8)."""
-    return _DTYPES.get(dtype)
-
-
-def out_of(node: fx.Node) -> Out | tuple[Out, ...]:
-    """The shapes and dtypes a node promises."""
-    value = node.meta["val"]
-    if isinstance(value, (tuple, list)):
-        return tuple(_out(v) for v in value)
-    return _out(value)
-
-
-def why_not(node: fx.Node, hw: Hardware) -> str | None:
-    """None where the node can be compiled for `hw`, else the reason it is left to PyTorch."""
-    if node.target is operator.getitem:
-        return None
-    for related in (node, *node.all_input_nodes):
-        values = related.meta.get("val")
-        for value in values if isinstance(values, (tuple, list)) else (values,):
-            if value is None:
-                if related is node and isinstance(values, (tuple, list)):
-                    continue
-                return f"{related.name} is not a tensor"
-            if not isinstance(value, torch.Tensor):
-                return f"{related.name} is a {type(value).__name__}, not a tensor"
-            if dtype_name(value.dtype) is None or value.layout != torch.strided:
-                return f"{related.name} has dtype {value.dtype} and layout {value.layout}"
-            if any(not isinstance(d, int) for d in value.shape):
-                return f"{related.name} has a shape known only at run time"
-    if is_reshape(node):
-        return None
-    target = node.target
-    refused = "no lowering"
-    kernel = _kernels(hw).get(target)
-    if kernel is not None:
-        with noting() as decisions:
-            call = kernel(node, hw)
-        if isinstance(call, KernelCall):
-            weighed = tuple(decision for decision in decisions if decision.reason in call.choice)
-            node.meta["kernel_call"] = replace(call, decisions=weighed)
-            return None
-        refused = call.reason
-    if target in LOWERINGS:
-        return LOWERINGS[target].can(node)
-    return refused
-
-
-def has_kernels(hw: Hardware) -> bool:
-    """Whether the kernels of `KERNELS`, and the fusions that go with their cost model, are for `hw`: not for GPUs."""
-    return hw.kind in ("cpu", "board")
-
-
-def _kernels(hw: Hardware) -> Mapping[Any, Kernel]:
-    if has_kernels(hw):
-        return KERNELS
-    return GPU_KERNELS if hw.kind == "gpu" else {}
-
-
-def is_reshape(node: fx.Node) -> bool:
-    """Whether the node only renames the shape of its operand."""
-    if node.target in RESHAPES:
-        return isinstance(node.args[0], fx.Node)
-    if node.target in COPIES and isinstance(node.args[0], fx.Node):
-        return bool(node.meta["val"].dtype == node.args[0].meta["val"].dtype)
-    return False
-
-
 def lower(region: Region, graph: fx.GraphModule, hw: Hardware) -> Lowered:
     """Compile the region's operators to scheduled PrimFuncs and the order of their calls."""
     single: set[fx.Node] = set()
@@ -173,12 +72,6 @@ def lower(region: Region, graph: fx.GraphModule, hw: Hardware) -> Lowered:
 def relax_region(region: Region, graph: fx.GraphModule, hw: Hardware) -> Fused:
     """The region as a Relax module without schedules, a function an operator where `hw` has no kernels of ours."""
     return _Builder(region, graph, hw, set()).fused()
-
-
-def _out(value: torch.Tensor) -> Out:
-    name = dtype_name(value.dtype)
-    assert name is not None, value.dtype
-    return Out(tuple(int(d) for d in value.shape), name)
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -279,7 +172,7 @@ class _Builder:
                 self.values[node] = self.weight_vars[name]
 
     def _declare(self, name: str, tensor: torch.Tensor) -> None:
-        var = relax.Var(f"weight_{len(self.weights)}", _type(_out(tensor)))
+        var = relax.Var(f"weight_{len(self.weights)}", _type(promised(tensor)))
         self.weights[name] = tensor
         self.weight_vars[name] = var
         self.parameters.append(var)

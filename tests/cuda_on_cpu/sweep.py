@@ -139,7 +139,7 @@ def compiled(samples: Sequence[Sample]) -> Any:
 def admitted(samples: Sequence[Sample]) -> Iterator[Sample]:
     """The samples that can be compiled; the others get the reason."""
     import graphwright
-    from graphwright.backends.lowering.graph import why_not
+    from graphwright.backends.lowering.supported import why_not
     from graphwright.compiler import build, capture, precision, rewriting
     from graphwright.compiler.partition import partition
 
