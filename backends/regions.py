@@ -131,17 +131,21 @@ class _Former:
             targets = {t for reader in readers for t in self.homes.get(reader, {self.region[reader]})}
             if len(targets) < 2 or any(reader not in self.problem.facts for reader in readers):
                 continue
+            before = [self._region(t) for t in {home, *targets}]
+            self.homes[node] = targets  # from here on what it reads is a result, even where it is computed
             with_copy = {t: self._with_copy(t, node) for t in targets}
-            obstacle = next((value for value in with_copy.values() if isinstance(value, str)), None)
+            made = [*with_copy.values(), *([] if home in targets else self._rest(home, node))]
+            obstacle = next((value for value in made if isinstance(value, str)), None)
+            copied = [value for value in with_copy.values() if isinstance(value, Region)]
+            together, apart = self._compare(copied, before) if obstacle is None else (0.0, 0.0)
             if obstacle is not None:
                 self.refuse(node, f"stored, not computed again: {obstacle}")
-                continue
-            copied = [value for value in with_copy.values() if isinstance(value, Region)]
-            together, apart = self._compare(copied, [self._region(t) for t in {home, *targets}])
-            if together > apart:
+            elif together > apart:
                 self.refuse(node, f"stored: predicted {apart * 1e6:.1f} us, {together * 1e6:.1f} us if computed again")
+            else:
+                self._copy(node, with_copy)
                 continue
-            self._copy(node, with_copy)
+            del self.homes[node]
 
     def _with_copy(self, target: int, node: Node) -> Region | str:
         nodes = [n for n in self.members[target] if n != node]
@@ -149,12 +153,16 @@ class _Former:
             return f"more than {_MOST_NODES} operators"
         return self.kernels.of(nodes, {*self.copies.get(target, ()), node})
 
+    def _rest(self, home: int, node: Node) -> list[Region | str]:
+        """The region of `node` without it, where something is left."""
+        nodes = [n for n in self.members[home] if n != node]
+        return [self.kernels.of(nodes, self.copies.get(home, set()))] if nodes else []
+
     def _copy(self, node: Node, with_copy: Mapping[int, Region | str]) -> None:
         """Let `node` be computed in each of the regions and have none of its own."""
         home = self.region[node]
         self.members[home].remove(node)
         self.known.pop(home, None)
-        self.homes[node] = set(with_copy)
         for target, value in with_copy.items():
             assert isinstance(value, Region)
             self.copies.setdefault(target, set()).add(node)

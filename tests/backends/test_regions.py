@@ -263,6 +263,16 @@ def test_a_reader_that_cannot_compute_it() -> None:
     assert "stored, not computed again: rows do not line up" in refused["mask"]
 
 
+def test_what_a_copy_reads_is_a_result_of_the_region_that_has_it_too() -> None:
+    # p in the kernel of r needs m there, which nobody else reads from outside of {m, p, q}.
+    graph = {"m": formula("x", work=30.0), "p": formula("m"), "q": rows("p"), "k": ("q",), "r": formula("p", "k")}
+    graph["r"] = dataclasses.replace(graph["r"], loads={"p": float(ROWS * COLUMNS), "k": 1.0})
+    found, _ = form(graph, ["r"])
+    with_m, with_r = (next(region for region in found if n in region.nodes) for n in ("m", "r"))
+    assert with_m is not with_r
+    assert ("m" if "p" in with_r.nodes else "p") in with_m.results
+
+
 # ---- properties ----
 
 

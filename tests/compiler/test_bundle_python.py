@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compiled: Any = graphwright.compile(nn.Linear(5, 3).eval(), (torch.zeros(2, 5),), cache=False)
     directory = compiled._directory
     # What a processor must have is asked on ARM only; here nothing is.
-    target = {"id": "here", "isa": "aarch64", "features": []}
+    target = {"id": "here", "isa": "aarch64", "triple": "aarch64-linux-gnu", "features": []}
     described = loading.describe(directory)
     table = bundle.table_of(directory, target, described.plan, described.signature)
     link.library(directory / "model.o", c_source(table), detect().triple, out / "model.so", out)
