@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 
 import graphwright
-from graphwright.backends.lowering import extract, families, fusion, graph
+from graphwright.backends.lowering import extract, families, fusion, supported
 from graphwright.compiler.capture import capture, export
 from graphwright.hwdb import detect
 from graphwright.passes.refusals import recording
@@ -179,8 +179,8 @@ def facts_of(function: Callable[..., Any], *inputs: Tensor) -> dict[str, Any]:
     captured = capture(export(_Module(function), inputs, {}), ()).graph
     nodes = [n for n in captured.graph.nodes if n.op == "call_function"]
     for node in nodes:
-        assert graph.why_not(node, detect()) is None
-    reshapes = frozenset(n for n in nodes if graph.is_reshape(n))
+        assert supported.why_not(node, detect()) is None
+    reshapes = frozenset(n for n in nodes if supported.is_reshape(n))
     facts, _ = fusion._facts(nodes, reshapes)
     return {str(node.target).split(".")[1]: f for node, f in facts.items() if isinstance(node, fx.Node)}
 

@@ -11,9 +11,10 @@ from rewriting import assert_kept, assert_rewrite
 from graphwright.passes.flatten_conv3d import flatten_conv3d
 
 aten = torch.ops.aten
-# The same products, added in another order: a rounding or two of sums of up to 162 terms.
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
-X = torch.randn(2, 4, 5, 6, 7)
+# The same products, added in another order: 108 roundings of partial sums of up to 30 by half of 2^-19 each, which add
+# up like their square root. In float64 the two differ by 1e-9 at most.
+CLOSE = {"rtol": 1e-5, "atol": 3e-5}
+X = torch.randn(2, 4, 5, 6, 7, generator=torch.Generator().manual_seed(1))
 
 
 class Conv(torch.nn.Module):
