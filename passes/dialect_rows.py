@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dialect
+from . import dialect, mixed
 
 LEAST_EXPONENT = -120
 LEAST = 2.0**LEAST_EXPONENT
@@ -60,8 +60,7 @@ def _linear_rows_fake(
 
 linear_rows = dialect.define(
     "linear_rows",
-    "(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, str activation, "
-    "float[] activation_args) -> Tensor",
+    mixed.LINEAR_SCALED,
     _linear_rows,
     _linear_rows_fake,
 )

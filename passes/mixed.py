@@ -225,17 +225,19 @@ _PRECISION = "bool round_input, bool narrow"
 
 LINEAR = f"(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_EPILOGUE}, {_PRECISION}) -> Tensor"
 
+LINEAR_SCALED = f"(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor"
+
 linear_bf16 = dialect.define("linear_bf16", LINEAR, _linear(torch.bfloat16), linear_fake(torch.bfloat16))
 linear_f16 = dialect.define("linear_f16", LINEAR, _linear(torch.float16), linear_fake(torch.float16))
 linear_w8 = dialect.define(
     "linear_w8",
-    f"(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
+    LINEAR_SCALED,
     _linear_w8,
     _linear_w8_fake,
 )
 linear_w4 = dialect.define(
     "linear_w4",
-    f"(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, {_EPILOGUE}) -> Tensor",
+    LINEAR_SCALED,
     _linear_w4,
     _linear_w8_fake,
 )
