@@ -106,6 +106,7 @@ class Gpu(Accelerator):
     shared_allocation_bytes: int = 1
     shared_reserved_bytes: int = 0  # of every block, by the driver
     shared_banks: int | None = None
+    operand_copies: int = 1  # lanes of a warp that hold the same part of a matrix instruction's operand
     fp8_format: Literal["ocp", "fnuz"] | None = None
     dies: int = 1  # GPUs that the runtime sees, each with an equal share of the units and of the memory
 

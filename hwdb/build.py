@@ -38,6 +38,7 @@ _GPU = (
     "shared_allocation_bytes",
     "shared_reserved_bytes",
     "shared_banks",
+    "operand_copies",
     "fp8_format",
     "dies",
 )

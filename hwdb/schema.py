@@ -291,6 +291,7 @@ GPU = {
     "shared_reserved_bytes": SIZE,  # of every block, by the driver
     "shared_banks": between(1, 1024, whole),
     "l1_bytes_per_unit": SIZE,
+    "operand_copies": between(1, 64, whole),  # lanes of a warp that hold the same part of a matrix operand
     "fp8_format": one_of("ocp", "fnuz"),
     "dies": between(1, 64, whole),  # GPUs that the runtime sees, of equal shares
 }

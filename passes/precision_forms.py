@@ -261,12 +261,11 @@ def _in_place(hw: Hardware, asked: Collection[str], seconds: Callable[[float], f
     """Add the forms that round on the way into matrix units, of `seconds(gain of the rate)`; why there are none."""
     for label in asked:
         dtype = LABELS[label].dtype
-        if hw.isa == "amdgcn" and hw.dot_product(dtype) == "wmma":
-            return f"no kernel uses the matrix units of {hw.id} yet"
-        if hw.isa == "amdgcn" and label == "bfloat16 products":
-            return f"TVM makes float32 of bfloat16 in kernels for {hw.id}, which its matrix units do not take"
+        shapes = hw.matrix_instructions(dtype)
+        if hw.isa == "amdgcn" and shapes and not any((s.m, s.n) == (16, 16) and s.k >= 16 for s in shapes):
+            return f"no kernel has fragments of {shapes[0]}, which {hw.id} multiplies"
         narrow, wide = hw.peak_flops(dtype), hw.peak_flops("float32")
-        if label in IN_PLACE and hw.matrix_instructions(dtype) and narrow and wide and narrow > wide:
+        if label in IN_PLACE and shapes and narrow and wide and narrow > wide:
             text = "matrix units, operands rounded on the way, sums in float32"
             found[label] = Form(seconds(narrow / wide), text)
     return f"{hw.id} has no faster matrix instructions for it"

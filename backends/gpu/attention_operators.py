@@ -22,9 +22,9 @@ from ..kernels.attention_plan import Problem, problem
 from ..lowering.kernels_attention import mask_shape, torch_attention
 from ..lowering.kernels_matmul import bind, refuse_dtypes, refuse_large
 from ..lowering.registry import Kernel, KernelCall, Refusal
+from .amd_fragments import AmdLanes, form_of
 from .attention import attention, plan_attention
 from .matrix_attention import Lanes, matrix_attention, plan_matrix_attention
-from .mfma import MfmaLanes
 from .mma import MmaLanes
 from .product_call import copies_past_registers, dtype_of, item_bytes
 
@@ -105,7 +105,7 @@ def _kernel(hw: Hardware, p: Problem, dtype: str, *rest: Any) -> tuple[Any, str,
         return attention(p, plan, *rest[:-1]), plan.reason, plan.blocks
     matrix = plan_matrix_attention(hw, p, dtype)
     scale, shapes, causal, mask, fill, dtypes = rest
-    units: Callable[[str, Any], Lanes] = MfmaLanes if hw.isa == "amdgcn" else MmaLanes
+    units: Callable[[str, Any], Lanes] = partial(AmdLanes, form_of(hw)) if hw.isa == "amdgcn" else MmaLanes
     past = copies_past_registers(hw)
     func = matrix_attention(p, matrix, scale, shapes, units, causal, mask, fill, dtypes, past)
     return func, matrix.reason, matrix.blocks

@@ -66,21 +66,24 @@ def nvidia_disassembler() -> Path | None:
     wheels = [] if spec is None else [Path(place) for place in spec.submodule_search_locations or ()]
     candidates = [Path(home, "bin", "nvdisasm") for home in (*homes, "/usr/local/cuda")]
     candidates += [path for wheel in wheels for path in sorted(wheel.glob("*/bin/nvdisasm"))]
-    return _first("nvdisasm", candidates)
+    found = shutil.which("nvdisasm")
+    return _first_of([*([Path(found)] if found else []), *candidates])
 
 
 def amd_disassembler() -> Path | None:
-    """llvm-objdump on PATH, in ROCM_PATH, in /opt/rocm, or Debian's of some release; None without."""
+    """llvm-objdump in ROCM_PATH, in /opt/rocm, Debian's of the latest release, or that on PATH; None without.
+
+    In this order, because one that is older than the architecture does not know its instructions.
+    """
     candidates = [
         Path(root, "llvm", "bin", "llvm-objdump") for root in (os.environ.get("ROCM_PATH"), "/opt/rocm") if root
     ]
     candidates += [Path(f"/usr/bin/llvm-objdump-{release}") for release in _LLVM_RELEASES]
-    return _first("llvm-objdump", candidates)
+    found = shutil.which("llvm-objdump")
+    return _first_of([*candidates, *([Path(found)] if found else [])])
 
 
-def _first(name: str, candidates: list[Path]) -> Path | None:
-    if found := shutil.which(name):
-        candidates.insert(0, Path(found))
+def _first_of(candidates: list[Path]) -> Path | None:
     return next((path for path in candidates if os.access(path, os.X_OK)), None)
 
 

@@ -27,13 +27,15 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
+from ...hwdb.accelerators import Gpu
 from ..kernels.attention_plan import Problem
 from ..kernels.loops import Shape, constant, span, typed_kernel
 from .attention_mask import Mask
 from .copies import wait_for_copies
 from .matrix_tile import SIDE
-from .product import room, store_vector
+from .product import flat_result, room, store_vector
 from .product_call import as_words, flat, lanes
+from .rounding import rounded
 from .stage import HalfStage, Halves, Operand, Stage
 
 _WARPS = (4, 2, 1)
@@ -42,8 +44,9 @@ _FETCHED = 16  # values of a tile that a thread carries, at most
 
 
 class Lanes(Protocol):
-    """How lanes hold fragments: mma.MmaLanes, mfma.MfmaLanes."""
+    """How lanes hold fragments: mma.MmaLanes, amd_fragments.AmdLanes."""
 
+    dtype: str
     rows: int
     each: int
     neighbours: int
@@ -69,6 +72,7 @@ class MatrixPlan:
     dtype: str
     blocks: int
     warp_threads: int = 32
+    copies: int = 1  # lanes that hold the same part of an operand
 
     @property
     def queries(self) -> int:
@@ -91,10 +95,11 @@ class MatrixPlan:
 def plan_matrix_attention(hw: Hardware, p: Problem, dtype: str) -> MatrixPlan:
     """The most warps a block that give every unit a block, or as few as can carry a tile of keys."""
     warp = int(getattr(hw, "warp_threads", None) or 32)
+    copies = hw.operand_copies if isinstance(hw, Gpu) else 1
     deepest = max(_padded(p.depth), _padded(p.value_depth))
     keys = 2 * SIDE if deepest <= _SHALLOW else SIDE
     plans = [
-        MatrixPlan(warps, keys, dtype, p.batch * p.heads * ceil(p.queries / (warps * SIDE)), warp)
+        MatrixPlan(warps, keys, dtype, p.batch * p.heads * ceil(p.queries / (warps * SIDE)), warp, copies)
         for warps in _WARPS
         if warps * warp * _FETCHED >= keys * deepest
     ]
@@ -157,7 +162,7 @@ class _Block:
         self.row = tirx.floordiv(thread, plan.warp_threads) * SIDE
         self.thread, self.asynchronous = thread, asynchronous
         q, k, v, out = buffers
-        self.out = flat(out)
+        self.out = flat_result(out, None if str(out.dtype) == "float32" else lane.dtype)
         number = mask.number
         head = tirx.floormod(number, p.heads)
         group = tirx.floordiv(number, p.heads) * p.key_heads + tirx.floordiv(head, p.heads // p.key_heads)
@@ -167,16 +172,17 @@ class _Block:
         self.v = self._stage(_lines(v, group, p.keys, p.value_depth, turned=True), self.plan.keys, self.width)
 
     def _stage(self, operand: Operand | Halves, depth: int, width: int, slots: int = 2) -> Stage | HalfStage:
-        threads, thread, dtype = self.plan.threads, self.thread, self.plan.dtype
+        threads, thread, dtype = self.plan.threads, self.thread, self.lane.dtype
         if isinstance(operand, Halves):
             return HalfStage(operand, depth, width, threads, thread, dtype, self.asynchronous, slots)
         return Stage(operand, depth, width, threads, thread, dtype, slots)
 
     def emit(self) -> None:
         """The statements."""
-        p, lane, dtype = self.p, self.lane, self.plan.dtype
-        self.queries = _registers(self.depth // SIDE * lane.part, dtype)
-        self.held = _registers(lane.part, dtype)
+        p, lane, dtype = self.p, self.lane, self.lane.dtype
+        self.operand = lane.part * self.plan.copies  # of a fragment in a lane
+        self.queries = _registers(self.depth // SIDE * self.operand, dtype)
+        self.held = _registers(self.operand, dtype)
         self.scores = _registers(self.plan.keys // SIDE * lane.part)
         self.powers = _registers(self.plan.keys // SIDE * lane.part, dtype)
         self.result = _registers(self.width // SIDE * lane.part)
@@ -190,7 +196,7 @@ class _Block:
         self.q.put(0)
         self._arrived(self.q)
         for i in range(self.depth // SIDE):
-            lane.load_rows(self.queries, i * lane.part, self.q.shared[0], self.q.stride, self.row, i * SIDE)
+            lane.load_rows(self.queries, i * self.operand, self.q.shared[0], self.q.stride, self.row, i * SIDE)
         tiles = ceil(p.keys / self.plan.keys)
         count: Any = tiles
         if self.mask.causal:
@@ -233,7 +239,7 @@ class _Block:
         for i in range(self.plan.keys // SIDE):
             for k in range(self.depth // SIDE):
                 lane.load_columns(self.held, 0, self.k.shared[slot], self.k.stride, i * SIDE, k * SIDE)
-                lane.multiply(self.scores, i * lane.part, self.queries, k * lane.part, self.held, 0)
+                lane.multiply(self.scores, i * lane.part, self.queries, k * self.operand, self.held, 0)
         for i, r, n in self._places(self.plan.keys):
             at = i * lane.part + lane.at(r, n)
             query, key = self.first + self.row + lane.row(r), first_key + i * SIDE + lane.column(n)
@@ -261,7 +267,7 @@ class _Block:
             for at in places:
                 power = tirx.Select(self.scores[at] <= lowest, constant(0.0), tirx.exp(self.scores[at] - self.top[r]))
                 _set(self.scores, at, power)
-                _set(self.powers, at, tirx.Cast(self.plan.dtype, self.scores[at]))
+                _set(self.powers, at, rounded(self.scores[at], lane.dtype))
             _set(self.new, r, self._folded(places, lambda x, y: x + y))
         self._exchange(lambda x, y: x + y)
         for r in range(lane.rows):
@@ -288,9 +294,34 @@ class _Block:
             at = i * lane.part + lane.at(r, n)
             _set(self.result, at, self.result[at] * self.factor[r])
         for k in range(self.plan.keys // SIDE):
+            powers, at = self._powers_of(k)
             for i in range(self.width // SIDE):
                 lane.load_columns_turned(self.held, 0, self.v.shared[slot], self.v.stride, i * SIDE, k * SIDE)
-                lane.multiply(self.result, i * lane.part, self.powers, k * lane.part, self.held, 0)
+                lane.multiply(self.result, i * lane.part, powers, at, self.held, 0)
+
+    def _powers_of(self, k: int) -> tuple[Any, int]:
+        """Where the powers of keys `k` * 16 lie, as an operand has them.
+
+        Of two copies each half of the wave has one half of the keys, and needs both in their order.
+        """
+        part, words = self.lane.part, self.lane.part // 2
+        if self.plan.copies == 1:
+            return self.powers, k * part
+        both = _registers(2 * part, self.lane.dtype)
+        mine, to = (
+            T.decl_buffer((size,), "int32", data=buffer.data, scope="local")
+            for buffer, size in ((self.powers, self.plan.keys // SIDE * words), (both, 2 * words))
+        )
+        width = self.plan.warp_threads
+        number = tirx.floormod(self.thread, width)
+        lower = number < SIDE
+        for i in range(words):
+            own = T.bind(mine[k * words + i])
+            other = tirx.bitwise_xor(number, SIDE)
+            there = T.bind(T.tvm_warp_shuffle(tirx.const(-1, "int32"), own, other, width, width))
+            _set(to, i, tirx.Select(lower, own, there))
+            _set(to, words + i, tirx.Select(lower, there, own))
+        return both, 0
 
     def _store(self) -> None:
         p, lane, held = self.p, self.lane, room(self.out)

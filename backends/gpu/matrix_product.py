@@ -9,12 +9,12 @@
 
 What is float32 in memory is rounded on its way; weights are 16 bits in memory, and so are activations that only such
 products read (passes/store_rounded.py). How fragments are multiplied, and what
-becomes of the sums: wmma.py (NVIDIA), mfma.py (AMD).
+becomes of the sums: wmma.py (NVIDIA), amd_fragments.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil
 from typing import Any
 
@@ -38,7 +38,7 @@ def matrix_product(
     operands: Sequence[tuple[Shape, str]],
     out: Shape,
     parts: Parts,
-    units: type[Units],
+    units: Callable[..., Units],
     asynchronous: bool = False,
     stored: str = "float32",
 ) -> Any:
@@ -50,7 +50,8 @@ def matrix_product(
     def block(left: Any, right: Any, finish: Finish, out: Any, first: tuple[Any, Any], thread: Any) -> None:
         sums = units(tile, dtype, left, right, first, thread, asynchronous)
         sums.add_up(tile.part(left.depth))
-        sums.store(finish, flat_result(out), (rows, columns))
+        kept = None if str(out.dtype) == "float32" else sums.dtype
+        sums.store(finish, flat_result(out, kept), (rows, columns))
 
     return tiled(name, tile, batch, (rows, columns), operands, (out, stored), parts, block)
 

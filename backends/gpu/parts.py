@@ -50,12 +50,16 @@ def add_parts(
     operands: Sequence[tuple[Shape, str]],
     out: tuple[Shape, str],
     finish: Callable[[Sequence[Any], Any], Finish],
+    kept: str,
 ) -> Any:
-    """The second kernel, over the parts and the buffers of `operands`, which `finish` takes."""
+    """The second kernel, over the parts and the buffers of `operands`, which `finish` takes.
+
+    `kept` is the dtype of the result, or BITS (rounding.py) for bfloat16.
+    """
 
     def body(*buffers: Any) -> None:
         result = finish(buffers[1:-1], 0)
-        lanes, parts, flat = result.lanes, flat_result(buffers[0]), flat_result(buffers[-1])
+        lanes, parts, flat = result.lanes, flat_result(buffers[0]), flat_result(buffers[-1], kept)
         pieces = rows * columns // lanes
         with (
             T.launch_thread("blockIdx.x", ceil(pieces / _THREADS)) as block,

@@ -27,6 +27,7 @@ from tvm.tirx.script import builder as T
 
 from ..kernels.epilogue import apply_activation
 from ..kernels.loops import Shape, constant, span, typed_kernel
+from .rounding import rounded
 from .stage import Halves, Operand, Stage, Weights
 from .tile import LANES, Tile
 
@@ -226,11 +227,11 @@ def store_vector(values: Any, at: int, held: Room, out: Any, place: Any, lanes: 
         T.buffer_store(out, values[span(at, lanes)], [place])
         return
     for i in range(lanes):
-        T.buffer_store(held.rounded, tirx.Cast(str(out.dtype), values[at + i]), [i])
+        T.buffer_store(held.rounded, rounded(values[at + i], str(out.dtype)), [i])
     T.buffer_store(out, held.rounded[span(0, lanes)], [place])
 
 
-def flat_result(buffer: Any) -> Any:
-    """The dense `buffer` as one dimension."""
+def flat_result(buffer: Any, dtype: str | None = None) -> Any:
+    """The dense `buffer` as one dimension; `dtype` is another name of its elements."""
     size = prod(int(extent) for extent in buffer.shape)
-    return T.decl_buffer((size,), buffer.dtype, data=buffer.data)
+    return T.decl_buffer((size,), dtype or buffer.dtype, data=buffer.data)

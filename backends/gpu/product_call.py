@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -19,11 +20,12 @@ from ...passes.rewrite import shape_of
 from ..kernels.loops import Shape, span
 from ..lowering.kernels_matmul import refuse_dtypes, refuse_large
 from ..lowering.registry import KernelCall, Packed, Refusal, Second
-from .matrix_product import matrix_product
+from .amd_fragments import AmdUnits, form_of
+from .matrix_product import Units, matrix_product
 from .matrix_tile import MatrixTile, choose_matrix_tile
-from .mfma import Mfma
 from .parts import add_parts, in_parts
 from .product import Finish, product
+from .rounding import as_kept
 from .stage import Halves, Operand, Weights
 from .tile import LANES, Tile, choose_tile
 from .wmma import Wmma
@@ -129,7 +131,8 @@ def kernel_call(
     if isinstance(tile, Tile):
         func = product(name, tile, batch, rows, columns, buffers, out, parts)
     else:
-        units = Mfma if hw.isa == "amdgcn" else Wmma
+        amd = hw.isa == "amdgcn"
+        units: Callable[..., Units] = partial(AmdUnits, form_of(hw)) if amd else Wmma
         past = copies_past_registers(hw)
         shared = (rows, columns, dtype)
         algorithm = f"{dtype} {algorithm}"
@@ -139,7 +142,9 @@ def kernel_call(
             between = (tile.parts, rows, columns)
             parted = in_parts(read, tile, rows, columns)
             func = matrix_product(name, tile, tile.parts, *shared, buffers[:2], between, parted, units, past)
-            adding = add_parts(tile.parts, rows, columns, buffers[2:], (out, stored), finish)
+            adding = add_parts(
+                tile.parts, rows, columns, buffers[2:], (out, stored), finish, as_kept(stored) if amd else stored
+            )
             second = Second(adding, between, 2, "sums of parts", f"{tile.parts} parts")
     right = 4.0 if dtype == "float32" else 2.0
     work = Work(

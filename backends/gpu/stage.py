@@ -23,6 +23,7 @@ from tvm.tirx.script import builder as T
 
 from ..kernels.loops import constant, span
 from .copies import copy_16_bytes, copy_16_bytes_inside
+from .rounding import rounded
 from .tile import LANES, PAD
 
 PAD16 = 8  # behind a row of 16 bits: matrix units take strides of whole 16 bytes
@@ -131,7 +132,7 @@ class Stage:
         first = turn * lanes
         if self.rounded is not None:
             for i in range(lanes):
-                T.buffer_store(self.rounded, tirx.Cast(self.dtype, self.registers[first + i]), [first + i])
+                T.buffer_store(self.rounded, rounded(self.registers[first + i], self.dtype), [first + i])
         carried = self.registers if self.rounded is None else self.rounded
         if self.deep:
             T.buffer_store(shared, carried[span(first, lanes)], [span(place * stride + k, lanes)])

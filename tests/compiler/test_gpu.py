@@ -105,18 +105,22 @@ def test_registers_of_a_cubin_are_those_that_its_section_headers_hold(saved):
             assert found[text.removeprefix(".text.")].registers == info >> 24
 
 
-@pytest.mark.parametrize("target", ["a100", "mi250x"])
-def test_products_in_fp16_hold_instructions_of_matrix_units_and_wide_loads(target, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [("a100", "fp16"), *((arch, p) for arch in ("mi250x", "gfx942", "gfx1100", "gfx1201") for p in ("fp16", "bf16"))],
+)
+def test_products_in_16_bits_hold_instructions_of_matrix_units_and_wide_loads(target, precision, tmp_path):
     hw = graphwright.hwdb.lookup(target)
     if (instructions.amd_disassembler() if hw.isa == "amdgcn" else instructions.nvidia_disassembler()) is None:
         pytest.skip("no disassembler: pip install nvidia-cuda-nvdisasm, or a package llvm")
     torch.manual_seed(0)
     linear = nn.Linear(64, 64).eval()
-    compiled = graphwright.compile(linear, (torch.randn(64, 64),), target=target, precision="fp16", cache=False)
+    compiled = graphwright.compile(linear, (torch.randn(64, 64),), target=target, precision=precision, cache=False)
     compiled.save(tmp_path / "out")
     described = Description.read(tmp_path / "out" / "device.json")
     found = evidence.evidence((tmp_path / "out" / described.image).read_bytes(), described.kernels, hw)
-    (name,) = (kernel.name for kernel in compiled.report().kernels if kernel.algorithm == "float16 tiled product")
+    narrow = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    (name,) = (kernel.name for kernel in compiled.report().kernels if kernel.algorithm == f"{narrow} tiled product")
     counts = found[f"{name}_kernel"].counts
     assert counts is not None
     assert counts.matrix > 0
@@ -287,11 +291,11 @@ def test_positions_of_extremes_are_built_without_their_values(target):
     assert all("256 threads a row" in kernel.choice for kernel in report.kernels)
 
 
-def test_bfloat16_products_for_amd_stay_float32_and_the_report_says_why():
+def test_bfloat16_products_of_matrix_units_that_take_less_of_a_sum_stay_float32_and_the_report_says_why():
     product, x = nn.Linear(64, 64), torch.ones(32, 64)
-    report = graphwright.compile(product, (x,), target="mi300x", precision="bf16", cache=False).report()
+    report = graphwright.compile(product, (x,), target="mi100", precision="bf16", cache=False).report()
     assert [kernel.algorithm for kernel in report.kernels] == ["tiled product"]
-    assert "TVM makes float32 of bfloat16 in kernels for" in report.text()
+    assert "no kernel has fragments of m16n16k8:bfloat16:float32, which mi100 multiplies" in report.text()
 
 
 def test_functions_of_device_libraries_that_are_not_here(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Operators of every family, of drawn shapes, as machine code of four architectures: no error, no limit passed.
+"""Operators of every family, of drawn shapes, as machine code of six architectures: no error, no limit passed.
 
 Where a rule of TVM's fails (a convolution of four filters over twelve pixels is one), the next takes its place; a
 kernel of ours may not fail. The code is generated, not run: numbers are tests/cuda_on_cpu's part. One build holds all
@@ -56,7 +56,7 @@ draws = st.builds(
     padded=st.booleans(),
     causal=st.booleans(),
     broadcast=st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    precision=st.sampled_from(("fp32", "fp16")),
+    precision=st.sampled_from(("fp32", "fp16", "bf16")),
 )
 
 
@@ -112,7 +112,7 @@ class Families(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx90a", "gfx1100"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx90a", "gfx942", "gfx1100", "gfx1201"])
 def test_operators_of_any_shapes_become_machine_code_within_the_limits(target, caplog, tmp_path_factory):
     hw = graphwright.hwdb.lookup(target)
 

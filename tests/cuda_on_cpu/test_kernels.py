@@ -15,12 +15,12 @@ from tvm.tirx.script import builder as T
 sys.path.insert(0, str(Path(__file__).parent))
 import kernels
 
+from graphwright.backends.gpu.amd_fragments import AmdLanes, AmdUnits, Form
 from graphwright.backends.gpu.attention import Plan, attention, plan_attention
 from graphwright.backends.gpu.dots import Dots, dots
 from graphwright.backends.gpu.matrix_attention import MatrixPlan, matrix_attention
 from graphwright.backends.gpu.matrix_product import matrix_product
 from graphwright.backends.gpu.matrix_tile import MatrixTile, choose_matrix_tile
-from graphwright.backends.gpu.mfma import Mfma, MfmaLanes
 from graphwright.backends.gpu.mma import MmaLanes
 from graphwright.backends.gpu.product import Finish, product
 from graphwright.backends.gpu.product_call import as_weights, as_words, packed_shape, packed_weights
@@ -59,8 +59,10 @@ COUNTS = {
     "matrix_plain_float16_copied": (5, 16, 4),
 }
 BROKEN = ("sync", "shuffle", "wait")
+# Shuffles of attention where both halves of a wave of AMD's need all powers: maxima, sums, and four for each 16 keys.
+HALVES, SHUFFLES = "matrix_odd_float16", 12
 # Of matrix units: with a thread for each piece of the weights, and on waves of 64 with more.
-TILES = (MatrixTile(64, 64, 32, 2, 2), MatrixTile(32, 32, 32, 2, 2, warp_threads=64))
+TILES = {32: MatrixTile(64, 64, 32, 2, 2), 64: MatrixTile(32, 32, 32, 2, 2, warp_threads=64)}
 # Rows, columns, sum; a lane takes 8 (4) of the sum at a time.
 FEW = {"one": (1, 4, 512), "tail": (5, 37, 264), "wide": (15, 20, 256)}
 FEW_DTYPES = ("float32", *NARROW)
@@ -95,12 +97,13 @@ def multiplication(tile: Tile, rows: int, columns: int, depth: int):
     return product("product", tile, 1, rows, columns, buffers, (rows, columns), parts)
 
 
-def rounded(dtype: str, rows: int, columns: int, depth: int, form: str, units: type = Wmma):
+def rounded(dtype: str, rows: int, columns: int, depth: int, form: str, amd: Form | None = None):
     """a[rows, depth] b[depth, columns] + bias + residual on matrix units, in the smallest tile.
 
-    `form`: see FORMS.
+    `form`: see FORMS; `amd`: how waves of AMD's hold fragments.
     """
-    tile, halves = TILES[units is not Wmma], form.endswith("16")
+    tile, halves = TILES[amd.wave if amd else 32], form.endswith("16")
+    units = functools.partial(AmdUnits, amd) if amd else Wmma
     deep, wide = LANES if depth % LANES == 0 else 1, LANES if columns % LANES == 0 else 1
 
     def parts(buffers, out, number):
@@ -138,7 +141,7 @@ def few(case: str, dtype: str, warp_threads: int = 32):
     return dots(plan, (rows, columns, depth), buffers, (rows, columns), finish)
 
 
-def attended(name: str, dtype: str = "float32", form: str = "", units: type = MmaLanes):
+def attended(name: str, dtype: str = "float32", form: str = "", amd: Form | None = None):
     p = Problem(*ATTENTIONS[name])
     shapes = (
         (p.batch, p.heads, p.queries, p.depth),
@@ -149,45 +152,48 @@ def attended(name: str, dtype: str = "float32", form: str = "", units: type = Mm
     mask = ((1, 1, p.queries, p.keys), "float32", (p.queries, p.keys)) if name == "odd" else None
     if dtype == "float32":
         return attention(p, Plan(16, 32, 1), 0.3, shapes, causal=name == "causal", mask=mask)
-    plan = MatrixPlan(2, 16 if name == "odd" else 32, dtype, 1, 32 if units is MmaLanes else 64)
+    wave, copies = (amd.wave, amd.copies) if amd else (32, 1)
+    plan = MatrixPlan(2, 16 if name == "odd" else 32, dtype, 1, wave, copies)
+    units = functools.partial(AmdLanes, amd) if amd else MmaLanes
     dtypes = ["float32" if form == "" else dtype] * 4
     return matrix_attention(p, plan, 0.3, shapes, units, name == "causal", mask, None, dtypes, form == "copied")
 
 
-class EmulatedMfma(Mfma):
-    """MFMA by a function of include/mfma.h, which has the lanes of AMD's documentation."""
+class Emulated(Form):
+    """Matrix instructions by functions of include/amd_matrix.h, which have the lanes of AMD's documentation."""
 
-    def add_product(self, columns, rows, sums):
-        parts = (T.address_of(part) for part in (self.y[columns], self.x[rows], self.sums[sums]))
-        T.evaluate(T.call_extern("void", "mfma", *parts))
-
-
-class EmulatedMfmaLanes(MfmaLanes):
-    """The same for attention."""
-
-    def multiply(self, sums, at, rows, row_at, columns, column_at):
+    def multiply(self, dtype, sums, at, rows, row_at, columns, column_at):
         parts = (T.address_of(part) for part in (columns[column_at], rows[row_at], sums[at]))
-        T.evaluate(T.call_extern("void", "mfma", *parts))
+        T.evaluate(T.call_extern("void", f"amd_{dtype}_{self.copies}", *parts))
+
+
+# CDNA, RDNA 3, RDNA 4
+AMD = {"mfma": Emulated(64), "wmma3": Emulated(32, 2), "wmma4": Emulated(32)}
 
 
 @functools.cache
-def on_waves():
-    """Kernels on AMD's matrix cores, for waves of 64, with the instruction emulated."""
+def on_amd(units: str):
+    """Kernels on AMD's matrix units, with the instruction emulated; and others for waves of 64."""
+    form = AMD[units]
+    cases = ROUNDED if form.wave == 64 else ("odd", "eights")
     functions = {
-        f"rounded_{case}_{dtype}_{form}": rounded(dtype, *SIZES[case], form, EmulatedMfma)
-        for case, dtype, form in ROUNDINGS
-        if not form.startswith("copied")
+        f"rounded_{case}_{dtype}_{how}": rounded(dtype, *SIZES[case], how, form)
+        for case, dtype, how in ROUNDINGS
+        if case in cases and not how.startswith("copied")
     }
-    functions["product_ragged_64x64"] = multiplication(Tile(64, 64, 16, 4, 4), *SIZES["ragged"])
-    functions["attention_causal"] = attended("causal")
-    functions["few_tail_bfloat16"] = few("tail", "bfloat16", 64)
     functions |= {
-        "_".join(["matrix", name, dtype, form]).rstrip("_"): attended(name, dtype, form, EmulatedMfmaLanes)
-        for name, dtype, form in ROUNDED_ATTENTIONS
-        if form != "copied"
+        "_".join(["matrix", name, dtype, how]).rstrip("_"): attended(name, dtype, how, form)
+        for name, dtype, how in ROUNDED_ATTENTIONS
+        if how != "copied"
     }
+    if form.wave == 64:
+        functions["product_ragged_64x64"] = multiplication(Tile(64, 64, 16, 4, 4), *SIZES["ragged"])
+        functions["attention_causal"] = attended("causal")
+        functions["few_tail_bfloat16"] = few("tail", "bfloat16", 64)
     sources, launches = kernels.generated(functions, lookup("a100"))
-    return kernels.compiled(sources, launches, 64), tuple(functions)
+    broken = kernels.without(sources[HALVES], "shuffle") if form.copies == 2 else []
+    variants = sources | {f"{HALVES}:shuffle {number}": text for number, text in enumerate(broken)}
+    return kernels.compiled(variants, launches, form.wave), tuple(functions), len(broken)
 
 
 @functools.cache
@@ -213,7 +219,7 @@ def everything():
     return kernels.compiled(variants, launches), counts
 
 
-def arrays(name: str, waves: bool = False) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def arrays(name: str, wave: int = 32) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Operands, an output of NaN, and the result in float64."""
     random = np.random.default_rng(0)
 
@@ -233,7 +239,7 @@ def arrays(name: str, waves: bool = False) -> tuple[dict[str, np.ndarray], np.nd
         a, b = (torch.from_numpy(x).to(dtype).double().numpy() for x in operands[:2])
         exact = a @ b + operands[2].astype(np.float64) + operands[3]
         if rest[1] != "wide":
-            tile = TILES[waves]
+            tile = TILES[wave]
             pack = packed_weights(None, lambda w: w.t(), tile, rest[0]).pack
             operands[1] = pack(torch.from_numpy(operands[1])).numpy()
         if rest[1].endswith("16"):
@@ -275,10 +281,10 @@ def halves(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
     return torch.from_numpy(x).to(dtype).view(torch.int16).numpy()
 
 
-def error(name: str, reverse: bool, waves: bool = False) -> float:
+def error(name: str, reverse: bool, units: str = "") -> float:
     """The largest difference; infinite where the kernel did not end, or left something out."""
-    run, _ = on_waves() if waves else everything()
-    given, exact = arrays(name, waves)
+    run = on_amd(units)[0] if units else everything()[0]
+    given, exact = arrays(name, AMD[units].wave if units else 32)
     if run(name, given, reverse) is not None:
         return np.inf
     out = given["out0"]
@@ -318,11 +324,21 @@ def test_kernels_keep_their_numbers_in_both_orders_of_lanes(name, reverse):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True], ids=["upwards", "downwards"])
-def test_kernels_for_waves_of_64_keep_their_numbers(reverse):
-    """Those on AMD's matrix cores with the instruction emulated by the documented lanes: all else is the same code."""
-    _, names = on_waves()
+@pytest.mark.parametrize("units", AMD)
+def test_kernels_on_matrix_units_of_amd_keep_their_numbers(units, reverse):
+    """With the instruction emulated by the documented lanes: all else is the same code."""
+    _, names, _ = on_amd(units)
     for name in names:
-        assert error(name, reverse, waves=True) < allowed(name), name
+        assert error(name, reverse, units) < allowed(name), name
+
+
+@pytest.mark.slow
+def test_every_shuffle_between_the_halves_of_a_wave_is_needed():
+    _, _, count = on_amd("wmma3")
+    assert count == SHUFFLES
+    for number in range(count):
+        variant = f"{HALVES}:shuffle {number}"
+        assert max(error(variant, reverse, "wmma3") for reverse in (False, True)) > 20 * allowed(HALVES), variant
 
 
 @pytest.mark.slow

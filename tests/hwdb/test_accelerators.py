@@ -205,6 +205,12 @@ def test_targets_of_tvm(a100, tmp_path):
     assert cdna.dot_product("fp16") == "mfma"
 
 
+def test_operands_of_matrix_units_are_twice_in_a_wave_of_rdna_3_alone():
+    names = ("gfx942", "gfx1103", "gfx1100", "gfx1151", "gfx1201", "sm_80")
+    copies = {name: hwdb.lookup(name).operand_copies for name in names}
+    assert copies == dict.fromkeys(names, 1) | dict.fromkeys(("gfx1103", "gfx1100", "gfx1151"), 2)
+
+
 def test_tvm_takes_the_targets(a100, tmp_path):
     target = pytest.importorskip("tvm.target")
     for hw in (a100, read(tmp_path).build("cdna")):

@@ -165,8 +165,7 @@ def test_products_that_no_narrow_kernel_takes() -> None:
     found, reason = forms(few, node, lookup("a100"), ASKED["bf16"], 1 << 40)
     assert "bfloat16 weights" in found
     assert reason == "3 rows are too few for matrix units"
-    assert "no kernel uses the matrix units of" in by_hand(linear, x, machine="gfx1100")
-    assert "TVM makes float32 of bfloat16 in kernels for gfx942" in by_hand(linear, x, machine="gfx942")
+    assert "no kernel has fragments of m16n16k8:bfloat16" in by_hand(linear, x, machine="gfx908")
     unknown = dataclasses.replace(starved(), clock_mhz=None)
     large = torch.randn(256, 256)
     assert "bandwidth is not known" in by_hand(lambda x: F.linear(x, large), torch.randn(4, 256), hw=unknown)
@@ -366,12 +365,13 @@ def test_attention_is_rounded_on_the_matrix_units_of_gpus_alone() -> None:
         assert (dialect.attention in targets) == (found.dtype == "float32")
         return found
 
-    for machine, precision in (("a100", "fp16"), ("a100", "bf16"), ("t4", "fp16"), ("mi300x", "fp16")):
+    machines = ("a100", "mi300x", "rx-7900-xtx", "rx-9070")
+    for machine, precision in (*((m, p) for m in machines for p in ("fp16", "bf16")), ("t4", "fp16")):
         assert choice(machine, precision).dtype == {"fp16": "float16", "bf16": "bfloat16"}[precision]
     assert "both operands are computed" in choice(DOTS, "bf16").reason
     assert "no faster matrix instructions" in choice("t4", "bf16").reason
-    assert "TVM makes float32 of bfloat16" in choice("mi300x", "bf16").reason
-    assert "no kernel uses the matrix units" in choice("gfx1100").reason
+    assert "no kernel has fragments of m16n16k8:bfloat16" in choice("mi100", "bf16").reason
+    assert "no faster matrix instructions" in choice("rx-6800").reason
     assert "15 queries and 48 keys is too narrow" in choice("a100", inputs=list(heads(15))).reason
     assert "32 queries and 12 keys is too narrow" in choice("a100", inputs=list(heads(keys=12))).reason
     assert "heads of 136 and 16 are more" in choice("a100", inputs=list(heads(depth=136))).reason

@@ -148,5 +148,5 @@ inline int __float_as_int(float value) {
 }
 
 #include "matrix.h"
-#include "mfma.h"
+#include "amd_matrix.h"
 #include "fragments.h"
