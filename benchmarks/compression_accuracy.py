@@ -5,8 +5,8 @@
 
 scikit-learn's digits, the network and data of tests/digits.py, trained here; models are quantised for Zen 4 and run in
 PyTorch by the exact integers of its kernels, on any machine. `--minilm`: the cosines of MiniLM's embeddings of 200
-sentences (tests/minilm.py) to those of float32 instead, by "mse" and "dynamic" within the default tolerance, and by each
-way to find ranges with all products in 8 bits.
+sentences (tests/minilm.py) to those of float32 instead, by "mse" and "dynamic" within the default tolerance, and by
+each way to find ranges with all products in 8 bits.
 """
 
 from __future__ import annotations

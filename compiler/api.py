@@ -17,12 +17,13 @@ from ..errors import InputError
 from ..hwdb import Hardware, Target, compile_target
 from . import tune as tuning
 from .assemble import assemble, tuned
-from .calibration import check_options
+from .calibration import check_options, listed
 from .capture import Model, arguments, example_of, export
 from .compiled import Compiled
 from .compression.int8_method import DEFAULT, Method, int8_method
 from .functions import parameters_of
 from .memory_limit import with_memory_limit
+from .numbers_given import is_number
 from .pass_checks import Pass
 from .precision import GPU_PRECISIONS, check_error_bound, check_precision
 from .selection import select
@@ -104,9 +105,9 @@ def compile(
         of them, [] none.
     fallback: "fp32" builds the model a second time in float32, which runs where the reduced build gives infinities or
         NaN for finite inputs; `report().calls` counts.
-    calibration: inputs besides the example to keep the tolerance on: a list of them, each as example_inputs, or a
-        mapping from input names to tensors with a leading axis of samples. "int8" and "adaptive" need it, linear layers
-        with int8={"activation": "dynamic"} do not.
+    calibration: inputs besides the example to keep the tolerance on: an iterable of them, read once, each as
+        example_inputs, or a mapping from input names to tensors with a leading axis of samples. "int8" and "adaptive"
+        need it, linear layers with int8={"activation": "dynamic"} do not.
     int8: how "int8" quantises: the options of `graphwright.quantize` from scheme to group, as a mapping.
 
     Raises CaptureError, UnknownTarget, InputError, PassError, MemoryLimit, UnsupportedOp (targets where PyTorch cannot
@@ -118,7 +119,7 @@ def compile(
     if options.hw.kind == "gpu" and (memory_limit is not None or fallback is not None):
         raise InputError(f"memory_limit= and fallback= are for CPUs: leave them out for {options.hw.id}")
     has_example = example_inputs is not None or isinstance(model, (ExportedProgram, str, os.PathLike))
-    method = int8_method(precision, int8)
+    method, calibration = int8_method(precision, int8), listed(calibration)
     check_options(precision, fallback, calibration, has_example, method)
     options = replace(options, fallback=fallback, calibration=calibration, method=method)
     if isinstance(model, (ExportedProgram, str, os.PathLike)):
@@ -210,13 +211,9 @@ def _options(
         there = ", ".join(GPU_PRECISIONS)
         raise InputError(f"code for GPUs is {there} and not tuned: leave tune= and other precision= out for {hw.id}")
     check_error_bound(tolerance)
-    if threads is not None and (not isinstance(threads, int) or not _is_number(threads) or not 1 <= threads <= THREADS):
+    if threads is not None and (not isinstance(threads, int) or not is_number(threads) or not 1 <= threads <= THREADS):
         raise InputError(f"threads must be a whole number from 1 to {THREADS}, got {threads!r}")
     count = threads or max(1, min(torch.get_num_threads(), hw.cores))
     chosen, fusions = select(passes, kernel_fusion, hw)
     seconds = tuning.budget(tune)
     return Options(hw, precision, tolerance, verify, cache, count, chosen, fusions, seconds, tuning.stored(hw))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

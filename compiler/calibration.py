@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError, suggest
+from ..errors import GraphwrightError, InputError, suggest
 from . import compare
 from .capture import Captured, Signature, TensorSpec, arguments, example_tensors
 from .compression.int8_method import DEFAULT, Method
@@ -54,10 +55,7 @@ def check_options(precision: str, fallback: Any, calibration: Any, has_example: 
                 "pass precision='int8', 'auto', 'adaptive', 'bf16' or 'fp16'"
             )
         if not isinstance(calibration, (Mapping, list, tuple)) or not len(calibration):
-            raise InputError(
-                "calibration is a list of inputs, each as example_inputs are, or a mapping from input names to "
-                f"tensors with a leading axis of samples; got {_shown(calibration)}"
-            )
+            raise _no_list(calibration)
     if precision == "int8" and calibration is None and method.calibrates:
         raise InputError(
             "precision='int8' finds the ranges of values on inputs: pass calibration=[inputs, ...], a few dozen that "
@@ -73,14 +71,45 @@ def check_options(precision: str, fallback: Any, calibration: Any, has_example: 
         raise InputError("precision='adaptive' decides at compile time: pass example_inputs")
 
 
+def listed(calibration: Any) -> Any:
+    """What an iterable of inputs gives, consumed once, as a list; None, lists, tuples and mappings as they are.
+
+    Raises InputError for what holds no sets of inputs: a tensor or an array is one.
+    """
+    if calibration is None or isinstance(calibration, (Mapping, list, tuple)):
+        return calibration
+    if not isinstance(calibration, Iterable) or isinstance(calibration, (str, bytes)) or _is_array(calibration):
+        raise _no_list(calibration)
+    return list(calibration)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or hasattr(value, "__array__")
+
+
+def _no_list(calibration: Any) -> InputError:
+    if _is_array(calibration):
+        advice = ": for one set of inputs pass [it]"
+    elif isinstance(calibration, (str, bytes)):
+        advice = ", no file: pass dict(numpy.load(path)) for a .npz of one array an input"
+    elif isinstance(calibration, Iterable) and not hasattr(calibration, "__len__"):
+        advice = ", which can be read once only: pass list(it)"
+    else:
+        advice = ""
+    return InputError(
+        "calibration is a list of inputs, each as example_inputs are, or a mapping from input names to tensors with a "
+        f"leading axis of samples; got {_shown(calibration)}{advice}"
+    )
+
+
 def first_arguments(model: Any, calibration: Any) -> Example:
     """The first set of inputs as arguments of `model`, those of a mapping in their places where they have one.
 
     Raises InputError for a mapping whose names the model does not take, or without samples.
     """
     if not isinstance(calibration, Mapping):
-        return arguments(calibration[0])
-    stacked = {str(name): torch.as_tensor(values) for name, values in calibration.items()}
+        return _set(0, calibration[0])
+    stacked = {str(name): _tensor(name, values) for name, values in calibration.items()}
     if empty := [name for name, tensor in stacked.items() if not tensor.dim() or not len(tensor)]:
         raise InputError(f"calibration: {empty[0]} holds no samples: stack them along a leading axis")
     first = {name: tensor[0] for name, tensor in stacked.items()}
@@ -97,6 +126,24 @@ def first_arguments(model: Any, calibration: Any) -> Example:
     return bound.args, bound.kwargs
 
 
+@contextmanager
+def naming_float64(calibration: Any) -> Iterator[None]:
+    """Errors within, of a model that is run on the first set, say where that holds float64."""
+    try:
+        yield
+    except GraphwrightError as error:
+        named = (
+            calibration.items() if isinstance(calibration, Mapping) else enumerate(pytree.tree_leaves(calibration[0]))
+        )
+        wide = [str(name) for name, values in named if str(getattr(values, "dtype", "")).endswith("float64")]
+        if not wide:
+            raise
+        raise InputError(
+            f"calibration: {', '.join(wide)} in float64, which NumPy makes unless told otherwise; where the model "
+            f"takes float32, pass array.astype('float32'). {error}"
+        ) from error
+
+
 def inputs_of(example: Example | None, calibration: Any, signature: Signature) -> Inputs:
     """The tensors of the example and of the calibration. Raises InputError where one does not fit the model."""
     first = None if example is None else example_tensors(example, signature)
@@ -106,13 +153,17 @@ def inputs_of(example: Example | None, calibration: Any, signature: Signature) -
     if isinstance(calibration, Mapping):
         samples = _unstacked(calibration, specs)
     else:
-        samples = [example_tensors(arguments(given), signature) for given in calibration]
+        samples = [example_tensors(_set(number, given), signature) for number, given in enumerate(calibration)]
     for number, tensors in enumerate(samples):
         for tensor, spec in zip(tensors, specs, strict=True):
             if tuple(tensor.shape) != tuple(spec.shape) or tensor.dtype != spec.dtype:
+                other = tensor.dtype != spec.dtype
+                advice = f": convert it, as by .to({spec.dtype})" if other else ""
+                if other and tensor.dtype == torch.float64:
+                    advice += " (float64 is what NumPy makes unless told otherwise: array.astype('float32'))"
                 raise InputError(
                     f"calibration set {number}: {spec.name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and the "
-                    f"model is compiled for {spec.dtype} of shape {tuple(spec.shape)}"
+                    f"model is compiled for {spec.dtype} of shape {tuple(spec.shape)}{advice}"
                 )
     return Inputs(first, tuple(samples))
 
@@ -120,14 +171,21 @@ def inputs_of(example: Example | None, calibration: Any, signature: Signature) -
 def run_in_evaluation(model: nn.Module, calibration: Iterable[Any]) -> None:
     """Call the model with each element of `calibration`, without gradients; afterwards its modes are as before.
 
-    Raises InputError where the model does not run on one.
+    Raises InputError where the model does not run on one, and for what holds no sets of inputs.
     """
+    if isinstance(calibration, Mapping):
+        raise InputError(
+            "calibration is a list of inputs here, each as example_inputs of compile, not a mapping: pass "
+            "[{'name': tensor, ...}, ...] for inputs by keyword"
+        )
+    if (sets := listed(calibration)) is None:
+        raise InputError("calibration=None: pass a list of inputs, each as example_inputs of compile")
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-            for number, given in enumerate(calibration):
-                args, kwargs = arguments(given)
+            for number, given in enumerate(sets):
+                args, kwargs = _set(number, given)
                 try:
                     model(*args, **kwargs)
                 except InputError:
@@ -153,6 +211,25 @@ def finite_inputs(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, 
     return look
 
 
+def _set(number: int, given: Any) -> Example:
+    try:
+        return arguments(given)
+    except InputError as error:
+        array = ": torch.from_numpy(array) makes one" if _is_array(given) else ""
+        raise InputError(
+            f"calibration set {number} is a {type(given).__name__}; pass a tensor, a tuple of arguments or a mapping "
+            f"of keywords{array}"
+        ) from error
+
+
+def _tensor(name: object, values: Any) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = f"an array of {values.dtype}" if hasattr(values, "dtype") else f"a {type(values).__name__}"
+        raise InputError(f"calibration: {name} is {kind}, of which PyTorch makes no tensor: {error}") from error
+
+
 def _unstacked(stacked: Mapping[str, Any], specs: Sequence[TensorSpec]) -> list[list[torch.Tensor]]:
     names = [spec.name for spec in specs]
     if set(stacked) == {f"arr_{i}" for i in range(len(specs))}:
@@ -163,7 +240,7 @@ def _unstacked(stacked: Mapping[str, Any], specs: Sequence[TensorSpec]) -> list[
             raise InputError(f"calibration: the model takes {', '.join(names)}, not {name!r}{near}")
     if missing := [name for name in names if name not in stacked]:
         raise InputError(f"calibration: {', '.join(missing)} missing; the model takes {', '.join(names)}")
-    tensors = [torch.as_tensor(stacked[name]) for name in names]
+    tensors = [_tensor(name, stacked[name]) for name in names]
     counts = {len(tensor) if tensor.dim() else 0 for tensor in tensors}
     if len(counts) != 1 or not min(counts):
         raise InputError(

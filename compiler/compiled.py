@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..backends.gpu.device_library import DeviceLibrary
 from ..errors import ArtifactError, InputError
+from .calls import tensor_leaves
 from .capture import Constant, Signature, TensorSpec
 from .variants import Variants
 
@@ -61,7 +62,7 @@ class Compiled:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model. Raises InputError for arguments that differ from what it was compiled for."""
         plain = not kwargs and len(args) == self._positional
-        tensors: Sequence[Any] = args if plain else self._flatten(args, kwargs)
+        tensors: Sequence[Any] = args if plain else tensor_leaves(self._signature, args, kwargs, "compiled")
         for tensor, (shape, dtype) in zip(tensors, self._checks, strict=True):
             if (
                 not isinstance(tensor, torch.Tensor)
@@ -159,48 +160,6 @@ class Compiled:
         inputs = ", ".join(f"{s.name}: {_describe(s)}" for s in self._specs)
         return f"Compiled({inputs})"
 
-    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The tensor leaves of a call, in the order of the captured call."""
-        spec = self._signature.in_spec
-        expected_args, expected_kwargs = pytree.tree_unflatten([None] * spec.num_leaves, spec)
-        args, kwargs = self._bind(args, kwargs, len(expected_args), list(expected_kwargs))
-        leaves, given = pytree.tree_flatten((args, kwargs))
-        if given != spec:
-            raise InputError(
-                f"the arguments have another structure than those the model was compiled for: "
-                f"expected {_sketch(spec)}, got {_sketch(given)}"
-            )
-        tensors: list[Any] = []
-        for leaf, expected in zip(leaves, self._signature.inputs, strict=True):
-            if isinstance(expected, TensorSpec):
-                tensors.append(leaf)
-            elif not _same(leaf, expected.value):
-                raise InputError(
-                    f"an argument that is not a tensor is part of the compiled model: it was compiled with "
-                    f"{expected.value!r} and called with {leaf!r}; compile it again for the new value"
-                )
-        return tensors
-
-    def _bind(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], count: int, keywords: list[str]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Move arguments between positions and keywords as they were at capture, and order the keywords."""
-        names = self._signature.parameters
-        kwargs = dict(kwargs)
-        for name in names[len(args) : count]:
-            if name not in kwargs:
-                break
-            args = (*args, kwargs.pop(name))
-        for position in range(count, min(len(args), len(names))):
-            if names[position] in kwargs:
-                raise InputError(f"{names[position]} was given twice: by position and by keyword")
-            kwargs[names[position]] = args[position]
-        if len(args) > count and len(names) >= len(args):
-            args = args[:count]
-        if set(kwargs) == set(keywords):
-            kwargs = {k: kwargs[k] for k in keywords}
-        return args, kwargs
-
     def _refuse(self, tensors: Sequence[Any]) -> Sequence[Any]:
         """Say what is wrong with the inputs; returns them (as plain tensors) where nothing is."""
         fixed = []
@@ -247,19 +206,6 @@ class Compiled:
 
 def _positional_spec(count: int) -> pytree.TreeSpec:
     return pytree.tree_structure((tuple(range(count)), {}))
-
-
-def _same(given: Any, expected: Any) -> bool:
-    if type(given) is not type(expected):
-        return False
-    # repr tells 0.0 from -0.0, and takes NaN for NaN.
-    return repr(given) == repr(expected) if isinstance(given, float) else bool(given == expected)
-
-
-def _sketch(spec: pytree.TreeSpec) -> str:
-    args, kwargs = pytree.tree_unflatten(["*"] * spec.num_leaves, spec)
-    parts = [*(str(a) for a in args), *(f"{k}={v}" for k, v in kwargs.items())]
-    return f"({', '.join(parts)})".replace("'*'", "*")
 
 
 def _describe(spec: TensorSpec) -> str:

@@ -24,6 +24,7 @@ from ..errors import InputError, suggest
 from ..hwdb import Hardware
 from . import compare
 from .compression.int8_method import DEFAULT, Method
+from .numbers_given import is_number
 from .pipeline import PassRun, copy_graph
 from .reference import run_eager
 from .sensitivity import error_of, sensitivities
@@ -175,7 +176,7 @@ def check_error_bound(tolerance: Any) -> None:
     """Raise InputError for a tolerance that is no relative error."""
     if tolerance is None:
         return
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance <= 1:
+    if not is_number(tolerance) or not 0 < tolerance <= 1:
         raise InputError(f"tolerance is a relative error and must be positive and at most 1, got {tolerance!r}")
 
 

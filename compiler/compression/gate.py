@@ -8,6 +8,7 @@ import torch
 
 from ...errors import InputError, suggest
 from ...passes import dialect_gating
+from ..numbers_given import is_number
 
 BY = ("row", "element")
 
@@ -27,9 +28,9 @@ def gate(x: torch.Tensor, threshold: float, *, by: str = "row", share: float = 0
     """
     if by not in BY:
         raise InputError(f"by={by!r}{suggest(str(by), BY)}: there are 'row' and 'element'")
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0.0 <= threshold < math.inf:
+    if not is_number(threshold) or not 0.0 <= threshold < math.inf:
         raise InputError(f"threshold={threshold!r}: a gate needs a magnitude that is fixed, a finite number from 0")
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 <= share <= 1.0:
+    if not is_number(share) or not 0.0 <= share <= 1.0:
         raise InputError(f"share={share!r}: what is expected to become 0 is a share of the rows, from 0 to 1")
     if not isinstance(x, torch.Tensor) or not x.is_floating_point() or not x.dim():
         what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__

@@ -87,7 +87,7 @@ def method_of(
     scheme: Any, weight: Any, activation: Any, keep: Any, migration: Any, weights_only: Any, group: Any
 ) -> Method:
     """The options as a Method. Raises InputError for a value that there is not, saying what there is."""
-    if not isinstance(group, int):
+    if not isinstance(group, int) or isinstance(group, bool):
         raise InputError(f"group={group!r}: it has to be an int, one of {', '.join(map(str, GROUPS))}")
     for option, value, allowed in (
         ("scheme", scheme, SCHEMES),
@@ -97,7 +97,7 @@ def method_of(
         ("weights_only", weights_only, WEIGHTS_ONLY),
         ("group", group, GROUPS),
     ):
-        if value not in allowed:
+        if not isinstance(value, (str, int)) or value not in allowed:
             there = ", ".join(repr(a) for a in allowed)
             near = suggest(str(value), [str(a) for a in allowed])
             raise InputError(f"{option}={value!r}{near}: there are {there}")

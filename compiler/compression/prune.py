@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from ...errors import InputError, suggest
+from ..calibration import listed
 from . import importance as weigh
+from .modules import check_keep, check_module, few
 from .sparsity_patterns import (
     Pattern,
     as_matrix,
@@ -74,13 +76,14 @@ def prune(
     with another module, or that calibration never ran.
     Raises InputError for options that do not fit, where no layer is left, and for inputs with infinities or NaN.
     """
+    check_module(model, "prune", "prune")
     chosen, share = pattern_of(pattern, sparsity)
     _check(chosen, importance, budget, calibration)
     pruned = copy.deepcopy(model)
     layers = _layers(pruned, chosen, keep)
     if importance != "magnitude":
         assert calibration is not None
-        data = list(calibration)
+        data = listed(calibration)
         if not data:
             raise InputError(f"calibration is empty: importance={importance!r} looks at inputs")
     if importance == "hessian":
@@ -131,8 +134,17 @@ def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptZeros:
 
     Of linear layers and convolutions, whoever put the zeros there and however few they are; a weight that is zero as a
     whole (a layer that begins so) is left to the optimizer.
-    Raises InputError where no weight has zeros, or `optimizer` trains none of those that do.
+    Raises InputError where no weight has zeros, or `optimizer` trains none of those that do, and for what is no module
+    and no optimizer.
     """
+    if isinstance(model, torch.optim.Optimizer) and isinstance(optimizer, nn.Module):
+        raise InputError("keep_zeros takes the model first: keep_zeros(model, optimizer)")
+    check_module(model, "keep_zeros", "prune")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            f"keep_zeros sets zeros again after each step of an optimizer of torch.optim, and got a "
+            f"{type(optimizer).__name__}: pass the one that trains the model"
+        )
     zeros = {
         f"{name}.weight".lstrip("."): (module.weight, (module.weight == 0).detach())
         for name, module in model.named_modules()
@@ -144,7 +156,7 @@ def keep_zeros(model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptZeros:
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if trained.isdisjoint(id(weight) for weight, _ in found.values()):
         raise InputError(
-            f"keep_zeros: the optimizer trains none of the weights with zeros, {_few(found)}: make it with the "
+            f"keep_zeros: the optimizer trains none of the weights with zeros, {few(found)}: make it with the "
             "parameters of the pruned model, which is a copy"
         )
     kept = KeptZeros(found)
@@ -171,16 +183,10 @@ def _check(pattern: Pattern, importance: Any, budget: Any, calibration: Any) -> 
 
 def _layers(model: nn.Module, pattern: Pattern, keep: Sequence[str]) -> dict[str, Layer]:
     """The layers to prune. Raises InputError where there is none, or where `keep` names none."""
-    if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
-        raise InputError(f"keep is a list of names or patterns of modules that are not pruned, got {keep!r}")
     candidates = {name: m for name, m in model.named_modules() if isinstance(m, _LAYERS)}
     if not candidates:
         raise InputError(f"{type(model).__name__} has no nn.Linear, nn.Conv1d or nn.Conv2d to prune")
-    for one in keep:
-        if not any(fnmatchcase(name, one) for name in candidates):
-            raise InputError(
-                f"keep: no layer is called {one!r}{suggest(one, candidates)}; there are {_few(candidates)}"
-            )
+    check_keep(keep, "are not pruned", candidates)
     shared = _shared(model)
     layers, refused = {}, {}
     for name, module in candidates.items():
@@ -219,11 +225,6 @@ def _refusal(module: nn.Module, pattern: Pattern, shared: set[int]) -> str | Non
     if pattern.is_blocks and groups > 1 and (len(weight) // groups) % pattern.outputs:
         return f"its groups of {len(weight) // groups} outputs are no multiple of {pattern.outputs}"
     return pattern.refusal(weight.shape[1])
-
-
-def _few(names: Iterable[str]) -> str:
-    known = list(names)
-    return ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
 
 
 def _scores(layer: Layer, squares: torch.Tensor | None) -> torch.Tensor:

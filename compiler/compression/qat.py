@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import InputError, suggest
+from ...errors import InputError
 from ...hwdb import Target, compile_target
 from ..build import default_passes
 from ..calibration import finite_inputs, run_in_evaluation
@@ -33,6 +33,7 @@ from ..report import Report
 from ..rewriting import rewrite
 from .int8_method import LEARNED, Method
 from .learned_steps import ValueStep, WeightSteps
+from .modules import check_keep, check_module, is_prepared
 from .quantize import Quantized
 
 log = logging.getLogger(__name__)
@@ -91,16 +92,18 @@ def prepare_qat(model: nn.Module, calibration: Iterable[Any] = (), *, keep: Sequ
 
     Encoder layers of transformers compute step by step: PyTorch's fused one for evaluation would skip the rounding.
 
-    Raises InputError where no layer is left, `keep` names none, weights are in half precision, or calibration brings a
-    layer infinities or NaN.
+    Raises InputError where no layer is left, `keep` names none, weights are in half precision, calibration brings a
+    layer infinities or NaN, or the model is prepared already.
     """
-    if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
-        raise InputError(f"keep is a list of names or patterns of modules that stay float32, got {keep!r}")
+    check_module(model, "prepare_qat", "train")
+    if is_prepared(model):
+        raise InputError(
+            "prepare_qat: the model is prepared already: train it, then graphwright.convert(model, example_inputs), or "
+            "prepare the model that it was made of"
+        )
     prepared = copy.deepcopy(model)
     candidates = {name: m for name, m in prepared.named_modules() if type(m) in _QAT}
-    for one in keep:
-        if not any(fnmatchcase(name, one) for name in candidates):
-            raise InputError(f"keep: no layer is called {one!r}{suggest(one, candidates)}")
+    check_keep(keep, "stay float32", candidates)
     chosen = {}
     for name, module in candidates.items():
         groups = getattr(module, "groups", 1)
@@ -159,6 +162,7 @@ def convert(model: nn.Module, example_inputs: Any, *, target: Target = "native")
     cannot be traced.
     """
     started = time.perf_counter()
+    check_module(model, "convert", "prepare and train")
     hw = compile_target(target)
     plain = _bounded(model)
     program = export(plain, *arguments(example_inputs))

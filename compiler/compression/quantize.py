@@ -14,6 +14,7 @@ from ...errors import InputError
 from ...hwdb import Target, compile_target
 from .. import calibration, compare
 from ..build import default_passes
+from ..calls import tensor_leaves
 from ..capture import Model, Signature, TensorSpec, capture, export
 from ..functions import parameters_of
 from ..precision import Precision, check_error_bound
@@ -33,18 +34,16 @@ class Quantized(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's results for arguments of the shapes it was quantised with. Raises InputError for others."""
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec != self._signature.in_spec:
-            raise InputError(f"the quantised model takes arguments as {self._signature.in_spec}, got {spec}")
-        pairs = zip(leaves, self._signature.inputs, strict=True)
-        given = [(leaf, known) for leaf, known in pairs if isinstance(known, TensorSpec)]
-        for tensor, known in given:
+        given = tensor_leaves(self._signature, args, kwargs, "quantised")
+        for tensor, known in zip(given, self._signature.tensors, strict=True):
+            if not isinstance(tensor, torch.Tensor):
+                raise InputError(f"{known.name}: expected a tensor, got {type(tensor).__name__}")
             if tuple(tensor.shape) != tuple(known.shape) or tensor.dtype != known.dtype:
                 raise InputError(
                     f"{known.name} is {tensor.dtype} of shape {tuple(tensor.shape)}, and the model was quantised for "
                     f"{known.dtype} of shape {tuple(known.shape)}"
                 )
-        results = iter(self.integers(*[tensor for tensor, _ in given]))
+        results = iter(self.integers(*given))
         outputs = [next(results) if isinstance(o, TensorSpec) else o.value for o in self._signature.outputs]
         return pytree.tree_unflatten(outputs, self._signature.out_spec)
 
@@ -70,9 +69,9 @@ def quantize(
     """Put the products of a model into 8 bits where `target` gains by it, with ranges found on `calibration_data`.
 
     model: as in `graphwright.compile`.
-    calibration_data: inputs, each as example_inputs of compile, all of the first one's shapes: a few dozen to a few
-        hundred that look like those the model will get. The error is measured on the first eight. Or a mapping from
-        input names to tensors with a leading axis of samples, as compile takes.
+    calibration_data: an iterable of inputs, read once, each as example_inputs of compile, all of the first one's
+        shapes: a few dozen to a few hundred that look like those the model will get. The error is measured on the first
+        eight. Or a mapping from input names to tensors with a leading axis of samples, as compile takes.
     scheme: "affine" values with a zero point; "symmetric": zero in the middle of values of both signs.
     weight: a scale "per_channel" of the output, or "per_tensor".
     activation: how ranges are found: "mse", "kl", "percentile", "minmax", or "dynamic": a scale for each row of a
@@ -91,14 +90,14 @@ def quantize(
     method = method_of(scheme, weight, activation, keep, migration, weights_only, group)
     hw = compile_target(target)
     check_error_bound(tolerance)
-    lazy = isinstance(calibration_data, Iterable) and not isinstance(calibration_data, Mapping)
-    data = list(calibration_data) if lazy else calibration_data
-    calibration.check_options("int8", None, {} if data is None else data, True)
-    program = export(model, *calibration.first_arguments(model, data))
-    captured = capture(program, parameters_of(model) if isinstance(model, torch.nn.Module) else ())
-    inputs = calibration.inputs_of(None, data, captured.signature)
-    measured = () if compare.is_random(captured.graph) else inputs.calibration[: calibration.MEASURED]
-    samples = calibration.with_references(captured, measured)
+    data = calibration.listed({} if calibration_data is None else calibration_data)
+    calibration.check_options("int8", None, data, True)
+    with calibration.naming_float64(data):
+        program = export(model, *calibration.first_arguments(model, data))
+        captured = capture(program, parameters_of(model) if isinstance(model, torch.nn.Module) else ())
+        inputs = calibration.inputs_of(None, data, captured.signature)
+        measured = () if compare.is_random(captured.graph) else inputs.calibration[: calibration.MEASURED]
+        samples = calibration.with_references(captured, measured)
     precision = Precision("int8", tolerance, samples, observed=inputs.calibration, method=method)
     made = rewrite(captured.graph, hw, default_passes(hw), precision)
     report = Report(

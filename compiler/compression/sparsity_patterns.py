@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ...errors import InputError, suggest
+from ..numbers_given import is_number
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,12 @@ DEFAULT_SPARSITY = 0.75
 
 def pattern_of(name: Any, sparsity: Any) -> tuple[Pattern, float]:
     """The pattern and the share of zeros. Raises InputError for what there is not."""
-    if name not in PATTERNS:
+    if not isinstance(name, str) or name not in PATTERNS:
         raise InputError(f"pattern={name!r}{suggest(str(name), PATTERNS)}: there are {', '.join(map(repr, PATTERNS))}")
     pattern = PATTERNS[name]
     if pattern.is_blocks:
         share = DEFAULT_SPARSITY if sparsity is None else sparsity
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share < 1.0:
+        if not is_number(share) or not 0.0 < share < 1.0:
             raise InputError(f"sparsity={share!r}: the share of blocks that become zero is a number between 0 and 1")
         return pattern, float(share)
     share = 1.0 - pattern.kept / pattern.inputs

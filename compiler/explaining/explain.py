@@ -25,7 +25,7 @@ from ...passes.printer import diff_graphs, format_graph
 from ...passes.refusals import Refusal, recording
 from .. import compare, pipeline
 from ..build import build, kernels_of
-from ..calibration import MEASURED, check_options, inputs_of
+from ..calibration import MEASURED, check_options, inputs_of, listed
 from ..capture import Model, arguments, capture, export
 from ..compression.int8_method import int8_method
 from ..functions import parameters_of
@@ -124,7 +124,7 @@ def explained(
     """
     hw = compile_target(target)
     check_precision(precision)
-    method = int8_method(precision, int8)
+    method, calibration = int8_method(precision, int8), listed(calibration)
     check_options(precision, None, calibration, example_inputs is not None, method)
     chosen, fusions = select(passes, kernel_fusion, hw)
     early, late = divided(chosen) if precision == "int8" else (chosen, ())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -41,11 +43,101 @@ def test_no_calibration_data() -> None:
 
 
 def test_calibration_data_of_another_kind() -> None:
-    for data, shown in ((None, "nothing"), (3, "int")):
+    others = ((None, "nothing"), (3, "int"), (rows(), r"Tensor: for one set of inputs pass \[it\]"))
+    for data, shown in (*others, ("a.npz", r"str, no file: pass dict\(numpy.load")):
         with pytest.raises(InputError, match=f"calibration is a list of inputs.*got {shown}"):
             graphwright.quantize(linears(), data, target=TARGET)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"does not run the model on input torch.int32 \(256, 128\): mat1 and mat2"):
         report(linears(), [rows().int()])
+
+
+def test_data_are_read_once_from_any_iterable() -> None:
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(rows()), batch_size=128)
+    x, listed = rows()[:128], list(batches)
+    expected = graphwright.compile(linears().eval(), x, precision="int8", calibration=listed, cache=False)(x)
+    for data in (batches, iter(batches), (batch for batch in batches)):
+        made = graphwright.compile(linears().eval(), x, precision="int8", calibration=data, cache=False)
+        assert torch.equal(made(x), expected)
+    with pytest.raises(InputError, match="got nothing"):
+        graphwright.compile(linears().eval(), x, precision="int8", calibration=iter([]))
+
+
+def test_an_iterator_among_the_options_of_torch_compile() -> None:
+    """Each graph of a model would find it used up by the one before."""
+    options = {"precision": "int8", "calibration": (x for x in [rows()])}
+    with pytest.raises(Exception, match=r"generator, which can be read once only: pass list\(it\)"):
+        torch.compile(linears().eval(), backend="graphwright", options=options)(rows())
+
+
+def test_float64_as_numpy_makes_it() -> None:
+    array = rows().double().numpy()
+    for data in ({"input": array[None]}, {"arr_0": array[None]}, [torch.from_numpy(array)]):
+        with pytest.raises(InputError, match=r"in float64, which NumPy makes.*array.astype\('float32'\).*does not run"):
+            graphwright.quantize(linears().eval(), data, target=TARGET)
+        with pytest.raises(InputError, match=r"set 0: input is torch.float64.*array.astype\('float32'\)"):
+            graphwright.compile(linears().eval(), rows(), precision="int8", calibration=data)
+    with pytest.raises(InputError, match=r"calibration set 0 is a ndarray.*torch.from_numpy"):
+        report(linears(), [rows().numpy()])
+    with pytest.raises(InputError, match="input is a str, of which PyTorch makes no tensor"):
+        report(linears(), {"input": "x"})
+
+
+def test_a_quantised_model_is_called_like_the_model() -> None:
+    made = graphwright.quantize(linears().eval(), [rows()], target=TARGET)
+    assert torch.equal(made(input=rows()), made(rows()))
+    for args, shown in (((), r"\(\)"), ((rows(), rows()), r"\(\*, \*\)"), (([rows()],), r"\(\[\*\]\)")):
+        with pytest.raises(InputError, match=rf"the model was quantised for: expected \(\*\), got {shown}"):
+            made(*args)
+    with pytest.raises(InputError, match="input: expected a tensor, got ndarray"):
+        made(rows().numpy())
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    made = graphwright.quantize(linears().eval(), [rows()], tolerance=np.float32(0.1), target=TARGET)
+    assert products(made.report())[0][0] == "int8"
+    x = torch.tensor([[0.25, -0.25], [0.25, 0.75]])
+    assert torch.equal(graphwright.gate(x, np.float32(0.5), share=np.float64(0.5)), x * torch.tensor([[0.0], [1.0]]))
+    assert float((graphwright.prune(linears(), "16x16", np.float32(0.5))[0].weight == 0).float().mean()) == 0.5
+
+
+PREPARED = r"prepared already: train it, then graphwright.convert"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: graphwright.prepare_qat(graphwright.prepare_qat(linears(), [rows()])), PREPARED),
+        (lambda: graphwright.prepare_qat(len), "prepare_qat works on the layers of an nn.Module, and got a builtin"),
+        (lambda: graphwright.prepare_qat(linears(), rows()), r"got Tensor: for one set of inputs pass \[it\]"),
+        (lambda: graphwright.prepare_qat(linears(), None), "calibration=None: pass a list"),
+        (lambda: graphwright.prepare_qat(linears(), {"input": rows()}), "not a mapping: pass"),
+        (lambda: graphwright.prepare_qat(linears(), keep=3), "keep is a list of names.* got 3"),
+        (lambda: graphwright.convert(len, rows()), "convert works on the layers"),
+        (lambda: graphwright.prune(lambda x: x), "prune works on the layers of an nn.Module, and got a function"),
+        (lambda: graphwright.prune(nn.Linear), "got the class Linear"),
+        (lambda: graphwright.prune(torch.export.export(linears(), (rows(),))), "pass the nn.Module it was exported"),
+        (lambda: graphwright.prune(linears(), ["2:4"]), "there are '2:4'"),
+        (lambda: graphwright.prune(linears(), keep=None), "keep is a list of names.* got None"),
+        (lambda: graphwright.prune(linears(), importance="wanda", calibration=3), "calibration is a list.* got int"),
+        (lambda: graphwright.keep_zeros(graphwright.prune(linears()), 3), "an optimizer of torch.optim, and got a int"),
+        (
+            lambda: graphwright.keep_zeros(torch.optim.SGD(linears().parameters(), 0.1), linears()),
+            r"takes the model first: keep_zeros\(model, optimizer\)",
+        ),
+        (lambda: report(linears(), [rows()], activation=np.array(["kl", "mse"])), "there are 'kl'"),
+        (lambda: report(linears(), [rows()], group=True), "group=True: it has to be an int"),
+    ],
+)
+def test_other_wrong_uses_say_what_is_wrong(wrong: Callable[[], object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        wrong()
+
+
+def test_what_is_quantised_is_not_pruned_or_prepared() -> None:
+    made = graphwright.quantize(linears().eval(), [rows()], target=TARGET)
+    for function in (graphwright.prune, graphwright.prepare_qat):
+        with pytest.raises(InputError, match=r"is quantised already.*the model in float32"):
+            function(made)
 
 
 def test_samples_stacked_in_a_mapping() -> None:
