@@ -9,15 +9,15 @@ A dot product of bytes sums four neighbours of a lane, and here the four are tap
                                      on, serve the output row below
 
 words      of the rows that R output rows read, of a block of B channels, are made once, in scratch: padded with the
-           zero point, in the sign that the instruction takes
+           zero point, in the sign that the instruction takes; those of the weights for each block, filled up with zeros
 block      B = 4 m channels, m lanes of 32 bits. Unpacks in lanes leave its channels in four vectors of another order
-           (in_lane.py), which weights, offsets, scales and biases are stored in; the packs that make bytes of the
+           (in_lane.py), which offsets, scales and biases are stored in; the packs that make bytes of the
            results undo it
 tile       R output rows of P neighbouring pixels, one of the four vectors at a time; sums begin at the offsets
 
     registers  R P accumulators + R KW weights + 1 word: 2 R P <= vector registers leaves room for both
 
-w packed   [block][ceil(KH / 4)][KW][R][B] words, each four rows of one tap column
+w packed   [KH][KW][C] bytes; its words lie in scratch as [ceil(KH / 4)][KW][R][B], each four rows of one tap column
 
 Fewer channels than a block has: the last block begins earlier and stores the end of what it sums; where there are fewer
 than the smallest block has, its lanes are filled up.
@@ -26,7 +26,7 @@ than the smallest block has, its lanes are filled up.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -34,7 +34,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from .conv_plan import Conv
-from .dot_depthwise_plan import ROWS, Block, DotDepthwisePlan, image_width
+from .dot_depthwise_plan import ROWS, SMALLEST, Block, DotDepthwisePlan, image_width
 from .dot_product import Dot, importing
 from .dot_tile import fill_word, flips
 from .in_lane import natural_text, pack_text, steps_text, taps_text, wide_text
@@ -48,15 +48,14 @@ WRITTEN_COLUMNS = 9  # tap columns that are written out
 def dot_depthwise(
     name: str, conv: Conv, source: str, plan: DotDepthwisePlan, finish: Requantize, *, zero: int = 0
 ) -> Any:
-    """Return the kernel (x, packed weights, offset, scale[, bias][, residual], out), the first three of which and the
-    bias are packed for `plan`; padding counts as `zero` of x's dtype.
+    """Return the kernel (x, packed weights[, offset], scale[, bias][, residual], out), in which offset, scale and bias
+    are packed for `plan`; padding counts as `zero` of x's dtype.
     """
     assert conv.groups == conv.channels == conv.filters
-    groups, taps = -(-conv.kernel[0] // ROWS), conv.kernel[1]
-    size = groups * taps * plan.rows * plan.channels
-    operands: list[tuple[Shape, str]] = [(conv.input_shape, source), ((size,), "int32")]
-    operands += [((plan.channels,), "int32"), ((plan.channels,), "float32")]
-    operands += [((plan.channels,), "float32")] * finish.bias
+    size = prod(conv.kernel) * max(conv.channels, SMALLEST)
+    operands: list[tuple[Shape, str]] = [(conv.input_shape, source), ((size,), "int8")]
+    operands += [((plan.channels,), "int32")] * finish.offset
+    operands += [((plan.channels,), "float32")] * (1 + finish.bias)
     if finish.residual is not None:
         operands.append((conv.output_shape, finish.residual.dtype))
 
@@ -98,6 +97,7 @@ class _Nest:
     read: Sequence[Any]
     out: Any
     zero: int
+    weight_words: Any = None  # scratch of a task
 
     @property
     def row_groups(self) -> int:
@@ -112,6 +112,8 @@ class _Nest:
             most = max(plan.rows * plan.pixels, self.alone)
             acc = T.alloc_buffer((most * widest // 4,), "int32", scope="local")
             words = T.alloc_buffer((self.row_groups * image_width(conv) * widest,), "int32", scope="global")
+            taps = T.alloc_buffer((self.row_groups * conv.kernel[1] * plan.rows * widest,), "int32", scope="global")
+            nest = replace(self, weight_words=taps)
             image = T.bind(task // plan.tasks)
             rows = share(conv.rows.out, plan.row_blocks, task // plan.channel_blocks % plan.row_blocks)
             part = task % plan.channel_blocks
@@ -121,9 +123,9 @@ class _Nest:
                 some = share(block.count, plan.channel_blocks, part) if whole else (0, block.count)
                 if i and plan.channel_blocks > 1:  # what is left over goes to the last task
                     with T.If(part == plan.channel_blocks - 1), T.Then():
-                        self._block(acc, words, image, block, some, rows, packed)
+                        nest._block(acc, words, image, block, some, rows, packed)
                 else:
-                    self._block(acc, words, image, block, some, rows, packed)
+                    nest._block(acc, words, image, block, some, rows, packed)
                 packed += block.width * block.count
 
     @property
@@ -142,6 +144,7 @@ class _Nest:
         with between(*some) as i:
             start = T.bind(block.start + i * block.width)
             constants = T.bind(packed + i * block.width)
+            self._stage_weights(block, start)
 
             def lines(row: Any, height: int, width: int) -> None:
                 self._stage(words, image, block, start, row, height)
@@ -160,6 +163,28 @@ class _Nest:
             if self.alone:
                 with T.serial(0, last - first - whole * together) as single:
                     lines(T.bind(first + whole * together + single), 1, self.alone)
+
+    def _stage_weights(self, block: Block, start: Any) -> None:
+        """Make the words of the weights: those of an output row `o` lie `o` strides below those of the first."""
+        conv, lanes, together = self.conv, block.lanes, self.plan.rows
+        channels, (height, taps) = max(conv.channels, SMALLEST), conv.kernel
+        none = spread(tirx.const(0, "int32"), lanes)
+        with T.serial(0, taps) as kw:
+            for g in range(self.row_groups):
+                for o in range(together):
+                    first = g * ROWS - o * conv.stride[0]
+                    four = [
+                        T.reinterpret(
+                            f"int32x{lanes}", self.weight[span((row * taps + kw) * channels + start, block.width)]
+                        )
+                        if 0 <= row < height
+                        else none
+                        for row in range(first, first + ROWS)
+                    ]
+                    at = T.bind(((g * taps + kw) * together + o) * block.width)
+                    for k in range(4):
+                        made = tirx.call_pure_extern(f"int32x{lanes}", f"gw_taps_{lanes}_{k}", *four)
+                        T.buffer_store(self.weight_words, made, [span(at + k * lanes, lanes)])
 
     def _stage(self, words: Any, image: Any, block: Block, start: Any, row: Any, height: int) -> None:
         """Make the words of the rows that `height` output rows from `row` on read."""
@@ -257,12 +282,13 @@ class _Nest:
         """The sums of one of the four vectors of each pixel."""
         conv, lanes, together = self.conv, block.lanes, self.plan.rows
         height, pixels = size
+        begin: Any = spread(tirx.const(0, "int32"), lanes)
+        if self.finish.offset:
+            begin = T.bind(self.read[0][span(constants + quarter * lanes, lanes)])
         for at in range(height * pixels):
-            offset = self.read[0][span(constants + quarter * lanes, lanes)]
-            T.buffer_store(acc, offset, [span(at * lanes, lanes)])
+            T.buffer_store(acc, begin, [span(at * lanes, lanes)])
         taps, stride, apart = conv.kernel[1], conv.stride[1], conv.dilation[1]
         corner = T.bind(left * stride)
-        weights = T.bind(constants * (self.row_groups * taps * together))
 
         def group(g: Any) -> None:
             line = T.bind(corner + g * image_width(conv))
@@ -271,9 +297,9 @@ class _Nest:
                 word = T.bind(words[span((at * 4 + quarter) * lanes, lanes)])
                 for p, kw in readers:
                     for o in range(height):
-                        place = weights + ((g * taps + kw) * together + o) * block.width + quarter * lanes
+                        place = ((g * taps + kw) * together + o) * block.width + quarter * lanes
                         here = span((o * pixels + p) * lanes, lanes)
-                        weight = self.weight[span(place, lanes)]
+                        weight = self.weight_words[span(place, lanes)]
                         T.buffer_store(acc, self.dots[lanes].multiply(acc[here], [word], weight), [here])
 
             if taps <= WRITTEN_COLUMNS:
@@ -301,8 +327,8 @@ class _Nest:
         """A vector of sums of each place in real units."""
         lanes, finish = block.lanes, self.finish
         channels = span(constants + quarter * lanes, lanes)
-        scale = self.read[1][channels]
-        addends: list[Any] = [self.read[2][channels] if finish.bias else None] * len(sums)
+        scale = self.read[finish.offset][channels]
+        addends: list[Any] = [self.read[finish.offset + 1][channels] if finish.bias else None] * len(sums)
         if finish.residual is not None:
             addends = [
                 T.bind(finish.added(bias, self._residual(block, place, start, quarter), lanes))

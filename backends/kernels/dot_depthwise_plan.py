@@ -112,16 +112,10 @@ def image_width(conv: Conv) -> int:
     return (axis.out - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1
 
 
-def pack_depthwise(weight: torch.Tensor, plan: DotDepthwisePlan, stride: int) -> torch.Tensor:
-    """Rearrange weight[C, 1, KH, KW] (int8) as the kernel reads it; `stride` is that of the rows."""
-    channels, _, kh, kw = weight.shape
-    groups = -(-kh // ROWS)
-    filled = weight.new_zeros((plan.rows, max(channels, SMALLEST), groups * ROWS, kw))
-    for row in range(plan.rows):
-        filled[row, :channels, row * stride : row * stride + kh] = weight[:, 0]
-    words = filled.view(plan.rows, -1, groups, ROWS, kw).permute(2, 4, 0, 1, 3).reshape(-1).view(torch.int32)
-    words = words.view(groups, kw, plan.rows, -1)
-    return torch.cat([words[..., chosen].reshape(-1) for chosen in _chosen(plan)])
+def pack_depthwise(weight: torch.Tensor) -> torch.Tensor:
+    """Rearrange weight[C, 1, KH, KW] (int8) as the kernel reads it: [KH * KW * C], filled up to SMALLEST channels."""
+    missing = max(0, SMALLEST - len(weight))
+    return torch.nn.functional.pad(weight[:, 0].permute(1, 2, 0), (0, missing)).reshape(-1)
 
 
 def pack_channels(values: torch.Tensor, plan: DotDepthwisePlan) -> torch.Tensor:

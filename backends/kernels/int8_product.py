@@ -5,7 +5,8 @@ a is uint8 or int8 with one zero point, w is int8 and symmetric (zero point 0), 
     sum (a - zero) w  =  sum a w  -  zero * sum w          the second part is a constant of each column
 
 `offsets` computes that constant once, together with an integer bias; where the instruction takes bytes of the other
-sign, a is stored as a + 128 or a - 128 (dot_tile.py) and 128 * sum w goes into the constant too. For each element:
+sign, a is stored as a + 128 or a - 128 (dot_tile.py) and 128 * sum w goes into the constant too. Kernels read
+none where it is zero in any case (`has_offsets`). For each element:
 
     addend = fma(residual - zero, scale, bias)                             bias, residual: where there are such
     y = fma(float(sum + offset), scale[column], addend)
@@ -53,7 +54,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Requantize:
-    """How int32 sums become the result (`result`: uint8, int8 or float32). Reads offset, scale[, bias][, residual]."""
+    """How int32 sums become the result (uint8, int8 or float32). Reads [offset, ]scale[, bias][, residual]."""
 
     M: int
     N: int
@@ -65,12 +66,13 @@ class Requantize:
     activation: str = "none"
     args: tuple[float, ...] = ()
     output_shape: Shape | None = None
+    offset: bool = True  # whether there are integers in `offsets` other than zero
 
     @property
     def operands(self) -> Sequence[tuple[Shape, str]]:
         """Offset and scale of each column, float bias, residual."""
-        shapes: list[tuple[Shape, str]] = [((self.N,), "int32"), ((self.N,), "float32")]
-        shapes += [((self.N,), "float32")] * self.bias
+        shapes: list[tuple[Shape, str]] = [((self.N,), "int32")] * self.offset
+        shapes += [((self.N,), "float32")] * (1 + self.bias)
         if self.residual is not None:
             shapes.append((self.output_shape or (self.M, self.N), self.residual.dtype))
         return shapes
@@ -83,10 +85,11 @@ class Requantize:
     def store(self, value: Any, row: Any, column: Any, lanes: int, read: Sequence[Any], out: Any) -> None:
         """Requantize and store."""
         at = span(column, lanes)
-        addend: Any = read[2][at] if self.bias else None
+        sums = value + read[0][at] if self.offset else value
+        addend: Any = read[self.offset + 1][at] if self.bias else None
         if self.residual is not None:
             addend = self.added(addend, view(read[-1], (self.M, self.N))[row, at], lanes)
-        y = self.real(value + read[0][at], read[1][at], addend, lanes)
+        y = self.real(sums, read[self.offset][at], addend, lanes)
         if self.result == "float32":
             T.buffer_store(out, y, [row, at])
             return
@@ -157,6 +160,11 @@ def offsets(weight: torch.Tensor, zero: int, source: str, dot: Dot, bias: torch.
     return (constant if bias is None else constant + bias).to(torch.int32)
 
 
+def has_offsets(zero: int, source: str, dot: Dot) -> bool:
+    """Whether `offsets` are more than zeros (and a bias)."""
+    return zero != 0 or flips(source, dot)
+
+
 def int8_matmul(
     M: int,
     K: int,
@@ -169,7 +177,7 @@ def int8_matmul(
     tiling: Tiling | None = None,
     input_shape: Shape | None = None,
 ) -> Any:
-    """Return the kernel (a, packed weights, offset, scale[, bias][, residual], out); `source` is a's dtype."""
+    """Return the kernel (a, packed weights[, offset], scale[, bias][, residual], out); `source` is a's dtype."""
     t = tiling or choose_dot_tiling(hw, dot, M, N, K)
     return dot_matmul("int8_matmul", Product(M, K, N, source, input_shape, finish.output_shape), dot, t, finish)
 
@@ -185,7 +193,7 @@ def int8_rows_matmul(
     tiling: Tiling | None = None,
     input_shape: Shape | None = None,
 ) -> Any:
-    """Return the kernel (x, packed weights, offset, scale[, bias][, residual], out), x float32: int8_rows.py."""
+    """Return the kernel (x, packed weights[, offset], scale[, bias][, residual], out), x float32: int8_rows.py."""
     t = tiling or choose_dot_tiling(hw, dot, M, N, K)
     product = Product(M, K, N, "float32", input_shape, finish.output_shape, by_rows=True)
     return dot_matmul("int8_rows_matmul", product, dot, t, finish)
@@ -217,6 +225,7 @@ def pack_matmul(weight: torch.Tensor, dot: Dot, columns: int) -> torch.Tensor:
 __all__ = [
     "Requantize",
     "Residual",
+    "has_offsets",
     "int8_conv",
     "int8_matmul",
     "int8_rows_matmul",

@@ -71,7 +71,7 @@ def round_row(
 
 @dataclass(frozen=True)
 class RowFinish:
-    """How int32 sums become float32. Reads offset, scale[, bias][, residual], and behind them the rows' units."""
+    """How int32 sums become float32. Reads [offset, ]scale[, bias][, residual], and behind them the rows' units."""
 
     M: int
     N: int
@@ -81,12 +81,13 @@ class RowFinish:
     args: tuple[float, ...] = ()
     output_shape: Shape | None = None
     result: str = "float32"
+    offset: bool = True  # whether `offsets` are more than zeros
 
     @property
     def operands(self) -> Sequence[tuple[Shape, str]]:
         """Offset and scale of each column, bias, residual."""
-        shapes: list[tuple[Shape, str]] = [((self.N,), "int32"), ((self.N,), "float32")]
-        shapes += [((self.N,), "float32")] * self.bias
+        shapes: list[tuple[Shape, str]] = [((self.N,), "int32")] * self.offset
+        shapes += [((self.N,), "float32")] * (1 + self.bias)
         return shapes + [(self.output_shape or (self.M, self.N), "float32")] * self.residual
 
     @property
@@ -98,8 +99,9 @@ class RowFinish:
         """Finish and store."""
         at, floats = span(column, lanes), "float32" if lanes == 1 else f"float32x{lanes}"
         *operands, units = read
-        y = tirx.Cast(floats, value + operands[0][at]) * operands[1][at]
-        addend: Any = operands[2][at] if self.bias else None
+        sums = value + operands[0][at] if self.offset else value
+        y = tirx.Cast(floats, sums) * operands[self.offset][at]
+        addend: Any = operands[self.offset + 1][at] if self.bias else None
         if self.residual:
             residual = view(operands[-1], (self.M, self.N))[row, at]
             addend = residual if addend is None else addend + residual

@@ -27,7 +27,15 @@ from ..kernels.dot_depthwise_plan import DotDepthwisePlan, choose_dot_depthwise,
 from ..kernels.dot_matmul import pack_for
 from ..kernels.dot_product import Dot, choose_dot_tiling, int8_dot
 from ..kernels.int4_product import choose_int4, int4_matmul, pack_halves, pack_scales
-from ..kernels.int8_product import Requantize, Residual, int8_conv, int8_matmul, int8_rows_matmul, offsets
+from ..kernels.int8_product import (
+    Requantize,
+    Residual,
+    has_offsets,
+    int8_conv,
+    int8_matmul,
+    int8_rows_matmul,
+    offsets,
+)
 from ..kernels.int8_rows import RowFinish
 from ..kernels.mmla import FEWEST_ROWS, MmlaPlan, choose_mmla, mmla_conv, mmla_dot, pack_mmla
 from .kernels_matmul import refuse_large
@@ -76,7 +84,7 @@ def qconv2d(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
         return by_matrices
     dot = int8_dot(hw)
     plan = choose_dot_conv(problem, dot, hw)
-    finish = _finish(node, given, problem.filters)
+    finish = _finish(node, given, problem.filters, dot)
     func = int8_conv(problem, hw, _dtype(x), finish, dot=dot, zero=given["input_zero"], plan=plan)
     layout = f"int8_conv_{dot.group}_{plan.vectors * dot.lanes}"
     packed = Packed(weight, layout, partial(_pack_conv, dot=dot, plan=plan))
@@ -89,23 +97,23 @@ def _depthwise(node: fx.Node, given: dict[str, Any], problem: Conv, hw: Hardware
     if any(isinstance(given[name], fx.Node) and given[name].op != "get_attr" for name in ("scale", "bias")):
         return Refusal("its scales or bias are computed")
     plan = choose_dot_depthwise(problem, hw)
-    finish = _finish(node, given, problem.filters)
+    finish = _finish(node, given, problem.filters, plan.dot)
     func = dot_depthwise("int8_depthwise", problem, _dtype(given["input"]), plan, finish, zero=given["input_zero"])
     blocks = "+".join(f"{b.count}x{b.width}" for b in plan.blocks)
-    layout = f"int8_depthwise_{blocks}_{plan.rows}x{problem.stride[0]}"
-    packed = Packed(given["weight"], layout, partial(pack_depthwise, plan=plan, stride=problem.stride[0]))
-    x, _, offset, scale, *rest = _read(given, packed, plan.dot)
-    assert isinstance(offset, Packed)
-    ordered = partial(_ordered, offsets=offset.pack, plan=plan)
-    constants = [Packed(packed.constant, f"{offset.layout}_{blocks}", ordered)]
-    bias = int(given["bias"] is not None)
-    for value in (scale, *rest[:bias]):
-        assert isinstance(value, fx.Node)
-        constants.append(Packed(value, f"depthwise_channels_{blocks}", partial(pack_channels, plan=plan)))
+    packed = Packed(given["weight"], "int8_depthwise_taps", pack_depthwise)
+    x, _, *rest = _read(given, packed, plan.dot)
+    constants = []
+    for value in rest[: finish.offset + 1 + finish.bias]:
+        if isinstance(value, Packed):
+            ordered = partial(_ordered, offsets=value.pack, plan=plan)
+            constants.append(Packed(packed.constant, f"{value.layout}_{blocks}", ordered))
+        else:
+            constants.append(Packed(value, f"depthwise_channels_{blocks}", partial(pack_channels, plan=plan)))
     tasks = problem.batch * plan.tasks
     work = _work(node, float(problem.flops), tasks, DEPTHWISE_EFFICIENCY[1 if max(problem.stride) == 1 else 2])
     choice = f"{plan.dot.name}, {plan.rows}x{plan.pixels} pixels, channels {blocks}, {tasks} tasks"
-    return KernelCall(func, (x, packed, *constants, *rest[bias:]), "int8 depthwise conv", choice, work)
+    read = (x, packed, *constants, *rest[len(constants) :])
+    return KernelCall(func, read, "int8 depthwise conv", choice, work)
 
 
 def _ordered(
@@ -151,7 +159,8 @@ def linear_rows(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     tiling = choose_dot_tiling(hw, dot, M, N, K)
     activation = (given["activation"], tuple(given["activation_args"]))
     added = (given["bias"] is not None, given["residual"] is not None)
-    finish = RowFinish(M, N, *added, *activation, output_shape=shape_of(node))
+    signed = has_offsets(0, "int8", dot)
+    finish = RowFinish(M, N, *added, *activation, output_shape=shape_of(node), offset=signed)
     func = int8_rows_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling, input_shape=shape_of(given["input"]))
     layout = f"int8_panels_{dot.group}_{tiling.columns}"
     packed = Packed(given["weight"], layout, partial(_pack, dot=dot, columns=tiling.columns))
@@ -175,7 +184,7 @@ def _matmul(node: fx.Node, given: dict[str, Any], extents: tuple[int, int, int],
         return by_matrices
     x, dot = given["input"], int8_dot(hw)
     tiling = choose_dot_tiling(hw, dot, M, N, K)
-    finish = _finish(node, given, N)
+    finish = _finish(node, given, N, dot)
     func = int8_matmul(M, K, N, hw, _dtype(x), finish, dot=dot, tiling=tiling, input_shape=shape_of(x))
     layout = f"int8_panels_{dot.group}_{tiling.columns}"
     packed = Packed(given["weight"], layout, partial(_pack, dot=dot, columns=tiling.columns))
@@ -190,7 +199,7 @@ def _by_matrices(node: fx.Node, given: dict[str, Any], problem: Conv, hw: Hardwa
     if dot is None or prod(problem.output_shape[:3]) < FEWEST_ROWS:
         return None
     plan = choose_mmla(problem, hw)
-    finish = _finish(node, given, problem.filters)
+    finish = _finish(node, given, problem.filters, dot)
     func = mmla_conv(problem, _dtype(x), dot, plan, finish, shape_of(x), shape_of(node), given["input_zero"])
     packed = Packed(given["weight"], f"int8_mmla_{plan.columns}", partial(_pack_matrices, plan=plan))
     work = _work(node, float(problem.flops), plan.tasks, plan.efficiency)
@@ -212,19 +221,26 @@ def _pack_conv(weight: torch.Tensor, dot: Dot, plan: DotConvPlan) -> torch.Tenso
 
 
 def _read(given: dict[str, Any], packed: Packed, dot: Dot) -> tuple[fx.Node | Packed, ...]:
-    source, zero = _dtype(given["input"]), given.get("input_zero", 0)
-    source = "int8" if source == "float32" else source  # which rows of floats are rounded to
+    zero, source = _source(given)
+    extra = [given[name] for name in ("bias", "residual") if given[name] is not None]
+    if not has_offsets(zero, source, dot):
+        return (given["input"], packed, given["scale"], *extra)
     constant = partial(_offsets, zero=zero, source=source, dot=dot)
     added = Packed(packed.constant, f"int8_offsets_{source}_{zero}_{dot.left}", constant)
-    extra = [given[name] for name in ("bias", "residual") if given[name] is not None]
     return (given["input"], packed, added, given["scale"], *extra)
+
+
+def _source(given: dict[str, Any]) -> tuple[int, str]:
+    """The zero point and dtype of the bytes that are multiplied; rows of floats are rounded to int8."""
+    source = _dtype(given["input"])
+    return given.get("input_zero", 0), "int8" if source == "float32" else source
 
 
 def _offsets(weight: torch.Tensor, zero: int, source: str, dot: Dot) -> torch.Tensor:
     return offsets(weight, zero, source, dot)
 
 
-def _finish(node: fx.Node, given: dict[str, Any], columns: int) -> Requantize:
+def _finish(node: fx.Node, given: dict[str, Any], columns: int, dot: Dot) -> Requantize:
     residual = given["residual"]
     added = None
     if residual is not None:
@@ -241,6 +257,7 @@ def _finish(node: fx.Node, given: dict[str, Any], columns: int) -> Requantize:
         given["activation"],
         tuple(given["activation_args"]),
         shape_of(node),
+        has_offsets(*_source(given), dot),
     )
 
 

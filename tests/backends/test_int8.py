@@ -20,6 +20,7 @@ from graphwright.backends.kernels.int8_product import (
     RANGES,
     Requantize,
     Residual,
+    has_offsets,
     int8_conv,
     int8_matmul,
     offsets,
@@ -49,7 +50,7 @@ def machine(kind: str) -> tuple[Hardware, Dot]:
     st.tuples(st.integers(1, 20), EXTENT, EXTENT),
     st.sampled_from(["uint8", "int8"]),
     st.sampled_from(["uint8", "int8", "float32"]),
-    st.integers(-128, 255),
+    st.integers(-128, 255) | st.just(0),
     st.booleans(),
     st.sampled_from([None, "uint8", "int8", "float32"]),
     st.sampled_from([("none", ()), ("relu", ()), ("clamp", (-3.0, 5.5)), ("leaky_relu", (0.1,))]),
@@ -68,20 +69,22 @@ def test_matmul_bit_for_bit(
     zero = max(RANGES[source][0], min(RANGES[source][1], zero))
     a, w = integers(source, M, K), integers("int8", N, K, seed=1)
     scale = torch.rand(N, generator=torch.Generator().manual_seed(2)) * 1e-3 + 1e-5
-    whole = torch.arange(N, dtype=torch.int32) * 37 - 500
+    added_too = has_offsets(zero, source, dot)
+    whole = torch.arange(N, dtype=torch.int32) * 37 - 500 if added_too else torch.zeros(N, dtype=torch.int32)
     bias = torch.linspace(-2, 2, N) if has_bias else None
     added = None
     if residual is not None:
         added = integers(residual, M, N, seed=3) if residual != "float32" else torch.randn(M, N)
     zero_out = 3 if result == "int8" else 110
     kept = Residual(residual, 0.037, 5) if residual else None
-    how = Requantize(M, N, result, zero_out if result != "float32" else 0, 9.7, has_bias, kept, *activation)
+    how = Requantize(M, N, result, zero_out if result != "float32" else 0, 9.7, has_bias, kept, *activation,
+                     offset=added_too)  # fmt: skip
     tiling = choose_dot_tiling(hw, dot, M, N, K)
     out = torch.zeros(M, N, dtype=TORCH[result])
     extra = [t for t in (bias, added) if t is not None]
     func = int8_matmul(M, K, N, hw, source, how, dot=dot, tiling=tiling)
-    constant = offsets(w, zero, source, dot, whole)
-    run(func, detect(), a, pack_matmul(w, dot, tiling.columns), constant, scale, *extra, out)
+    constant = [offsets(w, zero, source, dot, whole)] * added_too
+    run(func, detect(), a, pack_matmul(w, dot, tiling.columns), *constant, scale, *extra, out)
     sums = (a.int() - zero) @ w.int().t() + whole
     assert torch.equal(out, requantized(sums, scale, bias, added, how))
 

@@ -22,7 +22,7 @@ from graphwright.backends.kernels.dot_depthwise_plan import (
     pack_channels,
     pack_depthwise,
 )
-from graphwright.backends.kernels.int8_product import RANGES, Requantize, Residual, offsets
+from graphwright.backends.kernels.int8_product import RANGES, Requantize, Residual, has_offsets, offsets
 from graphwright.hwdb import Hardware, detect, lookup
 
 
@@ -48,8 +48,10 @@ def operands(conv: Conv, source: str, zero: int, how: Requantize, plan: DotDepth
     rows = None if added is None else added.view(-1, conv.channels)
     expected = requantized(sums.reshape(-1, conv.channels), scale, bias, rows, how).view(conv.output_shape)
     extra = [] if added is None else [added]
-    constants = [pack_channels(c, plan) for c in (offsets(w, zero, source, plan.dot), scale, bias)]
-    return [x, pack_depthwise(w, plan, conv.stride[0]), *constants, *extra, expected]
+    added_to_sums = offsets(w, zero, source, plan.dot)
+    assert how.offset or not added_to_sums.any()
+    constants = [pack_channels(c, plan) for c in ([added_to_sums] if how.offset else []) + [scale, bias]]
+    return [x, pack_depthwise(w), *constants, *extra, expected]
 
 
 def finish(conv: Conv, result: str, residual: str | None = None, activation: str = "none") -> Requantize:
@@ -78,7 +80,7 @@ def machine(kind: str) -> tuple[Hardware, bool]:
     st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)),
     st.sampled_from(["uint8", "int8"]),
     st.sampled_from(["uint8", "int8", "float32"]),
-    st.integers(-128, 255),
+    st.integers(-128, 255) | st.just(0),
     st.sampled_from([None, "uint8", "int8", "float32"]),
     st.sampled_from(["none", "relu6", "clamp", "leaky"]),
 )
@@ -103,9 +105,11 @@ def test_bit_for_bit(
     hw, emulated = machine(kind)
     plan = choose_dot_depthwise(conv, hw, emulated=emulated)
     how = finish(conv, result, residual, "hardswish" if activation == "leaky" else activation)
-    *given_, expected = operands(conv, source, max(low, min(high, zero)), how, plan)
+    zero = max(low, min(high, zero))
+    how = dataclasses.replace(how, offset=has_offsets(zero, source, plan.dot))
+    *given_, expected = operands(conv, source, zero, how, plan)
     out = torch.zeros(conv.output_shape, dtype=TORCH[result])
-    func = dot_depthwise("int8_depthwise", conv, source, plan, how, zero=max(low, min(high, zero)))
+    func = dot_depthwise("int8_depthwise", conv, source, plan, how, zero=zero)
     run(func, detect(), *given_, out)
     assert torch.equal(out, expected)
 

@@ -153,3 +153,19 @@ def test_refusals() -> None:
     refused = KERNELS[dialect_int8.qconv2d](node, detect())
     assert isinstance(refused, Refusal)
     assert "2 groups" in refused.reason
+
+
+@pytest.mark.skipif(detect().vector_dot_product("int8") != "vnni", reason="other products may take signed bytes")
+def test_depthwise_taps_take_a_byte_and_zero_offsets_are_not_stored() -> None:
+    x, w = integers(torch.uint8, 1, 6, 6, 40), integers(torch.int8, 40, 1, 3, 3, seed=1)
+    sums = (w, torch.full((40,), 1e-3), None, None, 1.0, 0)
+    rest = ([1, 1], [1, 1, 1, 1], [1, 1], 40, "none", [], 1.0, 0, None)
+    stored = {}
+    for zero in (0, 7):
+        node, tensors = node_of(dialect_int8.qconv2d, (x, zero, *sums, *rest), {2, 3})
+        call = KERNELS[dialect_int8.qconv2d](node, detect())
+        assert isinstance(call, KernelCall), call
+        packed = [o for o in call.operands if isinstance(o, Packed)]
+        stored[zero] = [o.pack(tensors[o.constant]).nbytes for o in packed]
+    channels = 4 * 48  # in blocks of 32 and 16, of which the last begins 8 channels earlier
+    assert stored == {0: [9 * 40, channels], 7: [9 * 40, channels, channels]}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from narrow_harness import fma, integers, random, run
 
 from graphwright.backends.kernels.dot_product import Dot, choose_dot_tiling, int8_dot
-from graphwright.backends.kernels.int8_product import int8_rows_matmul, offsets, pack_matmul
+from graphwright.backends.kernels.int8_product import has_offsets, int8_rows_matmul, offsets, pack_matmul
 from graphwright.backends.kernels.int8_rows import RowFinish
 from graphwright.hwdb import Hardware, detect, lookup
 from graphwright.passes import dialect, dialect_rows
@@ -37,8 +37,11 @@ def product(
     (M, K), N = x.shape, len(w)
     tiling = choose_dot_tiling(hw, dot, M, N, K)
     out = torch.full((M, N), 7.0)
+    signed = has_offsets(0, "int8", dot)
+    finish = dataclasses.replace(finish, offset=signed)
     func = int8_rows_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling)
-    run(func, detect(), x, pack_matmul(w, dot, tiling.columns), offsets(w, 0, "int8", dot), scale, *added, out)
+    constants = [offsets(w, 0, "int8", dot)] * signed + [scale]
+    run(func, detect(), x, pack_matmul(w, dot, tiling.columns), *constants, *added, out)
     return out
 
 
