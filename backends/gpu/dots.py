@@ -131,14 +131,7 @@ class _Warp:
 
     def _weight(self, i: int) -> Any:
         """Element `i` of the weights that this lane holds, in float32."""
-        if self.plan.dtype == "float32":
-            return self.held[i]
-        word, half = self.held[i // 2], i % 2
-        if self.plan.dtype == "bfloat16":  # the upper half of a float32
-            bits = tirx.bitwise_and(word, tirx.const(-65536, "int32")) if half else tirx.shift_left(word, 16)
-            return T.reinterpret("float32", bits)
-        bits = tirx.Cast("uint16", tirx.bitwise_and(tirx.shift_right(word, 16 * half), tirx.const(0xFFFF, "int32")))
-        return tirx.Cast("float32", T.reinterpret("float16", bits))
+        return self.held[i] if self.plan.dtype == "float32" else widened(self.held[i // 2], i % 2, self.plan.dtype)
 
     def _share(self) -> None:
         """Add up over the lanes of the warp; each has the sums."""
@@ -165,3 +158,12 @@ class _Warp:
             conditions += [self.first + c < self.columns] if self.columns % (_WARPS * columns) else []
             with T.If(tirx.all(*conditions)), T.Then():
                 finish_vector(finish, mine, c, held, self.out, self.lane, self.first + c)
+
+
+def widened(word: Any, half: int, dtype: str) -> Any:
+    """The lower (0) or upper (1) element of 16 bits in a word, in float32."""
+    if dtype == "bfloat16":  # the upper half of a float32
+        bits = tirx.bitwise_and(word, tirx.const(-65536, "int32")) if half else tirx.shift_left(word, 16)
+        return T.reinterpret("float32", bits)
+    bits = tirx.Cast("uint16", tirx.bitwise_and(tirx.shift_right(word, 16 * half), tirx.const(0xFFFF, "int32")))
+    return tirx.Cast("float32", T.reinterpret("float16", bits))

@@ -74,6 +74,17 @@ class Long(nn.Module):
         return {"product": y, "odd": self.odd(x[:, :1033]), "conv": filtered}
 
 
+class Cached(nn.Module):
+    """Few queries over the keys of a cache, in float32 and in 16 bits, heads of queries in groups and masked."""
+
+    def forward(self, q: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> dict[str, Tensor]:
+        """q [1, 4, 2, 64], keys and values [1, 2, many, 64], seen [2, many] of bool."""
+        result = {"all": F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)}
+        result["masked"] = F.scaled_dot_product_attention(q, keys, values, seen, enable_gqa=True)
+        halves = (x.half() for x in (q[:, :2], keys, values))
+        return result | {"halves": F.scaled_dot_product_attention(*halves).float()}
+
+
 class Single(nn.Module):
     """Reductions over one element, each with work behind it that a schedule may put into the same loop."""
 
@@ -130,6 +141,9 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
         return Block().eval(), (torch.randn(2, 24, 64),)
     if name == "long":
         return Long().eval(), (torch.randn(40, 1096), torch.randn(2, 128, 9, 7))
+    if name == "cached":
+        cache = torch.randn(2, 1, 2, 2100, 64)
+        return Cached().eval(), (torch.randn(1, 4, 2, 64), *cache, torch.rand(2, 2100) < 0.5)
     if name == "several":
         return Several().eval(), (torch.randn(5, 70), torch.tensor([4, 0, 3, 3, 1]))
     if name == "single":
