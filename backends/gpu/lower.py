@@ -26,8 +26,8 @@ from ...hwdb import Hardware
 from ..lowering.extract import Fused
 from ..lowering.registry import KernelCall, KernelInfo
 from .launches import Launch
-from .one_thread import is_imperative
-from .schedule import NOTHING, schedules
+from .own_order import is_imperative
+from .schedule import NOTHING, reason_of, schedules
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +100,8 @@ def lower(fused: Fused, hw: Hardware, host: dict[str, Any]) -> Lowered:
             except _FAILURES as error:
                 if isinstance(error, GraphwrightError):
                     raise
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 raise GraphwrightError(
-                    f"{variable.name_hint} cannot be scheduled for {hw.id}: {reason}; report this as a bug"
+                    f"{variable.name_hint} cannot be scheduled for {hw.id}: {reason_of(error)}; report this as a bug"
                 ) from error
         host_functions.update(on_host.functions_items())
         kernels.update(on_device.functions_items())
@@ -174,7 +173,7 @@ def _lower_kernel(variable: Any, function: Any, call: KernelCall, target: Target
         for _, kernel in on_device.functions_items():
             _check_limits(_launch(kernel), target)
     except _FAILURES as error:
-        raise KernelFailed(call, str(error)) from error
+        raise KernelFailed(call, reason_of(error)) from error
     return call.algorithm, on_host, on_device
 
 
@@ -193,14 +192,14 @@ def _lower_function(
         except _FAILURES as error:
             log.warning("%s: %s does not work, the next rule takes its place", variable.name_hint, rule)
             log.info("because %s", error)
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            fallbacks.append(f"{rule} for {variable.name_hint}: {reason}")
+            fallbacks.append(f"{rule} for {variable.name_hint}: {reason_of(error)}")
             failure = error
             continue
         return rule, on_host, on_device
+    assert failure is not None  # `schedules` raises where it has none
     raise GraphwrightError(
         f"no schedule makes kernels of {variable.name_hint} for {target.kind.name}, the last one because "
-        f"{str(failure).strip().splitlines()[-1]}; choose a device with other limits, or report this as a bug"
+        f"{reason_of(failure)}; choose a device with other limits, or report this as a bug"
     ) from failure
 
 

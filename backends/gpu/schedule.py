@@ -5,7 +5,7 @@
     matrix times vector                      a block a few rows
     sums, softmax, norms                     a block a row
     the rest                                 a thread an element
-    loops in an order of their own (sort)    one thread
+    loops in an order of their own (sort)    a thread a line, or one thread
 
 All but the first and the last line are rules of TVM's (tvm.s_tir.dlight). Its reduction rule would give a block of 256
 threads, of which nine work, to each element of a depthwise convolution: the first line is there for that. A thread an
@@ -30,14 +30,17 @@ from tvm.target import Target
 
 from ..lowering import expressions as ex
 from .each import one_thread_each
-from .one_thread import in_one_thread, is_imperative
+from .epilogues import as_product
+from .own_order import in_own_order, is_imperative
 from .single_terms import assign_single_terms
 
 log = logging.getLogger(__name__)
 
-_RULES = (
+_PRODUCTS = (
     ("tiled product", dlight.gpu.Matmul()),
     ("matrix times vector", dlight.gpu.GEMV()),
+)
+_RULES = (
     ("reduction", dlight.gpu.Reduction()),
     ("row reductions", dlight.gpu.GeneralReduction()),
 )
@@ -47,36 +50,53 @@ _LAST = dlight.gpu.Fallback()
 
 
 def schedules(function: Any, target: Target, units: int) -> Iterator[tuple[str, Any]]:
-    """Name and scheduled function of every rule that applies, in the order to try them; the device has `units`."""
+    """Name and scheduled function of every rule that applies, in the order to try them; the device has `units`.
+
+    Raises ValueError, with what each rule says, where none applies.
+    """
     if not _has_elements(function):
         yield NOTHING, function.with_body(tirx.Evaluate(0))
         return
     _register_reducers()
     if is_imperative(function):
-        if (alone := in_one_thread(function, target)) is not None:
-            yield "one thread", alone
+        yield "loops in order", in_own_order(function, target, units)
         return
     function = assign_single_terms(function)
     warp = int(target.attrs["thread_warp_size"])
+    last = functools.partial(_applied, _LAST, target)
     rules: list[tuple[str, Callable[[], Any]]] = []
+    for name, rule in _PRODUCTS:
+        whole = functools.partial(_applied, rule, target)
+        rules.append((name, functools.partial(as_product, function, whole, last)))
     for name, rule in _RULES:
-        rules.append((name, functools.partial(_applied, rule, function, target)))
+        rules.append((name, functools.partial(_applied, rule, target, function)))
     # A loop without a reduction has nothing to tile: the first rule for it is the last for others.
     each = (_EACH, functools.partial(one_thread_each, function, units, warp))
     lengths = _reductions(function)
     rules.insert(0 if len(lengths) < 2 and max(lengths, default=0) < 2 * warp else len(rules), each)
-    rules.append((_EACH, functools.partial(_applied, _LAST, function, target)))
+    rules.append((_EACH, functools.partial(last, function)))
+    refused = []
     for name, apply in rules:
         try:
             scheduled = apply()
         except Exception as error:  # TVM's rules raise what they like on loops they were not made for
-            log.info("%s: the rule does not apply: %s", name, str(error).strip().splitlines()[-1:])
+            log.info("%s: the rule does not apply: %s", name, reason := reason_of(error))
+            refused.append(f"{name}: {reason}")
             continue
         if scheduled is not None:
             yield name, scheduled
+        else:
+            refused.append(f"{name}: loops of another form")
+    if len(refused) == len(rules):
+        raise ValueError(f"no rule applies ({'; '.join(refused)})")
 
 
-def _applied(rule: Any, function: Any, target: Target) -> Any | None:
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line, or its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _applied(rule: Any, target: Target, function: Any) -> Any | None:
     """The function as a rule of TVM's schedules it, or None."""
     found = rule.apply(function, target, False)
     found = found[0] if isinstance(found, list) else found

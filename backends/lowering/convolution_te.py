@@ -137,8 +137,9 @@ def spread_out(
                     conditions.append(j * gap % s == r)
             places.append(q - back + reach[d])
             ks.append(k)
-        tap = guarded(conditions, ex.cast(weight(channel, o % each, *ks), dtype), ex.constant(0, dtype))
-        return ex.cast(padded(*lead, channel, *places), dtype) * tap
+        value, tap = ex.cast(padded(*lead, channel, *places), dtype), ex.cast(weight(channel, o % each, *ks), dtype)
+        # Not value * 0 where there is no tap: that is NaN for an infinity.
+        return guarded(conditions, value * tap, ex.constant(0, dtype))
 
     lead = tuple(shape[:-count])
     phases = _sum((*lead, *stride, *quotients), dtype, [c, *js], term, "conv_transpose")

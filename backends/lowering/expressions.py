@@ -287,5 +287,5 @@ def filled(out: Out, value: Scalar) -> te.Tensor:
 
 
 def _fill(target: Elements, value: Any) -> None:
-    with grid(target.shape or (1,)) as index:
+    with grid(target.shape or (1,), parallel=True) as index:
         target[index if target.shape else ()] = value

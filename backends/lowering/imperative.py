@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeAlias
 
 from tvm import te, tirx
@@ -22,6 +22,7 @@ Expr: TypeAlias = Any
 # Below this many elements a second thread costs more than it brings (a wake-up is a few microseconds).
 PARALLEL_ELEMENTS = 1 << 15
 _FAR_LINES, _NEAR_LINES = 4, 8
+INDEPENDENT = "independent"  # the annotation of a loop whose steps may be taken in any order, or at once
 
 
 class Elements:
@@ -49,7 +50,9 @@ def loop_nest(
     body: Callable[[Sequence[Elements], Sequence[Elements]], None],
     name: str,
 ) -> tuple[te.Tensor, ...]:
-    """The tensors that `body(inputs, outs)` writes; it is called inside an IR builder."""
+    """The tensors that `body(inputs, outs)` writes; it is called inside an IR builder, unless all are empty."""
+    if all(0 in out.shape for out in outs):
+        return tuple(te.compute(out.shape, lambda *_, out=out: tirx.const(0, out.dtype), name=name) for out in outs)
     # Buffers of our own: te.extern's default ones carry a symbolic offset that a plain C call does not pass.
     sources = [tirx.decl_buffer(t.shape, t.dtype, t.op.name, layout=None) for t in inputs]
     results = [tirx.decl_buffer(out.shape, out.dtype, name, layout=None) for out in outs]
@@ -78,19 +81,25 @@ def local(dtype: str, count: int = 1) -> Elements:
 
 
 @contextlib.contextmanager
-def grid(shape: Sequence[int | Expr], parallel: bool = False, each: int = 1) -> Iterator[tuple[Expr, ...]]:
+def grid(
+    shape: Sequence[int | Expr], parallel: bool = False, each: int = 1, independent: Collection[int] = ()
+) -> Iterator[tuple[Expr, ...]]:
     """Nested loops over `shape`; the outermost one runs on all threads if `parallel` and the work is worth it.
 
-    `each` elements are the work of one position. Extents may be known at run time only where
-    nothing is parallel.
+    `each` elements are the work of one position. Extents may be known at run time only where nothing is parallel. The
+    steps of all loops of a parallel nest, and of those with the numbers `independent`, may be taken in any order.
     """
     outermost = next((level for level, extent in enumerate(shape) if not isinstance(extent, int) or extent > 1), None)
     with contextlib.ExitStack() as stack:
         index = []
         for level, extent in enumerate(shape):
             spread = parallel and level == outermost and math.prod(shape) * each >= PARALLEL_ELEMENTS
-            index.append(stack.enter_context((T.parallel if spread else T.serial)(0, extent)))
+            index.append(stack.enter_context(_loop(extent, spread, parallel or level in independent)))
         yield tuple(index)
+
+
+def _loop(extent: int | Expr, parallel: bool, independent: bool) -> Any:
+    return (T.parallel if parallel else T.serial)(0, extent, annotations={INDEPENDENT: True} if independent else None)
 
 
 @contextlib.contextmanager
@@ -106,7 +115,7 @@ def lines(shape: Sequence[int], axes: Sequence[int]) -> Iterator[list[list[Expr]
     width = min(count, _FAR_LINES if kept[-1] == 1 else _NEAR_LINES)
     batches = -(-count // width)
     spread = math.prod(shape) >= PARALLEL_ELEMENTS
-    with (T.parallel if spread else T.serial)(0, batches) as batch:
+    with _loop(batches, spread, True) as batch:
         first = batch * width if count % width == 0 else tirx.min(batch * width, count - width)
         index: list[list[Expr]] = []
         for u in range(width):

@@ -76,12 +76,17 @@ def _write_along(
     def body(ins: Sequence[Elements], outs: Sequence[Elements]) -> None:
         result = outs[0]
         copy(result, ins[0])
-        with grid(ins[1].shape) as i:
+        with grid(ins[1].shape, independent=_others(ins[1], axis)) as i:
             value = ex.cast(ins[2][i], out.dtype) if isinstance(new, te.Tensor) else ex.constant(new, out.dtype)
             place = _place(i, axis, ins[1][i], out.shape)
             result[place] = combine(result[place], value)
 
     return loop_nest([out], inputs, body, "scatter")[0]
+
+
+def _others(index: Elements, axis: int) -> list[int]:
+    """The dims of an index along `axis` by which no two elements have the same place."""
+    return [d for d in range(len(index.shape)) if d != axis]
 
 
 def _place(index: Index, axis: int, which: Expr, shape: Sequence[int]) -> Index:
@@ -161,7 +166,7 @@ def scatter_reduce(
         copy(result, ins[0])
         with grid(out.shape, parallel=True) as i:
             count[i] = int(include_self)
-        with grid(ins[1].shape) as i:
+        with grid(ins[1].shape, independent=_others(ins[1], axis)) as i:
             place = _place(i, axis, ins[1][i], out.shape)
             first = tirx.all(count[place] == 0)
             old = tirx.Select(first, _identity(reduce, out.dtype), result[place])
@@ -200,7 +205,8 @@ def index_put(
         result, new = outs[0], ins[1]
         copy(result, ins[0])
         read = dict(zip(axes, ins[2:], strict=True))
-        with grid(written) as i:
+        apart = [d for d in range(len(written)) if not place <= d < place + len(joint)]
+        with grid(written, independent=apart) as i:
             tail = i[len(i) - len(new.shape) :]
             value = ex.cast(new[[0 if n == 1 else k for k, n in zip(tail, new.shape, strict=True)]], out.dtype)
             at = indexed(i, [read.get(axis) for axis in range(len(out.shape))], out.shape, layout)
@@ -247,7 +253,7 @@ def _write_slices(
         result, which = outs[0], ins[1]
         copy(result, ins[0])
         shape = (*out.shape[:axis], count, *out.shape[axis + 1 :])
-        with grid(shape) as i:
+        with grid(shape, independent=[d for d in range(len(shape)) if d != axis]) as i:
             k = i[axis]
             wanted = which[k] if which.shape else which[()]
             if isinstance(new, te.Tensor):

@@ -44,7 +44,7 @@ class Kernel:
 
 
 def generated(functions: Mapping[str, Any], hw: Hardware) -> tuple[dict[str, str], dict[str, Kernel]]:
-    """CUDA C++ and launch of each function by its name; each must be a single kernel."""
+    """CUDA C++ and launch of each function by its name; of several kernels by "name_0", "name_1" in their order."""
     target = Target(hw.tvm_target(), host={"kind": "llvm"})
     sources, kernels = {}, {}
     name = "tvm_callback_cuda_compile"
@@ -54,10 +54,12 @@ def generated(functions: Mapping[str, Any], hw: Hardware) -> tuple[dict[str, str
         for symbol, function in functions.items():
             variable = ir.GlobalVar(symbol)
             _, device = lower._split(variable, function.with_attr("global_symbol", symbol), target)
-            ((_, kernel),) = device.functions_items()
-            lower._check_limits(lower._launch(kernel), target)
-            kernels[symbol] = _described(kernel)
-            sources[symbol] = str(tvm.get_global_func("target.build.cuda")(device, target).inspect_source("cuda"))
+            source = str(tvm.get_global_func("target.build.cuda")(device, target).inspect_source("cuda"))
+            parts = [kernel for _, kernel in device.functions_items()]
+            for number, kernel in enumerate(parts):
+                lower._check_limits(lower._launch(kernel), target)
+                key = symbol if len(parts) == 1 else f"{symbol}_{number}"
+                kernels[key], sources[key] = _described(kernel), source
     finally:
         if before is not None:
             tvm_ffi.register_global_func(name, before, override=True)

@@ -118,7 +118,8 @@ class Transposed(nn.Module):
     def __init__(self, count: int = 8) -> None:
         super().__init__()
         draw = random.Random(0)
-        ones = [nn.ConvTranspose2d(6, 9, 3, stride=2, dilation=2)]
+        # The second has filters shorter than their stride: phases without a tap, and a tile that is filled up.
+        ones = [nn.ConvTranspose2d(6, 9, 3, stride=2, dilation=2), nn.ConvTranspose2d(16, 12, 2, stride=3, groups=2)]
         for _ in range(count):
             stride, dilation, kernel = ([draw.randint(1, 3) for _ in "yx"] for _ in range(3))
             stride[0], dilation[1] = max(stride[0], 2), max(dilation[1], 2)

@@ -22,7 +22,7 @@ GROUPS = (
     ("bert-eager", "efficientnet", "gpt2-decode", "resnet50", "swin", "vit"),
 )
 RULES = {
-    *("a thread an element", "row reductions", "one thread", "few rows"),
+    *("a thread an element", "row reductions", "loops in order", "few rows"),
     *("tiled product", "tiled conv", "tiled pointwise conv", "online attention", "attention of few queries"),
 }
 # Products of fewer than 16 rows, whose weights stay in the cache once shrunk: 16 bits gain nothing.
