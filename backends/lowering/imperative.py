@@ -52,7 +52,7 @@ def loop_nest(
 ) -> tuple[te.Tensor, ...]:
     """The tensors that `body(inputs, outs)` writes; it is called inside an IR builder, unless all are empty."""
     if all(0 in out.shape for out in outs):
-        return tuple(te.compute(out.shape, lambda *_, out=out: tirx.const(0, out.dtype), name=name) for out in outs)
+        return tuple(_empty(out, name) for out in outs)
     # Buffers of our own: te.extern's default ones carry a symbolic offset that a plain C call does not pass.
     sources = [tirx.decl_buffer(t.shape, t.dtype, t.op.name, layout=None) for t in inputs]
     results = [tirx.decl_buffer(out.shape, out.dtype, name, layout=None) for out in outs]
@@ -73,6 +73,10 @@ def loop_nest(
         out_buffers=results,
     )
     return (tensors,) if len(outs) == 1 else tuple(tensors)
+
+
+def _empty(out: Out, name: str) -> te.Tensor:
+    return te.compute(out.shape, lambda *_: tirx.const(0, out.dtype), name=name)
 
 
 def local(dtype: str, count: int = 1) -> Elements:

@@ -271,20 +271,31 @@ def _scaled_i(order: int, x: Any) -> Any:
 
 
 def _scaled_k(order: int, x: Any) -> Any:
-    """exp(x) K_order(x), the integral of exp(-x (cosh t - 1)) cosh(order t) by the trapezoidal rule, to all digits."""
+    """exp(x) K_order(x).
+
+    Up to 30 the integral of exp(-x (cosh t - 1)) cosh(order t) by the trapezoidal rule, to all digits; then the
+    asymptotic series (Abramowitz and Stegun, 9.7.2).
+    """
     steps = 256
+    near = tirx.min(x, _number(30))
     # Where the integrand has fallen to exp(-45).
-    end = ex.libm("acosh", _number(1) + _number(45) / x) + _number(0.5)
+    end = ex.libm("acosh", _number(1) + _number(45) / near) + _number(0.5)
     width = end / _number(steps)
-    total = local(WORKING)
+    total, term, tail = local(WORKING), local(WORKING), local(WORKING)
     total[0] = _number(0.5)
     with grid([steps]) as (k,):
         t = (k + 1).astype(WORKING) * width
         half = ex.libm("sinh", t * _number(0.5))
         weight = ex.libm("cosh", t) if order == 1 else _number(1)
-        total[0] = total[0] + tirx.exp(_number(-2) * x * half * half) * weight
-    zero = _number(0)
-    return _choose(x.equal(zero), _number(math.inf), x < zero, _number(math.nan), ex.is_nan(x), x, total[0] * width)
+        total[0] = total[0] + tirx.exp(_number(-2) * near * half * half) * weight
+    far = tirx.max(x, _number(30))
+    term[0] = tirx.sqrt(_number(math.pi / 2) / far)
+    tail[0] = term[0]
+    for j in range(1, 16):
+        term[0] = term[0] * (_number((4 * order - (2 * j - 1) ** 2) / (8 * j)) / far)
+        tail[0] = tail[0] + term[0]
+    zero, value = _number(0), tirx.Select(x < _number(30), total[0] * width, tail[0])
+    return _choose(x.equal(zero), _number(math.inf), x < zero, _number(math.nan), ex.is_nan(x), x, value)
 
 
 BESSEL: dict[torch._ops.OpOverload, Callable[[Any], Any]] = {
