@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import fx
 
 from ..errors import GraphwrightError, InputError
-from .reference import Keeping, max_absolute, relative_l2, run_float64, widen
+from .reference import Keeping, max_absolute, relative_l2, rounding_noise, run_float64, widen
 from .report import ErrorRow
 from .users_line import users_line
 
@@ -76,13 +77,15 @@ class Chosen:
 class Reference:
     """Outputs of the captured graph in float64 and in plain PyTorch, for one set of inputs.
 
-    `chosen` tells, for outputs that hold positions, what they point into; `no_float64`, why `exact` is `eager`.
+    `chosen` tells, for outputs that hold positions, what they point into; `no_float64`, why `exact` is `eager`; `noise`
+    gives, for each output, the norm of what rounding every value of the graph at random changes.
     """
 
     exact: list[torch.Tensor]
     eager: list[torch.Tensor]
     chosen: dict[int, Chosen] = field(default_factory=dict)
     no_float64: str | None = None
+    noise: Callable[[], Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def reference(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], names: Sequ
     eager, values = _run(graph, inputs, names, {source for source, _ in sources.values()})
     chosen = {output: Chosen(values[source], dim) for output, (source, dim) in sources.items()}
     try:
-        return Reference(run_float64(graph, inputs), eager, chosen)
+        noise = functools.cache(lambda: rounding_noise(graph, inputs))
+        return Reference(run_float64(graph, inputs), eager, chosen, noise=noise)
     except Exception as error:
         log.warning("the model does not run in float64, so that PyTorch's own numbers are the reference: %s", error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -182,7 +186,8 @@ def compare(results: Sequence[torch.Tensor], expected: Reference, tolerance: flo
     """The first output whose error is more than rounding explains, or None.
 
     The error of a floating point output is relative L2 against float64; `tolerance` replaces the default bound of
-    a few times eager's own error. Integers must be equal, but for ties that rounding may turn over.
+    a few times eager's own error. An output that cancels to nothing has no relative error: a few roundings of what
+    it was computed from are allowed on top. Integers must be equal, but for ties that rounding may turn over.
     """
     for i, (result, exact, eager) in enumerate(zip(results, expected.exact, expected.eager, strict=True)):
         if result.dtype != eager.dtype or result.shape != eager.shape:
@@ -204,7 +209,7 @@ def compare(results: Sequence[torch.Tensor], expected: Reference, tolerance: flo
         if not math.isfinite(own):
             allowed = _allowed(0.0, result.dtype, tolerance)
             error = relative_l2(result, _overflowing(eager, exact, result, allowed))
-        if not error <= allowed and not _negligible(result, eager):
+        if not error <= allowed and not _negligible(result, eager) and not _cancelled(i, result, expected, allowed):
             return Difference(i, error, allowed)
     return None
 
@@ -251,6 +256,16 @@ def _allowed(own: float, dtype: torch.dtype, tolerance: float | None) -> float:
     if tolerance is not None:
         return tolerance
     return max(FACTOR_OF_EAGER * own, FLOOR.get(dtype, 4e-6))
+
+
+def _cancelled(i: int, result: torch.Tensor, expected: Reference, allowed: float) -> bool:
+    """Whether an output is so small beside what it was computed from that a few roundings of that explain its error."""
+    exact = expected.exact[i]
+    if expected.noise is None or result.is_complex() or not bool(result.isfinite().all() and exact.isfinite().all()):
+        return False
+    difference, scale = (float(torch.linalg.vector_norm(x)) for x in (widen(result) - exact, exact))
+    explained = FACTOR_OF_EAGER * expected.noise()[i]
+    return explained > FLOOR[torch.float32] * scale and difference <= allowed * scale + explained
 
 
 def _negligible(result: torch.Tensor, eager: torch.Tensor) -> bool:

@@ -73,10 +73,37 @@ class Float64(Keeping):
         return widen(result)
 
 
+class Perturbed(Float64):
+    """Runs a graph in float64 with every value off by as much as its dtype rounds, at random.
+
+    What comes out differs from the exact results as arithmetic in any order may (Parker, Monte Carlo Arithmetic, 1997).
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.draw = torch.Generator().manual_seed(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value, promised = super().run_node(n), n.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not isinstance(promised, torch.Tensor):
+            return value
+        if value.dtype != torch.float64 or not promised.is_floating_point():
+            return value
+        noise = torch.empty(value.shape, dtype=torch.float64).uniform_(-1, 1, generator=self.draw)
+        return value + value * noise * (torch.finfo(promised.dtype).eps / 2)
+
+
 def run_float64(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The graph's outputs in float64 (integers and booleans stay what they are)."""
     with torch.no_grad():
         return list(Float64(graph).run(*inputs))
+
+
+def rounding_noise(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[float]:
+    """For each output, the norm of what rounding every value of the graph at random changes; 0 for integers."""
+    with torch.no_grad():
+        pairs = zip(Perturbed(graph).run(*inputs), Float64(graph).run(*inputs), strict=True)
+        return [float(torch.linalg.vector_norm(a - b)) if b.is_floating_point() else 0.0 for a, b in pairs]
 
 
 def run_eager(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ Tensors on the CPU are copied to the device, and results back.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import shutil
 import tempfile
@@ -68,21 +69,31 @@ def runs_on(arch: str, here: str, has_ptx: bool) -> bool:
 
 
 def _has_runtime(kind: str) -> bool:
-    """Whether TVM has a runtime for the kind of target. It looked for CUDA's when it was imported; pip's has no place
-    where the loader looks.
+    """Whether TVM has a runtime for the kind of target."""
+    import tvm
+
+    if kind == "cuda":
+        _load_cuda()
+    return tvm.get_global_func(f"device_api.{kind}", allow_missing=True) is not None
+
+
+@functools.cache
+def _load_cuda() -> None:
+    """Load CUDA's runtime from pip's packages, where TVM's loader did not look when it was imported.
+
+    Once in a process: a driver that is installed meanwhile is seen by the next one.
     """
     import tvm
     from tvm_ffi.libinfo import load_lib_ctypes
 
-    name = f"device_api.{kind}"
-    if kind == "cuda" and tvm.get_global_func(name, allow_missing=True) is None:
-        try:
-            for runtime in from_pip("*/lib/libcudart.so.13")[:1]:
-                ctypes.CDLL(str(runtime))
-            load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", tvm.libinfo.package_lib_paths())
-        except (OSError, RuntimeError) as error:
-            log.info("no CUDA runtime: %s", error)
-    return tvm.get_global_func(name, allow_missing=True) is not None
+    if tvm.get_global_func("device_api.cuda", allow_missing=True) is not None:
+        return
+    try:
+        for runtime in from_pip("*/lib/libcudart.so.13")[:1]:
+            ctypes.CDLL(str(runtime))
+        load_lib_ctypes("tvm", "tvm_runtime_cuda", "RTLD_LOCAL", tvm.libinfo.package_lib_paths())
+    except (OSError, RuntimeError) as error:
+        log.info("no CUDA runtime: %s", error)
 
 
 class DeviceLibrary:

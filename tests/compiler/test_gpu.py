@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import graphwright
-from graphwright.backends.gpu import cuda, evidence, instructions, lower, rocm
+from graphwright.backends.gpu import cuda, device_library, evidence, instructions, lower, rocm
 from graphwright.backends.gpu.device_library import runs_on
 from graphwright.backends.gpu.launches import Description, Launch
 from graphwright.compiler import artifact
@@ -392,3 +392,12 @@ def test_gpus_of_other_makers():
 )
 def test_code_runs_on_the_devices_that_cuda_says(arch, here, has_ptx, runs):
     assert runs_on(arch, here, has_ptx) is runs
+
+
+def test_a_missing_runtime_is_looked_for_once(monkeypatch):
+    looked = []
+    monkeypatch.setattr(device_library, "from_pip", lambda pattern: looked.append(pattern) or [])
+    device_library._load_cuda.cache_clear()
+    for _ in range(2):
+        device_library.absence(graphwright.hwdb.lookup("a100"))
+    assert len(looked) <= 1

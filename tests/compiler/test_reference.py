@@ -97,3 +97,25 @@ def test_real_functions_of_integers_are_in_float64():
     for result, value in zip(run_float64(graph, [x, y]), expected, strict=False):
         assert torch.equal(result, value)
     assert run_float64(graph, [x, y])[3].dtype == torch.int64
+
+
+def test_an_output_that_cancels_is_judged_by_what_it_was_computed_from():
+    draw = torch.Generator().manual_seed(0)
+    w, x = torch.randn(64, 64, generator=draw), torch.randn(8, 64, generator=draw)
+    graph = capture(export(lambda x: torch.cat([x, -x], 1) @ torch.cat([w, w], 0), (x,))).graph
+    expected = verify_reference(graph, [x])
+    # The same sum in another order: no relative error of nothing explains what is left of it.
+    turned = (torch.cat([x, -x], 1).flip(1) @ torch.cat([w, w], 0).roll(3, 1).roll(-3, 1).flip(0)) + 2e-6
+    for tolerance in (None, 4e-3):
+        assert compare([turned], expected, tolerance) is None
+        for wrong in (turned + 1e-4, x @ w, torch.where(turned == turned[3, 5], 1e-2, turned)):
+            assert compare([wrong], expected, tolerance) is not None
+
+
+def test_rounding_explains_no_more_where_nothing_cancels():
+    x = torch.linspace(-1, 1, 100)
+    graph = capture(export(lambda x: x * 3, (x,))).graph
+    expected = verify_reference(graph, [x])
+    assert expected.noise is not None
+    assert 0 < expected.noise()[0] < 1e-6 * float(expected.exact[0].norm())
+    assert compare([x * 3 + 1e-4], expected, None) is not None
