@@ -125,15 +125,17 @@ def row(
     judged: Sequence[torch.Tensor],
     decide: Callable[[list[Any]], torch.Tensor],
     tolerance: float | None = None,
+    activation: str = "mse",
 ) -> dict[str, Any]:
     """The net quantised on `calibration`, and how often `decide` says the same of what it makes of `judged`."""
-    made = graphwright.quantize(net, calibration, target=TARGET, tolerance=tolerance)
+    made = graphwright.quantize(net, calibration, target=TARGET, tolerance=tolerance, activation=activation)
     with torch.no_grad():
         exact, rounded = decide([net(x) for x in judged]), decide([made(x) for x in judged])
     products = [c for c in made.report().precisions if "conv2d" in c.operator or "linear" in c.operator]
     found = {
         "net": name,
         "tolerance": tolerance or 0.1,
+        "activation": activation,
         "products": len(products),
         "products_in_int8": sum(c.dtype == "int8" for c in products),
         "decisions": exact.numel(),
@@ -151,8 +153,8 @@ def rows() -> list[dict[str, Any]]:
     novel = silero.frames_of("librivox/*.wav").split(60)[:-1]
     others = silero.frames_of("cards/*.wav", "*.raw").split(60)[:-1]
     found = [
-        row("silero-vad", encoder, others, novel, lambda made: decoder(torch.cat(made)) > 0.5, tolerance)
-        for tolerance in (None, 0.2, 1.0)
+        row("silero-vad", encoder, others, novel, lambda made: decoder(torch.cat(made)) > 0.5, *how)
+        for how in ((None,), (0.2,), (1.0,), (None, "dynamic"), (0.2, "dynamic"))
     ]
     for name, threshold in THRESHOLDS.items():
         calibration = [x for picture in CALIBRATING for x in inputs_of(name, image(picture))][::3]

@@ -59,8 +59,8 @@ def check_options(precision: str, fallback: Any, calibration: Any, has_example: 
     if precision == "int8" and calibration is None and method.calibrates:
         raise InputError(
             "precision='int8' finds the ranges of values on inputs: pass calibration=[inputs, ...], a few dozen that "
-            "look like those the model will get (int8={'activation': 'dynamic'}, without migration, needs none for "
-            "linear layers)"
+            "look like those the model will get (int8={'activation': 'dynamic'}, without migration, needs none, but "
+            "for depthwise convolutions)"
         )
     if precision == "adaptive" and calibration is None:
         raise InputError(

@@ -343,7 +343,7 @@ def _int8_options(precision: str, texts: list[str] | None, calibration: Path | N
         raise InputError(
             f"--precision {precision} {why[precision]}: give --calibration FILE.npz, with a few dozen that look like "
             "those the model will get, by the inputs' names and along a leading axis"
-            + (" (--int8 activation=dynamic needs none for linear layers)" if precision == "int8" else "")
+            + (" (--int8 activation=dynamic needs none)" if precision == "int8" else "")
         )
     return options
 

@@ -154,7 +154,7 @@ def _decide(graph: fx.GraphModule, hw: Hardware, precision: Precision) -> tuple[
         f"{method.weight.replace('_', ' ')} weights"
     )
     if method.dynamic:
-        rows = "inputs of linear layers by a scale for each row, found at run time"
+        rows = "inputs of linear layers by a scale for each row, of convolutions for each image, found at run time"
         how = f"{rows}; of other products {how}" if precision.observed else rows
     if method.activation == LEARNED:
         how = "ranges and steps as training learned them"

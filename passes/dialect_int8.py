@@ -120,8 +120,8 @@ def _product(x: Tensor, zero: int, weight: Tensor) -> Tensor:
     return F.linear(x.to(wide) - zero, weight.to(wide))
 
 
-def _convolved(input: Tensor, zero: int, weight: Tensor, sizes: Sequence[Sequence[int]], groups: int) -> Tensor:
-    """Exact sums over the windows of images [N, H, W, C]; `sizes`: stride, padding, dilation."""
+def convolved(input: Tensor, zero: int, weight: Tensor, sizes: Sequence[Sequence[int]], groups: int) -> Tensor:
+    """Exact sums over the windows of images [N, H, W, C] of whole numbers; `sizes`: stride, padding, dilation."""
     stride, (top, bottom, left, right), dilation = sizes
     if weight.shape[1] == 1 and groups == len(weight):  # tap by tap: PyTorch takes milliseconds for doubles in groups
         wide = _exact(weight)
@@ -201,7 +201,7 @@ def _qconv2d(
     if weight.shape[2:] == (1, 1) and groups == 1 and list(stride) == [1, 1] and not any(padding):
         sums = _product(input, input_zero, weight.flatten(1))
     else:
-        sums = _convolved(input, input_zero, weight, (stride, padding, dilation), groups)
+        sums = convolved(input, input_zero, weight, (stride, padding, dilation), groups)
     added = (bias, residual, residual_scale, residual_zero)
     return _finish(sums, scale, *added, activation, activation_args, out_scale, out_zero, dtype)
 

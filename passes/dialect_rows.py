@@ -1,9 +1,11 @@
-"""The dialect's product of bytes whose inputs are rounded at run time, each row by its own largest value.
+"""The dialect's products of bytes whose inputs are rounded at run time, each row by its own largest value.
 
     q = round(x * (127 / max |x|))                  of a row, in [-127, 127], half to even; unit = max |x| * (1 / 127)
     sum = sum over k q w8                           exact in int32
     y = fma(float(sum) * scale[n], unit, bias[n] + residual)
     out = act(y)                                    float32
+
+conv2d_images is the same of convolutions, NHWC: each image is rounded by its own largest value, and padding is zeros.
 
 Rows without a value of LEAST are zeros, so that 127 / max |x| is finite. A row that holds an infinity or NaN gives NaN.
 Every operation is rounded to float32 as kernels round it (activations that are polynomials in machine code aside).
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dialect, mixed
+from . import dialect, dialect_int8, mixed
 
 LEAST_EXPONENT = -120
 LEAST = 2.0**LEAST_EXPONENT
@@ -32,15 +34,30 @@ def _linear_rows(
     activation: str,
     activation_args: Sequence[float],
 ) -> Tensor:
-    x = input.float()
-    largest = x.abs().amax(-1, keepdim=True)  # NaN where there is one
+    steps, unit = _steps(input.float(), (-1,))
+    sums = F.linear(steps.double(), weight.double()).float()  # whole numbers: exact in any order
+    return _finished(sums, scale, unit, (bias, residual), activation, activation_args)
+
+
+def _steps(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x in steps of the unit of what `dims` span, and the units."""
+    largest = x.abs().amax(dims, keepdim=True)  # NaN where there is one
     finite = largest.isfinite()
     inverse = 127.0 / torch.where(finite & (largest >= LEAST), largest, 127.0)
-    steps = torch.where(finite, x * inverse, 0.0).round()
-    sums = F.linear(steps.double(), weight.double()).float()  # whole numbers: exact in any order
     unit = torch.where(finite, largest * torch.tensor(1 / 127, dtype=torch.float32), torch.nan)
+    return torch.where(finite, x * inverse, 0.0).round(), unit
+
+
+def _finished(
+    sums: Tensor,
+    scale: Tensor,
+    unit: Tensor,
+    added: Sequence[Tensor | None],
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
     y = (sums * scale.float()).double() * unit.double()
-    addends = [t.float() for t in (bias, residual) if t is not None]
+    addends = [t.float() for t in added if t is not None]
     if addends:
         y = y + sum(addends[1:], addends[0]).double()
     return dialect.ACTIVATIONS[activation](y.float(), list(activation_args)).contiguous()
@@ -58,9 +75,50 @@ def _linear_rows_fake(
     return input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=torch.float32)
 
 
+def _conv2d_images(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    steps, unit = _steps(input.float(), (1, 2, 3))
+    sums = dialect_int8.convolved(steps, 0, weight, (stride, padding, dilation), 1).float()
+    return _finished(sums, scale, unit, (bias, residual), activation, activation_args)
+
+
+def _conv2d_images_fake(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    floats = weight.new_empty(weight.shape, dtype=torch.float32)
+    sizes = (list(stride), list(padding), list(dilation), 1)
+    return input.new_empty(dialect.conv2d(input.float(), floats, None, None, *sizes, "none", [], "NHWC").shape)
+
+
 linear_rows = dialect.define(
     "linear_rows",
     mixed.LINEAR_SCALED,
     _linear_rows,
     _linear_rows_fake,
+)
+conv2d_images = dialect.define(
+    "conv2d_images",
+    "(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
+    "int[] dilation, str activation, float[] activation_args) -> Tensor",
+    _conv2d_images,
+    _conv2d_images_fake,
 )

@@ -6,8 +6,8 @@ float32                                      max(arithmetic, weights), by Winogr
 int8         both in 8 bits, exact sums      arithmetic at 4 times the rate (depthwise: DEPTHWISE_RATE), a quarter of
                                              the weights' bytes; rounding the input, where no other product of 8 bits
                                              makes or reads it
-int8 dynamic both in 8 bits, inputs by a scale    the same arithmetic and bytes; every product rounds its own input:
-             for each row                    linear layers, where asked for
+int8 dynamic both in 8 bits, inputs by a scale    the same arithmetic and bytes; every product rounds its own input,
+             for each row, or image          a convolution after it has read it once more: where asked for
 int8 weights float32 inputs and sums         the same arithmetic, a quarter of the bytes: linear layers whose few rows
                                              wait for weights. As fast as int8 there, and inputs are not rounded
 int4 weights inputs in int8, row by row      an eighth of the bytes, and scales: the same layers, where asked for
@@ -85,7 +85,8 @@ def int8_form(
     """What 8 bits are for one product; values in `shared` are rounded for other products in any case.
 
     `streamed`: bytes in float32 of all weights of the graph; None: of this product's. `group`: of the inputs that share
-    a scale, where weights may have four bits; 0: they may not. `dynamic`: linear layers round their inputs row by row.
+    a scale, where weights may have four bits; 0: they may not. `dynamic`: linear layers round their inputs row by row,
+    and convolutions image by image, but depthwise ones.
     """
     why_not = _refusal(graph, node)
     if why_not is not None:
@@ -105,11 +106,13 @@ def int8_form(
     narrow = times.seconds(item_bytes=1, rate=LONG_EFFICIENCY * hw.byte_rate if pairs else _rate(node))
     # Between products of 8 bits, a depthwise convolution that is no slower saves them the rounding.
     worth = 1.0 if x in shared and is_depthwise(node) else GAIN
-    by_rows = dynamic and node.target is not dialect.conv2d
-    if by_rows or x not in shared:
+    image = node.target is dialect.conv2d
+    at_run_time = dynamic and not is_depthwise(node)
+    if at_run_time or x not in shared:
         elements = prod(shape_of(x))
-        narrow += 0.0 if by_rows else ENTRY_SECONDS  # rows are rounded by the product itself
-        narrow += predict_seconds(hw, Work({}, 4.0 * elements, 1.0 * elements, launches=0)) or 0.0
+        narrow += 0.0 if at_run_time and not image else ENTRY_SECONDS  # rows are rounded by the product itself
+        read = 8.0 if at_run_time and image else 4.0  # the largest of an image is found first
+        narrow += predict_seconds(hw, Work({}, read * elements, 1.0 * elements, launches=0)) or 0.0
     if node.target is not dialect.conv2d and alone.pays and alone.seconds <= NEARLY * narrow:
         if not group:
             return alone
@@ -122,8 +125,9 @@ def int8_form(
             return Int8Form(True, _HALVES, wide, fewer, "int4 weights")
         return replace(alone, reason=f"{_WEIGHTS}; {NOT_FOUR}: {why_not}")
     how = "products of bytes (smull, sadalp)" if pairs else f"dot products of bytes ({family})"
-    if by_rows:
-        form = Int8Form(True, f"{how}, exact sums; inputs by a scale for each row", wide, narrow, DYNAMIC)
+    if at_run_time:
+        each = "image" if image else "row"
+        form = Int8Form(True, f"{how}, exact sums; inputs by a scale for each {each}", wide, narrow, DYNAMIC)
     else:
         form = Int8Form(True, f"{how}, exact sums", wide, narrow, worth=worth)
     if form.pays:

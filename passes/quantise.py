@@ -1,6 +1,7 @@
 """linear(x, w, b) -> qlinear(quantize(x), w8, scale, b'), conv2d likewise, for the products that were chosen.
 
     linear(x, w, b) -> linear_rows(x, w8, scale, b)      those in `by_rows`: x is rounded at run time, a scale a row
+    conv2d(x, w, b) -> conv2d_images(x, w8, scale, b)    likewise, a scale an image
     linear(x, w, b) -> linear_w8(x, w8, scale, b)        those in `weights_only`
     linear(x, w, b) -> linear_w4(x, w4, scales, b)       those in `halved`: groups of so many inputs have a scale
     embedding(w, i) -> embedding_w8(w8, scale, i)        a scale a row
@@ -65,7 +66,10 @@ def quantise(
             _halved(graph, node, halved[node.name])
             continue
         if node.name in weights_only or node.name in by_rows:
-            operator = dialect_rows.linear_rows if node.name in by_rows else mixed.linear_w8
+            operator = mixed.linear_w8
+            if node.name in by_rows:
+                image = node.target is dialect.conv2d
+                operator = dialect_rows.conv2d_images if image else dialect_rows.linear_rows
             _float_input(graph, node, table.per_channel, operator)
             continue
         x, scale = in_8_bits(given["input"])
@@ -94,7 +98,7 @@ def _rows(graph: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _float_input(graph: fx.GraphModule, node: fx.Node, per_channel: bool, operator: Any) -> None:
-    """A linear layer that reads float32, with weights in 8 bits."""
+    """A product that reads float32, with weights in 8 bits."""
     given = arguments(node)
     weight = constant(graph, given["weight"])
     assert weight is not None, node
@@ -103,7 +107,8 @@ def _float_input(graph: fx.GraphModule, node: fx.Node, per_channel: bool, operat
     w = rewrite.add_constant(graph, f"{name}_int8", quantised_weight(weight, scales), node)
     s = rewrite.add_constant(graph, f"{name}_scale", scales, node)
     activation = (given.get("activation", "none"), list(given.get("activation_args", [])))
-    operands = (given["input"], w, s, given["bias"], given.get("residual"), *activation)
+    sizes = [given[key] for key in ("stride", "padding", "dilation") if key in given]
+    operands = (given["input"], w, s, given["bias"], given.get("residual"), *sizes, *activation)
     rewrite.replace(node, rewrite.call(graph, operator, operands, before=node, value=node.meta["val"]))
 
 

@@ -14,8 +14,9 @@ import tvm
 from kernel_harness import compile_kernel
 
 from graphwright.backends.aot.codegen import compile_object
+from graphwright.backends.kernels.dot_product import Dot, int8_dot
 from graphwright.backends.kernels.int8_product import RANGES, Requantize
-from graphwright.hwdb import Hardware
+from graphwright.hwdb import Hardware, detect
 from graphwright.passes import dialect
 
 TORCH = {"uint8": torch.uint8, "int8": torch.int8, "float32": torch.float32}
@@ -32,6 +33,16 @@ def integers(dtype: str, *shape: int, seed: int = 0) -> torch.Tensor:
     # The extremes, where an instruction that saturates would show it.
     values.view(-1)[:: max(2, values.numel() // 7)] = high
     return values.to(TORCH[dtype])
+
+
+def byte_machine(kind: str) -> tuple[Hardware, Dot]:
+    """This machine and its dot product of bytes, "emulated", on vectors of "512" bits, or Arm's "pairs"."""
+    hw = detect()
+    if kind == "pairs":
+        return hw, int8_dot(replace(hw, isa="aarch64", features=frozenset()))
+    if kind == "512":
+        hw = replace(hw, vector_bits=512, vector_registers=32)
+    return hw, int8_dot(hw, emulated=kind != "own")
 
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None) -> torch.Tensor:

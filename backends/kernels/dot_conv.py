@@ -34,6 +34,7 @@ from .conv_plan import Conv
 from .dot_matmul import pack_words
 from .dot_product import Dot, choose_dot_tiling, importing
 from .dot_tile import Finish, Tile, accumulate, allocate, begin, fill_word, stage, store_panel, store_tile
+from .int8_rows import largest_bits, stepping, unit_of
 from .loops import between, flat, share, span, typed_kernel, view
 from .window import balanced
 
@@ -97,9 +98,20 @@ def pack_conv(weight: torch.Tensor, dot: Dot, plan: DotConvPlan) -> torch.Tensor
 
 
 def dot_conv(
-    name: str, conv: Conv, source: str, dot: Dot, plan: DotConvPlan, finish: Finish, *texts: str, fill: int = 0
+    name: str,
+    conv: Conv,
+    source: str,
+    dot: Dot,
+    plan: DotConvPlan,
+    finish: Finish,
+    *texts: str,
+    fill: int = 0,
+    by_images: bool = False,
 ) -> Any:
-    """Return the kernel (x, packed weights, the finish's operands..., out); padding counts as `fill` of x's dtype."""
+    """Return the kernel (x, packed weights, the finish's operands..., out); padding counts as `fill` of x's dtype.
+
+    `by_images`: `source` is float32, and each image is rounded to bytes by its largest value; `finish` reads the units.
+    """
     assert conv.groups == 1
     steps = conv.kernel[0] * conv.kernel[1] * -(-conv.channels // dot.group)
     weight_shape = (plan.panels, steps, plan.vectors * dot.lanes * dot.weights_per_lane)
@@ -108,7 +120,7 @@ def dot_conv(
     def body(x: Any, weight: Any, *rest: Any) -> None:
         with importing(dot.helpers, *texts):
             out = view(rest[-1], (prod(conv.output_shape[:3]), conv.filters))
-            _Nest(conv, source, dot, plan, finish, x, weight, rest[:-1], out, fill).emit()
+            _Nest(conv, source, dot, plan, finish, x, weight, rest[:-1], out, fill, by_images).emit()
 
     return typed_kernel(name, operands, [(conv.output_shape, finish.result)], body)
 
@@ -125,6 +137,12 @@ class _Nest:
     read: Sequence[Any]
     out: Any
     fill: int
+    by_images: bool = False
+
+    @property
+    def stored(self) -> str:
+        """The dtype that words are made of."""
+        return "int8" if self.by_images else self.source
 
     @property
     def words(self) -> int:
@@ -141,8 +159,38 @@ class _Nest:
         return conv.batch, height, width, self.words
 
     def emit(self) -> None:
+        if not self.by_images:
+            self._tiles(self._words())
+            return
+        inverses, units = self._units()
+        replace(self, read=(*self.read, units))._tiles(self._words(inverses))
+
+    def _units(self) -> tuple[Any, Any]:
+        """For each image what its values are multiplied by, and the unit of a step."""
+        conv = self.conv
+        lines, length = conv.batch * conv.height, conv.width * conv.channels
+        x = view(self.x, (lines, length))
+        most = T.alloc_buffer((lines,), "int32", scope="global")
+        inverses, units = (T.alloc_buffer((conv.batch,), "float32", scope="global") for _ in range(2))
+        tasks = min(self._cores, lines)
+        with T.parallel(0, tasks) if tasks > 1 else T.serial(0, 1) as task, between(*share(lines, tasks, task)) as line:
+            T.buffer_store(most, largest_bits(lambda k, n: x[line, span(k, n)], length, self.dot), [line])
+        with T.serial(0, conv.batch) as image:
+            bits = T.alloc_buffer((1,), "int32", scope="local")
+            T.buffer_store(bits, tirx.const(0, "int32"), [0])
+            with T.serial(0, conv.height) as row:
+                T.buffer_store(bits, tirx.max(bits[0], most[image * conv.height + row]), [0])
+            inverse, unit = unit_of(T.bind(bits[0]))
+            T.buffer_store(inverses, inverse, [image])
+            T.buffer_store(units, unit, [image])
+        return inverses, units
+
+    @property
+    def _cores(self) -> int:
+        return self.plan.cores if self.plan.tasks > 1 else 1
+
+    def _tiles(self, words: Any) -> None:
         conv, dot, plan = self.conv, self.dot, self.plan
-        words = self._words()
         with T.parallel(0, plan.tasks) if plan.tasks > 1 else T.serial(0, 1) as task:
             acc, spill = allocate(Tile(plan.pixels, plan.vectors), dot, conv.filters, self.finish)
             rows = share(conv.batch * conv.rows.out, plan.row_blocks, task // plan.panel_blocks)
@@ -156,15 +204,15 @@ class _Nest:
                         self._tile(acc, spill, words, pixels, row, start + i * pixels, panel)
                     start += count * pixels
 
-    def _words(self) -> Any:
-        """The input as words, padded; the input itself where that is how it lies."""
+    def _words(self, inverses: Any = None) -> Any:
+        """The input as words, padded; the input itself where that is how it lies. `inverses`: of `_units`."""
         conv, dot = self.conv, self.dot
         shape = self.staged_shape
         same = shape[1:3] == (conv.height, conv.width) and not any(conv.padding)
         if same and self.source == dot.left and conv.channels % dot.group == 0:
             return T.decl_buffer((prod(shape),), dot.word, data=self.x.data)
         staged = T.alloc_buffer(shape, dot.word, scope="global")
-        x, border = self.x, tirx.const(fill_word(self.source, dot, self.fill), dot.word)
+        x, border = self.x, tirx.const(fill_word(self.stored, dot, self.fill), dot.word)
         top, left = conv.padding[0], conv.padding[2]
         bottom, right = max(0, shape[1] - top - conv.height), max(0, shape[2] - left - conv.width)
         height, width = shape[1] - top - bottom, shape[2] - left - right
@@ -174,7 +222,7 @@ class _Nest:
                 with T.serial(0, count) as column, T.serial(0, self.words) as word:
                     T.buffer_store(staged, border, [image, row, first + column, word])
 
-        tasks = min(self.plan.cores if self.plan.tasks > 1 else 1, conv.batch * shape[1])
+        tasks = min(self._cores, conv.batch * shape[1])
         lines = conv.batch * shape[1]
         with T.parallel(0, tasks) if tasks > 1 else T.serial(0, 1) as task, between(*share(lines, tasks, task)) as line:
             image, row = line // shape[1], line % shape[1]
@@ -182,13 +230,17 @@ class _Nest:
                 with T.Then():
                     blank(image, row, 0, left)
                     with T.serial(0, width) as column:
+
+                        def load(c: Any, lanes: int) -> Any:
+                            return x[image, row - top, column, span(c, lanes)]
+
                         stage(
-                            lambda c, lanes: x[image, row - top, column, span(c, lanes)],
+                            load if inverses is None else stepping(load, inverses[image]),
                             lambda value, word, lanes: T.buffer_store(
                                 staged, value, [image, row, left + column, span(word, lanes)]
                             ),
                             conv.channels,
-                            self.source,
+                            self.stored,
                             dot,
                         )
                     blank(image, row, left + width, right)
@@ -221,7 +273,7 @@ class _Nest:
             )
 
         # Rows of padding add nothing where its words are zero.
-        padded = fill_word(self.source, dot, self.fill) != 0
+        padded = fill_word(self.stored, dot, self.fill) != 0
         first, rows = (0, conv.kernel[0]) if padded else conv.rows.dynamic_taps(line)
         with between(first, first + rows) as kh:
             line_start = T.bind(corner + kh * (conv.dilation[0] * width * deep))

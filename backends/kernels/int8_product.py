@@ -217,6 +217,14 @@ def int8_conv(
     return dot_conv("int8_conv", conv, source, dot, plan or choose_dot_conv(conv, dot, hw), finish, fill=zero)
 
 
+def int8_images_conv(conv: Conv, hw: Hardware, finish: RowFinish, *, dot: Dot, plan: DotConvPlan | None = None) -> Any:
+    """Return the kernel (x, packed weights, offset, scale[, bias][, residual], out), x float32: int8_rows.py."""
+    pixels = prod(conv.output_shape[1:3])
+    assert (finish.M, finish.rows_of_unit) == (conv.batch * pixels, pixels)
+    chosen = plan or choose_dot_conv(conv, dot, hw)
+    return dot_conv("int8_images_conv", conv, "float32", dot, chosen, finish, by_images=True)
+
+
 def pack_matmul(weight: torch.Tensor, dot: Dot, columns: int) -> torch.Tensor:
     """Pack weight[N, K] (int8)."""
     return pack_for(weight, dot, columns)
@@ -227,6 +235,7 @@ __all__ = [
     "Residual",
     "has_offsets",
     "int8_conv",
+    "int8_images_conv",
     "int8_matmul",
     "int8_rows_matmul",
     "offsets",

@@ -4,6 +4,8 @@
     sums      those of int8_product.py, whose `offsets` of zero point 0 set signed bytes right
     finish    act(fma(float(sum + offset[n]) * scale[n], unit[row], bias[n] + residual))
 
+Convolutions (dot_conv.py) do so with the largest value of an image, found line by line, and its unit.
+
 The largest value is found among the bits of |x|, which are ordered as their numbers are and hold NaN above infinity.
 """
 
@@ -35,6 +37,13 @@ def round_row(
     dot: Dot,
 ) -> Any:
     """Store a row of `depth` floats as words of bytes, and return its unit; `load` and `store` are those of `stage`."""
+    inverse, unit = unit_of(largest_bits(load, depth, dot))
+    stage(stepping(load, inverse), store, depth, "int8", dot)
+    return unit
+
+
+def largest_bits(load: Callable[[Any, int], Any], depth: int, dot: Dot) -> Any:
+    """The bits of max |x| of `depth` floats."""
     lanes = dot.lanes
     every = span(0, lanes)
     most = T.alloc_buffer((lanes,), "int32", scope="local")
@@ -52,21 +61,29 @@ def round_row(
     if depth % lanes:
         with between(whole * lanes, depth) as k:
             T.buffer_store(most, tirx.max(most[0], magnitude(k, 1)), [0])
-    bits = T.bind(across([most[every]], tirx.max, lanes))
+    return T.bind(across([most[every]], tirx.max, lanes))
+
+
+def unit_of(bits: Any) -> tuple[Any, Any]:
+    """What values are multiplied by to become steps, and the unit that a step is, for the bits of the largest."""
     largest = T.bind(T.reinterpret("float32", bits))
     finite = bits < tirx.const(INFINITE, "int32")
     rounds = tirx.all(finite, bits >= tirx.const(LEAST_BITS, "int32"))
     most_steps = tirx.const(127.0, "float32")
     inverse = T.bind(most_steps / tirx.Select(rounds, largest, most_steps))
+    nan = T.reinterpret("float32", tirx.const(INFINITE | 1 << 22, "int32"))
+    return inverse, tirx.Select(finite, largest * tirx.const(1 / 127, "float32"), nan)
+
+
+def stepping(load: Callable[[Any, int], Any], inverse: Any) -> Callable[[Any, int], Any]:
+    """The `load` of floats as one of steps in int8."""
 
     def steps(k: Any, width: int) -> Any:
         many = "" if width == 1 else f"x{width}"
         y = load(k, width) * spread(inverse, width)
         return tirx.Cast(f"int8{many}", tirx.call_llvm_pure_intrin(f"int32{many}", "llvm.lrint", y))
 
-    stage(steps, store, depth, "int8", dot)
-    nan = T.reinterpret("float32", tirx.const(INFINITE | 1 << 22, "int32"))
-    return tirx.Select(finite, largest * tirx.const(1 / 127, "float32"), nan)
+    return steps
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,7 @@ class RowFinish:
     output_shape: Shape | None = None
     result: str = "float32"
     offset: bool = True  # whether `offsets` are more than zeros
+    rows_of_unit: int = 1  # neighbouring rows that share one: the pixels of an image
 
     @property
     def operands(self) -> Sequence[tuple[Shape, str]]:
@@ -105,7 +123,7 @@ class RowFinish:
         if self.residual:
             residual = view(operands[-1], (self.M, self.N))[row, at]
             addend = residual if addend is None else addend + residual
-        unit = spread(units[row], lanes)
+        unit = spread(units[row if self.rows_of_unit == 1 else tirx.floordiv(row, self.rows_of_unit)], lanes)
         y = y * unit if addend is None else tirx.call_llvm_pure_intrin(floats, "llvm.fma", y, unit, addend)
         if self.activation != "none":
             y = apply_activation(T.bind(y), self.activation, self.args)

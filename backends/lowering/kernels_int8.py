@@ -32,6 +32,7 @@ from ..kernels.int8_product import (
     Residual,
     has_offsets,
     int8_conv,
+    int8_images_conv,
     int8_matmul,
     int8_rows_matmul,
     offsets,
@@ -167,6 +168,31 @@ def linear_rows(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     work = _work(node, 2.0 * M * N * K, tiling.panels * tiling.row_chunks, tiling.efficiency)
     name = "int8 matmul, rows rounded at run time"
     return KernelCall(func, _read(given, packed, dot), name, f"{dot.name}, {tiling.reason}", work)
+
+
+@kernel_for(dialect_rows.conv2d_images)
+def conv2d_images(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """act(conv(x, w8) * scale + bias + residual), NHWC, x in bytes with a unit an image that is found at run time."""
+    given = arguments(node)
+    refusal = _refusal(node, given)
+    if refusal is not None:
+        return refusal
+    sizes = (given["stride"], given["padding"], given["dilation"])
+    problem, dot = problem_of(shape_of(given["input"]), shape_of(given["weight"]), *sizes, 1), int8_dot(hw)
+    plan = choose_dot_conv(problem, dot, hw)
+    pixels = prod(problem.output_shape[1:3])
+    activation = (given["activation"], tuple(given["activation_args"]))
+    added = (given["bias"] is not None, given["residual"] is not None)
+    shape = (problem.batch * pixels, problem.filters)
+    signed = has_offsets(0, "int8", dot)
+    finish = RowFinish(*shape, *added, *activation, output_shape=shape_of(node), offset=signed, rows_of_unit=pixels)
+    func = int8_images_conv(problem, hw, finish, dot=dot, plan=plan)
+    layout = f"int8_conv_{dot.group}_{plan.vectors * dot.lanes}"
+    packed = Packed(given["weight"], layout, partial(_pack_conv, dot=dot, plan=plan))
+    work = _work(node, float(problem.flops), plan.tasks, plan.efficiency)
+    name = "int8 conv, images rounded at run time"
+    choice = f"{dot.name}, {plan.pixels}x{plan.vectors * dot.lanes}, {plan.panels} panels, {plan.tasks} tasks"
+    return KernelCall(func, _read(given, packed, dot), name, choice, work)
 
 
 def _refusal(node: fx.Node, given: dict[str, Any]) -> Refusal | None:

@@ -12,7 +12,7 @@ from .ranges import METHODS
 
 SCHEMES = ("affine", "symmetric")
 LEARNED = "learned"  # ranges that training found: `convert` alone asks for it
-DYNAMIC = "dynamic"  # a range for each row (token) of a linear layer's input, found at run time
+DYNAMIC = "dynamic"  # found at run time for each row (token) of a linear layer's input, each image of a convolution's
 WEIGHTS = ("per_channel", "per_tensor")
 WEIGHTS_ONLY = ("int8", "int4")  # of products that wait for their weights
 MIGRATIONS = ("none", "smooth", "equalise", "auto")  # of large channels into the weights: migrate.py
@@ -35,7 +35,7 @@ class Method:
 
     @property
     def dynamic(self) -> bool:
-        """Whether linear layers find the ranges of their inputs at run time."""
+        """Whether linear layers and convolutions find the ranges of their inputs at run time."""
         return self.activation == DYNAMIC
 
     @property

@@ -75,7 +75,8 @@ def quantize(
     scheme: "affine" values with a zero point; "symmetric": zero in the middle of values of both signs.
     weight: a scale "per_channel" of the output, or "per_tensor".
     activation: how ranges are found: "mse", "kl", "percentile", "minmax", or "dynamic": a scale for each row of a
-        linear layer's input, at run time, and "mse" for convolutions (docs/compression.md).
+        linear layer's input and each image of a convolution's, at run time, and "mse" for depthwise ones
+        (docs/compression.md).
     keep: names of products, or of their weights, that stay float32; * and ? as in a shell.
     migration: channels that are much larger than others, scaled down into the weights that read them: "smooth" by
         calibrated maxima (for transformers), "equalise" by weights alone, "auto" whichever lowers the measured damage.

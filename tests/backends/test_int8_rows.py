@@ -10,30 +10,21 @@ import torch
 from boards import run_kernel_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from narrow_harness import fma, integers, random, run
+from narrow_harness import byte_machine, fma, integers, random, run
 
-from graphwright.backends.kernels.dot_product import Dot, choose_dot_tiling, int8_dot
+from graphwright.backends.kernels.dot_product import choose_dot_tiling, int8_dot
 from graphwright.backends.kernels.int8_product import has_offsets, int8_rows_matmul, offsets, pack_matmul
 from graphwright.backends.kernels.int8_rows import RowFinish
-from graphwright.hwdb import Hardware, detect, lookup
+from graphwright.hwdb import detect, lookup
 from graphwright.passes import dialect, dialect_rows
 
 EXTENT = st.one_of(st.integers(1, 20), st.sampled_from([31, 64, 97, 130]))
 
 
-def machine(kind: str) -> tuple[Hardware, Dot]:
-    hw = detect()
-    if kind == "pairs":
-        return hw, int8_dot(dataclasses.replace(hw, isa="aarch64", features=frozenset()))
-    if kind == "512":
-        hw = dataclasses.replace(hw, vector_bits=512, vector_registers=32)
-    return hw, int8_dot(hw, emulated=kind != "own")
-
-
 def product(
     kind: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, finish: RowFinish, *added: torch.Tensor
 ) -> torch.Tensor:
-    hw, dot = machine(kind)
+    hw, dot = byte_machine(kind)
     (M, K), N = x.shape, len(w)
     tiling = choose_dot_tiling(hw, dot, M, N, K)
     out = torch.full((M, N), 7.0)

@@ -30,6 +30,19 @@ def test_silero_hears_the_same_speech() -> None:
     assert float((exact == rounded).float().mean()) >= 0.99
 
 
+def test_silero_hears_the_same_speech_by_ranges_at_run_time() -> None:
+    """With all five convolutions in 8 bits: each frame has a scale of its own, of whatever loudness it is."""
+    encoder, decoder = silero.load()
+    novel = silero.frames_of("librivox/*.wav").split(BLOCK)[:-1]
+    quantised = graphwright.quantize(encoder, novel[:2], activation="dynamic", tolerance=0.2, target=VNNI)
+    forms = [c.form for c in quantised.report().precisions if "conv2d" in c.operator]
+    assert forms == ["int8 dynamic"] * 5, quantised.report().text()
+    with torch.no_grad():
+        exact = decoder(torch.cat([encoder(block) for block in novel])) > 0.5
+        rounded = decoder(torch.cat([quantised(block) for block in novel])) > 0.5
+    assert float((exact == rounded).float().mean()) >= 0.99
+
+
 def test_the_net_is_the_one_of_the_package() -> None:
     encoder, decoder = silero.load()
     frames = silero.frames_of("librivox/*.wav")[:40]

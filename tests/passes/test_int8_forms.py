@@ -74,6 +74,13 @@ def test_inputs_rounded_row_by_row(target: str, rows: int, form: str, pays: bool
     assert pays or "no dot product of bytes" in found.reason
 
 
-def test_a_convolution_rounds_nothing_row_by_row(hw: Hardware) -> None:
-    graph, (node,) = products(nn.Conv2d(64, 64, 3), torch.randn(1, 64, 28, 28), hw)
-    assert int8_form(graph, node, hw, dynamic=True) == int8_form(graph, node, hw)
+@pytest.mark.parametrize(("groups", "form"), [(1, "int8 dynamic"), (64, "int8")])
+def test_convolutions_round_image_by_image(hw: Hardware, groups: int, form: str) -> None:
+    graph, (node,) = products(nn.Conv2d(64, 64, 3, 2, groups=groups), torch.randn(1, 64, 56, 56), hw)
+    static, found = int8_form(graph, node, hw), int8_form(graph, node, hw, dynamic=True)
+    if form == "int8":
+        assert found == static
+        return
+    assert (found.name, found.pays) == (form, True)
+    assert found.seconds > static.seconds  # the image is read once more
+    assert found.reason.endswith("inputs by a scale for each image")
