@@ -28,6 +28,7 @@ from ..lowering.registry import KernelCall, KernelInfo
 from .launches import Launch
 from .own_order import is_imperative
 from .schedule import NOTHING, reason_of, schedules
+from .without_views import without_views
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,8 @@ def _split(variable: Any, function: Any, target: Target) -> tuple[Any, Any]:
     pipeline, finish_host, finish_device = tirx.get_tir_pipeline("s_tir")
     on_host, by_target = build.split_host_device_mods(pipeline(module))
     (on_device,) = by_target.values() or (ir.IRModule({}),)  # a result without elements takes no kernel
-    return finish_host()(on_host), finish_device()(on_device)
+    finished = finish_device()(on_device)
+    return finish_host()(on_host), without_views(finished) if target.kind.name == "rocm" else finished
 
 
 def _with_bits(function: Any) -> Any:

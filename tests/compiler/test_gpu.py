@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,44 @@ def test_products_in_16_bits_hold_instructions_of_matrix_units_and_wide_loads(ta
     assert counts.wide_loads == counts.loads
     assert (counts.asynchronous > 0) == (target == "a100")
     assert found[f"{name}_kernel"].spilled == 0
+
+
+class _Attended(nn.Module):
+    """Products whose weights are 16 bits, and attention whose queries lie where keys come."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(64, 192), nn.Linear(64, 64)
+
+    def forward(self, x):
+        q, k, v = self.inner(x).reshape(2, 48, 3, 4, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.outer(attended.transpose(1, 2).reshape(2, 48, 64))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("target", ["gfx942", "gfx1100", "gfx1201"])
+def test_tiles_are_written_to_shared_memory_on_amd(target, precision, tmp_path):
+    """And nothing is in memory before the last barrier: a pointer of the wrong address space points anywhere."""
+    tool = instructions.amd_disassembler()
+    if tool is None:
+        pytest.skip("no disassembler: a package llvm")
+    compiled = graphwright.compile(
+        _Attended().eval(), (torch.randn(2, 48, 64),), target=target, precision=precision, cache=False, tolerance=1.0
+    )
+    folder = compiled.save(tmp_path / "out")
+    described = Description.read(folder / "device.json")
+    command = [str(tool), "-d", "--no-show-raw-insn", str(folder / described.image)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^[0-9a-f]+ <(\w+)>:", text, flags=re.MULTILINE)
+    bodies = dict(zip(parts[1::2], parts[2::2], strict=True))
+    shared = [launch.name for launch in described.kernels if launch.shared_bytes]
+    assert len(shared) >= 3
+    for name in shared:
+        waiting = bodies[name][: bodies[name].rindex("s_barrier")]
+        assert re.search(r"\bds_(write|store)", waiting), name
+        assert re.search(r"\bds_(read|load)", bodies[name]), name
+        assert not re.search(r"\b(global|flat)_store", waiting), name
 
 
 def test_a_kernel_that_cannot_be_lowered_gives_way_to_rules(monkeypatch, caplog):

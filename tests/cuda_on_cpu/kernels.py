@@ -26,6 +26,7 @@ from tvm import ir, tirx
 from tvm.target import Target
 
 from graphwright.backends.gpu import lower
+from graphwright.backends.gpu.without_views import without_views
 from graphwright.hwdb import Hardware
 
 _SYNC = re.compile(r"__syncthreads\(\);|__syncwarp\(\);")
@@ -43,8 +44,13 @@ class Kernel:
     limits: lower.Launch
 
 
-def generated(functions: Mapping[str, Any], hw: Hardware) -> tuple[dict[str, str], dict[str, Kernel]]:
-    """CUDA C++ and launch of each function by its name; of several kernels by "name_0", "name_1" in their order."""
+def generated(
+    functions: Mapping[str, Any], hw: Hardware, amd: bool = False
+) -> tuple[dict[str, str], dict[str, Kernel]]:
+    """CUDA C++ and launch of each function by its name; of several kernels by "name_0", "name_1" in their order.
+
+    `amd`: accesses name what was allocated, as in kernels for AMD.
+    """
     target = Target(hw.tvm_target(), host={"kind": "llvm"})
     sources, kernels = {}, {}
     name = "tvm_callback_cuda_compile"
@@ -54,6 +60,7 @@ def generated(functions: Mapping[str, Any], hw: Hardware) -> tuple[dict[str, str
         for symbol, function in functions.items():
             variable = ir.GlobalVar(symbol)
             _, device = lower._split(variable, function.with_attr("global_symbol", symbol), target)
+            device = without_views(device) if amd else device
             source = str(tvm.get_global_func("target.build.cuda")(device, target).inspect_source("cuda"))
             parts = [kernel for _, kernel in device.functions_items()]
             for number, kernel in enumerate(parts):

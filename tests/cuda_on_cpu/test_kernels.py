@@ -190,7 +190,7 @@ def on_amd(units: str):
         functions["product_ragged_64x64"] = multiplication(Tile(64, 64, 16, 4, 4), *SIZES["ragged"])
         functions["attention_causal"] = attended("causal")
         functions["few_tail_bfloat16"] = few("tail", "bfloat16", 64)
-    sources, launches = kernels.generated(functions, lookup("a100"))
+    sources, launches = kernels.generated(functions, lookup("a100"), amd=True)
     broken = kernels.without(sources[HALVES], "shuffle") if form.copies == 2 else []
     variants = sources | {f"{HALVES}:shuffle {number}": text for number, text in enumerate(broken)}
     return kernels.compiled(variants, launches, form.wave), tuple(functions), len(broken)
