@@ -19,9 +19,11 @@ _VECTOR_CALLS = {
     *("reinterpret", "shift_left", "shift_right", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
     *("likely", "if_then_else"),
 }
-# LLVM's test for NaN has a vector form, which TVM does not know: it would tear a vector loop apart, bindings included.
-if not Op.get("tirx.isnan").get_attr("TVectorizable"):
-    register_op_attr("tirx.isnan", "TVectorizable", True)
+# Vector forms that LLVM has and TVM may not know of: it would tear a vector loop apart, bindings included, and LLVM
+# would put it together again over rows, by gathers.
+for _name in ("tirx.isnan", "tirx.nearbyint"):
+    if not Op.get(_name).get_attr("TVectorizable"):
+        register_op_attr(_name, "TVectorizable", True)
 
 
 def element_bits(dtype: str) -> int:

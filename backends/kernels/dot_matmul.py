@@ -1,6 +1,7 @@
 """Matrix product of narrow operands with packed weights: out = finish(x[M, K] . w[N, K]^T), sums in 32 bits.
 
-    w packed   [ceil(N / NR)][ceil(K / group)][NR][group]      dot_product.py has the groups
+    w packed   [ceil(N / NR)][ceil(K / group)][NR][group]      dot_product.py has the groups; the last panel has no more
+               vectors than its columns need, and its tile neither
     tile       MR rows x NR = V * lanes columns
 
                    NR = V vectors
@@ -71,14 +72,28 @@ def pack_words(weight: torch.Tensor, group: int, columns: int) -> torch.Tensor:
 
 
 def pack_for(weight: torch.Tensor, dot: Dot, columns: int) -> torch.Tensor:
-    """`pack_words` in the dtype that the dot product loads."""
-    packed = pack_words(weight, dot.group, columns)
+    """`pack_words` in the dtype that the dot product loads; flat where the last panel is narrower."""
+    last = last_columns(len(weight), dot, columns)
+    if last == columns:
+        packed = pack_words(weight, dot.group, columns)
+    else:
+        whole = len(weight) // columns * columns
+        parts = [pack_words(part, dot.group, n) for part, n in ((weight[:whole], columns), (weight[whole:], last))]
+        packed = torch.cat([part.reshape(-1) for part in parts])
     return packed.view(torch.int32) if dot.weight == "int32" else packed
+
+
+def last_columns(filters: int, dot: Dot, columns: int) -> int:
+    """Columns of the last panel as it is stored: whole vectors."""
+    return -(-(filters - (filters - 1) // columns * columns) // dot.lanes) * dot.lanes
 
 
 def weight_shape(product: Product, dot: Dot, tiling: Tiling) -> Shape:
     """The shape of the packed weights."""
-    return tiling.panels, -(-product.K // dot.group), tiling.columns * dot.weights_per_lane
+    steps, last = -(-product.K // dot.group), last_columns(product.N, dot, tiling.columns)
+    if last == tiling.columns:
+        return tiling.panels, steps, tiling.columns * dot.weights_per_lane
+    return (steps * ((tiling.panels - 1) * tiling.columns + last) * dot.weights_per_lane,)
 
 
 def dot_matmul(name: str, product: Product, dot: Dot, tiling: Tiling, finish: Finish, *texts: str) -> Any:
@@ -150,12 +165,33 @@ class _Nest:
         return staged
 
     def _tile(self, acc: Any, spill: Any, words: Any, rows: int, row: Any, panel: Any) -> None:
+        t, dot = self.tiling, self.dot
+        whole, last = Tile(rows, t.columns // dot.lanes), last_columns(self.product.N, dot, t.columns) // dot.lanes
+        if last == whole.vectors:
+            self._sums(acc, spill, words, whole, row, panel)
+        elif t.panels == 1:
+            self._sums(acc, spill, words, Tile(rows, last), row, panel)
+        else:
+            with T.If(panel < t.panels - 1):
+                with T.Then():
+                    self._sums(acc, spill, words, whole, row, panel, t.columns)
+                with T.Else():
+                    first = (t.panels - 1) * t.columns
+                    self._sums(acc, spill, words, Tile(rows, last), row, panel, self.product.N - first)
+
+    def _sums(
+        self, acc: Any, spill: Any, words: Any, tile: Tile, row: Any, panel: Any, width: int | None = None
+    ) -> None:
+        """A tile of `width` columns that exist; None: as many as the panel has."""
         p, dot, t = self.product, self.dot, self.tiling
-        tile = Tile(rows, t.columns // dot.lanes)
+        wide = dot.lanes * dot.weights_per_lane
+        flat = len(weight_shape(p, dot, t)) == 1
+        panel_size = -(-p.K // dot.group) * t.columns * dot.weights_per_lane
         begin(acc, spill, tile, dot)
 
         def right(k: Any, v: int) -> Any:
-            wide = dot.lanes * dot.weights_per_lane
+            if flat:
+                return self.weight[span(panel * panel_size + (k * tile.vectors + v) * wide, wide)]
             return self.weight[panel, k, span(v * wide, wide)]
 
         def left(r: int, k: Any, n: int) -> Any:
@@ -169,12 +205,11 @@ class _Nest:
                 multiply(acc, tile, dot, whole, left, right, t.by_element)
             if odd:
                 step(acc, tile, dot, lambda r: [words[row + r, p.K - 1]], lambda v: right(whole, v))
-        self._store(acc, spill, tile, row, panel)
-
-    def _store(self, acc: Any, spill: Any, tile: Tile, row: Any, panel: Any) -> None:
-        t = self.tiling
 
         def store(column: Any, width: int) -> None:
-            store_tile(acc, spill, tile, self.dot, row, column, width, self.finish, self.read, self.out)
+            store_tile(acc, spill, tile, dot, row, column, width, self.finish, self.read, self.out)
 
-        store_panel(t.total_columns, t.columns, panel, store)
+        if width is None:
+            store_panel(t.total_columns, t.columns, panel, store)
+        else:
+            store(panel * t.columns, width)

@@ -5,8 +5,8 @@
 
 The damage of a product is its signal to quantisation noise ratio: 10 log10(|y|^2 / |y8 - y|^2) in dB, with y its
 float32 result on the operands it had and y8 what 8 bits make of the same operands. Where all products together err by
-more than `wanted` at the outputs, those go back to float32 that cost the most squared error a second gained; errors at
-the outputs are those of sensitivity.py, to first order, and what is left is measured as a whole.
+more than `wanted` at the outputs, those go back to float32 that cost the most error for the time (int8_budget.py);
+errors at the outputs are those of sensitivity.py, to first order, and what is left is measured as a whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...errors import InputError, suggest
 from ...hwdb import Hardware
 from ...passes import dialect
 from ...passes.assign_precision import Choice
-from ...passes.hoist_quantise import hoist_quantise, moved
+from ...passes.hoist_quantise import hoist_quantise
 from ...passes.int8_forms import DYNAMIC, Int8Form, int8_form, is_product, table_reason
 from ...passes.int8_scales import Scale, Table, scale_between
 from ...passes.learned_codes import learned_scales
@@ -40,6 +40,7 @@ from .. import compare, pipeline
 from ..reference import run_eager
 from ..sensitivity import error_of, sensitivities
 from .damage import with_damage
+from .int8_budget import budget_problem, over_budget, shared_inputs, source_of
 from .int8_method import LEARNED, Method
 from .observe import Observed, observe
 from .ranges import METHODS
@@ -143,7 +144,7 @@ def plan_int8(
     possible = [n for n in products if first[n].possible]
     paying = [n for n in possible if first[n].name == "int8" and n not in kept]
     while True:  # a product that does not pay rounds no input for others: until all that are left do
-        forms = {n: int8_form(graph, n, hw, _shared(paying), *asked) for n in possible}
+        forms = {n: int8_form(graph, n, hw, shared_inputs(paying), *asked) for n in possible}
         before = len(paying)
         paying = [n for n in paying if forms[n].pays and forms[n].name == "int8"]
         if len(paying) == before:
@@ -199,28 +200,12 @@ def _kept(products: Sequence[fx.Node], patterns: Sequence[str]) -> dict[fx.Node,
     return found
 
 
-def _source(value: fx.Node) -> fx.Node:
-    """What computes a value, behind moves of one operand."""
-    while len(operands := moved(value)) == 1:
-        value = operands[0]
-    return value
-
-
-def _shared(products: Sequence[fx.Node]) -> set[fx.Node]:
-    """The inputs whose rounding costs nothing: several products read them, or one computes them."""
-    among, readers = set(products), dict[fx.Node, int]()
-    for node in products:
-        value = arguments(node)["input"]
-        readers[value] = readers.get(value, 0) + 1
-    return {value for value, count in readers.items() if count > 1 or _source(value) in among}
-
-
 def _rounded(node: fx.Node, products: Collection[fx.Node]) -> list[fx.Node]:
     """The values that a product reads in 8 bits: its input, and a convolution's residual that products make."""
     given = arguments(node)
     values = [given["input"]]
     residual = given.get("residual")
-    if node.target is dialect.conv2d and residual is not None and _source(residual) in products:
+    if node.target is dialect.conv2d and residual is not None and source_of(residual) in products:
         values.append(residual)
     return values
 
@@ -273,15 +258,15 @@ def within_tolerance(
         f"all in 8 bits err by {measured:.1e}; errors of {len(errors)} products by {method}, "
         f"in {time.perf_counter() - started:.1f} s",
     )
-    order = _by_price(plan)
-    predicted = math.sqrt(sum(errors[name] ** 2 for name in order))
+    problem = budget_problem(graph, hw, candidates, plan.forms, plan.tables, errors)
+    predicted = math.sqrt(sum(error**2 for error in errors.values()))
     # Predictions have the wrong scale where errors correlate: the budget is scaled by predicted over measured.
     budget = wanted * (predicted / measured if math.isfinite(measured) and measured and predicted else 1.0)
-    reason = "kept in float32: it costs more accuracy than the tolerance leaves"
+    reason = "kept in float32: it, or a product it shares a value with, costs more accuracy than the tolerance leaves"
     best, best_measured, kept_by = None, 0.0, 0.0
     failed = predicted
     for _ in range(TRIES):
-        some = plan.without(_over_budget(order, errors, budget), reason)
+        some = plan.without(over_budget(problem, budget), reason)
         if best is not None and some.chosen == best.chosen:
             break
         measured = _measured(graph, hw, some, samples)
@@ -332,29 +317,6 @@ def _widened(
 
 def _with_errors(plan: Int8Plan, errors: Mapping[str, float]) -> Int8Plan:
     return replace(plan, choices=tuple(replace(c, error=errors.get(c.node)) for c in plan.choices))
-
-
-def _by_price(plan: Int8Plan) -> list[str]:
-    """The products in 8 bits, the most squared error for a second gained first."""
-
-    def price(choice: Choice) -> float:
-        form = plan.forms.get(choice.node)
-        gained = plan.tables[choice.node] if form is None else max(form.float32_seconds - form.seconds, 1e-12)
-        return (choice.error or 0.0) ** 2 / gained
-
-    return [c.node for c in sorted((c for c in plan.choices if c.dtype in NARROW), key=price, reverse=True)]
-
-
-def _over_budget(order: Sequence[str], errors: Mapping[str, float], budget: float) -> set[str]:
-    """The first products of `order`, without which the others' errors stay within the budget."""
-    left = sum(errors[name] ** 2 for name in order)
-    dropped = set()
-    for name in order:
-        if left <= budget**2:
-            break
-        left -= errors[name] ** 2
-        dropped.add(name)
-    return dropped
 
 
 def _measured(graph: fx.GraphModule, hw: Hardware, plan: Int8Plan, samples: Sequence[Sample]) -> float:

@@ -174,3 +174,20 @@ def test_on_the_emulated_processor(name: str, source: str, tmp_path: Path) -> No
     func = int8_matmul(M, K, N, hw, source, how, dot=dot, tiling=tiling)
     run_emulated(func, hw, tmp_path, a, pack_matmul(w, dot, tiling.columns), offsets(w, 7, source, dot), scale, out)
     assert torch.equal(out, requantized((a.int() - 7) @ w.int().t(), scale, None, None, how))
+
+
+@pytest.mark.parametrize("M", [1, 9])
+@pytest.mark.parametrize("kind", ["avx2", "vnni", "vnni 512"])
+def test_the_last_panel_is_no_wider_than_its_columns(M: int, kind: str) -> None:
+    hw, dot = machine(kind)
+    K, N = 24, 1000
+    tiling = choose_dot_tiling(hw, dot, M, N, K)
+    assert tiling.panels > 1
+    a, w = integers("int8", M, K), integers("int8", N, K, seed=1)
+    packed = pack_matmul(w, dot, tiling.columns)
+    assert packed.nbytes == K * -(-N // dot.lanes) * dot.lanes
+    how, scale = Requantize(M, N, "float32", activation="relu"), torch.linspace(1e-3, 1e-2, N)
+    out = torch.full((M, N), torch.nan)
+    func = int8_matmul(M, K, N, hw, "int8", how, dot=dot, tiling=tiling)
+    run(func, detect(), a, packed, offsets(w, 3, "int8", dot), scale, out)
+    assert torch.equal(out, requantized((a.int() - 3) @ w.int().t(), scale, None, None, how))

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowering_harness import check
+from lowering_harness import build_node, check, host_target, prim_func
 from narrow_harness import run
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphwright.backends.cpu.expand_math import expand_math
+from graphwright.backends.cpu.schedule import schedule
 from graphwright.backends.lowering.operators import KERNELS
 from graphwright.backends.lowering.registry import KernelCall, Packed, Refusal
 from graphwright.hwdb import detect
@@ -169,3 +172,12 @@ def test_depthwise_taps_take_a_byte_and_zero_offsets_are_not_stored() -> None:
         stored[zero] = [o.pack(tensors[o.constant]).nbytes for o in packed]
     channels = 4 * 48  # in blocks of 32 and 16, of which the last begins 8 channels earlier
     assert stored == {0: [9 * 40, channels], 7: [9 * 40, channels, channels]}
+
+
+def test_rounding_alone_is_vector_code() -> None:
+    node, _, _ = build_node(dialect_int8.quantize, torch.randn(1, 14, 14, 64), 0.02, 3, torch.uint8)
+    func = expand_math(schedule(prim_func(node)[0], detect()))
+    module = tvm.compile(tvm.IRModule({"f": func.with_attr("global_symbol", "f")}), target=host_target())
+    text = module.mod.inspect_source("ll")
+    assert "@llvm.nearbyint.v" in text
+    assert "gather" not in text  # 20 times as slow
