@@ -8,5 +8,6 @@ from ..lowering.registry import Kernel
 from .attention_operators import ATTENTIONS
 from .extreme import EXTREMES
 from .product_operators import PRODUCTS
+from .sorting import SORTS
 
-GPU_KERNELS: dict[torch._ops.OpOverload, Kernel] = {**PRODUCTS, **ATTENTIONS, **EXTREMES}
+GPU_KERNELS: dict[torch._ops.OpOverload, Kernel] = {**PRODUCTS, **ATTENTIONS, **EXTREMES, **SORTS}

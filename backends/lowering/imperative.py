@@ -55,7 +55,8 @@ def loop_nest(
         return tuple(_empty(out, name) for out in outs)
     # Buffers of our own: te.extern's default ones carry a symbolic offset that a plain C call does not pass.
     sources = [tirx.decl_buffer(t.shape, t.dtype, t.op.name, layout=None) for t in inputs]
-    results = [tirx.decl_buffer(out.shape, out.dtype, name, layout=None) for out in outs]
+    names = [name] if len(outs) == 1 else [f"{name}_{n}" for n in range(len(outs))]
+    results = [tirx.decl_buffer(o.shape, o.dtype, own, layout=None) for o, own in zip(outs, names, strict=True)]
 
     def build(*_: Any) -> Any:
         # The attribute has no meaning; it is the parent that consecutive statements need.

@@ -26,8 +26,8 @@ aten = torch.ops.aten
 INSERTION_LIMIT = 32
 
 
-def _before(descending: bool) -> Callable[[Expr, Expr], Expr]:
-    """Whether x must come before y."""
+def comes_first(descending: bool) -> Callable[[Expr, Expr], Expr]:
+    """Of two elements: whether the first must come before the second."""
 
     def ascends(x: Expr, y: Expr) -> Expr:
         if str(x.ty) == "bool":
@@ -46,7 +46,7 @@ def sorted_rows(source: te.Tensor, axis: int, descending: bool) -> tuple[te.Tens
     outs = [Out(shape, d) for d in (dtype, "int32", dtype, "int32")]
     if 0 in shape:
         return tuple(define(out, lambda *i: 0, "sort") for out in outs[:2])
-    before = _before(descending)
+    before = comes_first(descending)
     widths = [1 << p for p in range((length - 1).bit_length())]
 
     def body(ins: Sequence[Elements], results: Sequence[Elements]) -> None:
@@ -153,7 +153,7 @@ def topk(
 def _inserted(source: te.Tensor, axis: int, k: int, largest: bool) -> tuple[te.Tensor, te.Tensor]:
     """The best k of every row: each element in turn moves up among the best so far."""
     shape = sizes(source)
-    before = _before(largest)
+    before = comes_first(largest)
     best = (*shape[:axis], k, *shape[axis + 1 :])
 
     def body(ins: Sequence[Elements], outs: Sequence[Elements]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphwright
-from graphwright.backends.gpu import cuda, device_library, evidence, instructions, lower, rocm
+from graphwright.backends.gpu import cuda, device_library, evidence, instructions, lower, rocm, schedule
 from graphwright.backends.gpu.device_library import runs_on
 from graphwright.backends.gpu.launches import Description, Launch
 from graphwright.compiler import artifact
@@ -440,3 +440,12 @@ def test_a_missing_runtime_is_looked_for_once(monkeypatch):
     for _ in range(2):
         device_library.absence(graphwright.hwdb.lookup("a100"))
     assert len(looked) <= 1
+
+
+def test_a_function_that_no_rule_takes_is_refused_with_what_each_says(monkeypatch):
+    monkeypatch.setattr(schedule, "one_thread_each", lambda *_: None)
+    monkeypatch.setattr(schedule, "_applied", lambda *_: _raised(ValueError("not such loops")))
+    with pytest.raises(
+        GraphwrightError, match=r"no rule applies \(.*not such loops.*loops of another form.*report this"
+    ):
+        graphwright.compile(nn.Softmax(-1), torch.randn(3, 5), target="a100", cache=False)
