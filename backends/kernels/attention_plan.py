@@ -4,8 +4,9 @@ rows       the queries of one head; those of all heads that share their keys whe
 way        "panels": k and v are packed once a head, then register tiles as in `matmul`
            "in place": rows so few that packing would cost more than multiplying. A score is a dot product along
            D, a result a sum of rows of v
-block      rows whose scores stay in L1 beside one panel of v; of heads too large for L2, rows enough that every
-           panel fetched from L3 is read by several tiles
+block      rows whose scores stay in L1 beside one panel of v; where L1 has no room for that panel, SHARING tiles, which
+           read a panel that comes from L2; of heads too large for L2, rows enough that several tiles read every panel
+           fetched from L3
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .rows import even_tasks
 
 Layout = Literal["BHSD", "BSHD"]
 CHUNK = 64  # keys whose values are added to all rows, in place, while they are in L1
+SHARING = 4  # tiles: one of 256 to 1024 keys alone takes 1.27 times as long, more than 4 gain nothing (Zen 4, AVX-512)
 
 # Cycles of one vector: estimates after runs on one core of Zen 4, not fitted.
 PACK_CYCLES = 4.5  # of k through a transpose in registers, and of v
@@ -197,8 +199,8 @@ def _even_divisor(units: int, most: int, cores: int) -> int:
 def _blocks(hw: Hardware, p: Problem, scores: Tiling, values: Tiling) -> int:
     l1, second = hw.cache(1), core_l2_bytes(hw)
     first = l1.size_bytes // l1.shared_by_cores if l1 else 32 * 1024
-    if 4 * p.keys * (p.depth + p.value_depth) > second // 2:
-        rows = min(64, second // 4 // (4 * p.keys))
-    else:
-        rows = (first - 4 * p.keys * values.columns) // (4 * (p.keys + p.depth))
+    rows = min(64, second // 4 // (4 * p.keys))
+    if 4 * p.keys * (p.depth + p.value_depth) <= second // 2:
+        fitting = (first - 4 * p.keys * values.columns) // (4 * (p.keys + p.depth))
+        rows = fitting if fitting > 0 else min(rows, SHARING * scores.rows)
     return -(-scores.row_tiles // max(1, rows // scores.rows))

@@ -264,6 +264,12 @@ def test_many_queries_are_packed() -> None:
     assert 4 * (rows * 197 + 197 * plan.values.columns) <= l1.size_bytes
 
 
+def test_several_tiles_share_panels_that_come_from_the_second_cache() -> None:
+    for keys in (256, 512, 1024):
+        plan = plan_attention(lookup("x86-64-v4"), Problem(1, 12, 12, keys, keys, 64, 64), causal=False)
+        assert -(-plan.scores.row_tiles // plan.blocks) >= 4, plan.reason
+
+
 @pytest.mark.parametrize("bits", [128, 512])
 @pytest.mark.parametrize("causal", [False, True])
 def test_other_vectors(bits: int, causal: bool) -> None:
