@@ -5,6 +5,11 @@
     y = fma(float(sum) * scale[n], unit, bias[n] + residual)
     out = act(y)                                    float32
 
+linear_tokens is the same as torchao's models state it (Int8DynamicActivationInt8WeightConfig, version 0.18):
+
+    unit = max(max |x| / 127.5, EPSILON)            of a row
+    q = min(round(x * (1 / unit)), 127)             in [-128, 127]
+
 conv2d_images is the same of convolutions, NHWC: each image is rounded by its own largest value, and padding is zeros.
 
 Rows without a value of LEAST are zeros, so that 127 / max |x| is finite. A row that holds an infinity or NaN gives NaN.
@@ -23,6 +28,8 @@ from . import dialect, dialect_int8, mixed
 
 LEAST_EXPONENT = -120
 LEAST = 2.0**LEAST_EXPONENT
+TOKEN_STEPS = 127.5  # half the distance of -128 and 127
+EPSILON = 2.0**-23  # torch.finfo(torch.float32).eps
 
 
 def _linear_rows(
@@ -46,6 +53,25 @@ def _steps(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     inverse = 127.0 / torch.where(finite & (largest >= LEAST), largest, 127.0)
     unit = torch.where(finite, largest * torch.tensor(1 / 127, dtype=torch.float32), torch.nan)
     return torch.where(finite, x * inverse, 0.0).round(), unit
+
+
+def _linear_tokens(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    activation_args: Sequence[float],
+) -> Tensor:
+    x = input.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    finite = largest.isfinite()
+    unit = (torch.where(finite, largest, TOKEN_STEPS) / TOKEN_STEPS).clamp_min(EPSILON)
+    steps = torch.where(finite, x * (1.0 / unit), 0.0).round().clamp(-128.0, 127.0)
+    sums = F.linear(steps.double(), weight.double()).float()
+    unit = torch.where(finite, unit, torch.nan)
+    return _finished(sums, scale, unit, (bias, residual), activation, activation_args)
 
 
 def _finished(
@@ -115,6 +141,7 @@ linear_rows = dialect.define(
     _linear_rows,
     _linear_rows_fake,
 )
+linear_tokens = dialect.define("linear_tokens", mixed.LINEAR_SCALED, _linear_tokens, _linear_rows_fake)
 conv2d_images = dialect.define(
     "conv2d_images",
     "(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "
@@ -122,3 +149,5 @@ conv2d_images = dialect.define(
     _conv2d_images,
     _conv2d_images_fake,
 )
+
+ROUNDING = frozenset({linear_rows, linear_tokens, conv2d_images})

@@ -5,6 +5,7 @@
     linear(x, dequantize(w8), b)                      -> linear_w8(x, w8, b)
     embedding(dequantize(w8), i)                      -> embedding_w8(w8, i)
     any other reader of dequantize(w8)                -> reads the weights in float32
+    linear_tokens(x, w8, b), without such machines    -> the same in float32: round(x / unit), linear, scales
 
 q is in uint8 or int8 with a scale and zero point, and may pass through moves on the way; w8 is a constant with a scale
 for each row, or one for all, and zero points that leave w8 - zero in int8. Sums are exact where the model's own are
@@ -25,12 +26,13 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import dialect, dialect_int8, mixed, rewrite
+from . import dialect, dialect_int8, dialect_rows, mixed, rewrite
 from .hoist_quantise import moved
 from .int8_forms import is_depthwise
 from .precision_forms import PRODUCTS
 from .refusals import keep
 from .rewrite import arguments, calls, constant, shape_of
+from .token_steps import spell_out_tokens
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
@@ -57,6 +59,11 @@ def recognise_quantised(graph: fx.GraphModule, hw: Hardware) -> int:
         if node.users:
             count += _spell_out(graph, node)
         rewrite.erase_unused(node)
+    if hw.kind == "gpu" or (hw.vector_dot_product("int8") is None and hw.byte_rate <= 1):
+        for node in [n for n in graph.graph.nodes if calls(n, dialect_rows.linear_tokens)]:
+            keep(log, node, "no products of bytes here: its rows are rounded, and computed in float32")
+            spell_out_tokens(graph, node)
+            count += 1
     return rewrite.finish(graph, count)
 
 

@@ -60,6 +60,7 @@ class Product:
     input_shape: Shape | None = None
     output_shape: Shape | None = None
     by_rows: bool = False  # `source` is float32, and each row is rounded to bytes by its largest value
+    tokens: bool = False  # such rows by the steps of `linear_tokens`
 
 
 def pack_words(weight: torch.Tensor, group: int, columns: int) -> torch.Tensor:
@@ -161,7 +162,7 @@ class _Nest:
             if units is None:
                 stage(load, store, p.K, p.source, dot)
             else:
-                T.buffer_store(units, round_row(load, store, p.K, dot), [row])
+                T.buffer_store(units, round_row(load, store, p.K, dot, p.tokens), [row])
         return staged
 
     def _tile(self, acc: Any, spill: Any, words: Any, rows: int, row: Any, panel: Any) -> None:

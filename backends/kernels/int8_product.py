@@ -192,10 +192,11 @@ def int8_rows_matmul(
     dot: Dot,
     tiling: Tiling | None = None,
     input_shape: Shape | None = None,
+    tokens: bool = False,
 ) -> Any:
     """Return the kernel (x, packed weights[, offset], scale[, bias][, residual], out), x float32: int8_rows.py."""
     t = tiling or choose_dot_tiling(hw, dot, M, N, K)
-    product = Product(M, K, N, "float32", input_shape, finish.output_shape, by_rows=True)
+    product = Product(M, K, N, "float32", input_shape, finish.output_shape, by_rows=True, tokens=tokens)
     return dot_matmul("int8_rows_matmul", product, dot, t, finish)
 
 

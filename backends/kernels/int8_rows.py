@@ -18,7 +18,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from ...passes.dialect_rows import LEAST_EXPONENT
+from ...passes.dialect_rows import EPSILON, LEAST_EXPONENT, TOKEN_STEPS
 from .dot_product import Dot
 from .dot_tile import stage
 from .epilogue import apply_activation, is_heavy
@@ -35,10 +35,14 @@ def round_row(
     store: Callable[[Any, Any, int], None],
     depth: int,
     dot: Dot,
+    tokens: bool = False,
 ) -> Any:
-    """Store a row of `depth` floats as words of bytes, and return its unit; `load` and `store` are those of `stage`."""
-    inverse, unit = unit_of(largest_bits(load, depth, dot))
-    stage(stepping(load, inverse), store, depth, "int8", dot)
+    """Store a row of `depth` floats as words of bytes, and return its unit; `load` and `store` are those of `stage`.
+
+    `tokens`: steps are those of `linear_tokens`.
+    """
+    inverse, unit = (unit_of_token if tokens else unit_of)(largest_bits(load, depth, dot))
+    stage(stepping(load, inverse, tokens), store, depth, "int8", dot)
     return unit
 
 
@@ -75,13 +79,25 @@ def unit_of(bits: Any) -> tuple[Any, Any]:
     return inverse, tirx.Select(finite, largest * tirx.const(1 / 127, "float32"), nan)
 
 
-def stepping(load: Callable[[Any, int], Any], inverse: Any) -> Callable[[Any, int], Any]:
-    """The `load` of floats as one of steps in int8."""
+def unit_of_token(bits: Any) -> tuple[Any, Any]:
+    """The same as `linear_tokens` has it."""
+    most, finite = tirx.const(TOKEN_STEPS, "float32"), bits < tirx.const(INFINITE, "int32")
+    largest = tirx.Select(finite, T.bind(T.reinterpret("float32", bits)), most)
+    unit = T.bind(tirx.max(largest / most, tirx.const(EPSILON, "float32")))
+    inverse = T.bind(tirx.const(1.0, "float32") / unit)
+    return inverse, tirx.Select(finite, unit, T.reinterpret("float32", tirx.const(INFINITE | 1 << 22, "int32")))
+
+
+def stepping(load: Callable[[Any, int], Any], inverse: Any, tokens: bool = False) -> Callable[[Any, int], Any]:
+    """The `load` of floats as one of steps in int8; those of `tokens` may be one too many."""
 
     def steps(k: Any, width: int) -> Any:
         many = "" if width == 1 else f"x{width}"
         y = load(k, width) * spread(inverse, width)
-        return tirx.Cast(f"int8{many}", tirx.call_llvm_pure_intrin(f"int32{many}", "llvm.lrint", y))
+        q = tirx.call_llvm_pure_intrin(f"int32{many}", "llvm.lrint", y)
+        if tokens:
+            q = tirx.min(q, spread(tirx.const(127, "int32"), width))
+        return tirx.Cast(f"int8{many}", q)
 
     return steps
 

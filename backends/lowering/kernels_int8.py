@@ -152,6 +152,16 @@ def linear_w4(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
 @kernel_for(dialect_rows.linear_rows)
 def linear_rows(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act(x . w8^T * scale + bias + residual), x in bytes with a unit a row that is found at run time."""
+    return _by_rows(node, hw, tokens=False)
+
+
+@kernel_for(dialect_rows.linear_tokens)
+def linear_tokens(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
+    """The same by the steps that torchao's models have."""
+    return _by_rows(node, hw, tokens=True)
+
+
+def _by_rows(node: fx.Node, hw: Hardware, tokens: bool) -> KernelCall | Refusal:
     given = arguments(node)
     refusal = _refusal(node, given)
     if refusal is not None:
@@ -162,7 +172,8 @@ def linear_rows(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     added = (given["bias"] is not None, given["residual"] is not None)
     signed = has_offsets(0, "int8", dot)
     finish = RowFinish(M, N, *added, *activation, output_shape=shape_of(node), offset=signed)
-    func = int8_rows_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling, input_shape=shape_of(given["input"]))
+    shape = shape_of(given["input"])
+    func = int8_rows_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling, input_shape=shape, tokens=tokens)
     layout = f"int8_panels_{dot.group}_{tiling.columns}"
     packed = Packed(given["weight"], layout, partial(_pack, dot=dot, columns=tiling.columns))
     work = _work(node, 2.0 * M * N * K, tiling.panels * tiling.row_chunks, tiling.efficiency)

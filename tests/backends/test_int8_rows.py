@@ -22,7 +22,13 @@ EXTENT = st.one_of(st.integers(1, 20), st.sampled_from([31, 64, 97, 130]))
 
 
 def product(
-    kind: str, x: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, finish: RowFinish, *added: torch.Tensor
+    kind: str,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    finish: RowFinish,
+    *added: torch.Tensor,
+    tokens: bool = False,
 ) -> torch.Tensor:
     hw, dot = byte_machine(kind)
     (M, K), N = x.shape, len(w)
@@ -30,7 +36,7 @@ def product(
     out = torch.full((M, N), 7.0)
     signed = has_offsets(0, "int8", dot)
     finish = dataclasses.replace(finish, offset=signed)
-    func = int8_rows_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling)
+    func = int8_rows_matmul(M, K, N, hw, finish, dot=dot, tiling=tiling, tokens=tokens)
     constants = [offsets(w, 0, "int8", dot)] * signed + [scale]
     run(func, detect(), x, pack_matmul(w, dot, tiling.columns), *constants, *added, out)
     return out
@@ -76,6 +82,26 @@ def test_bit_for_bit(
     assert torch.equal(out, expected)
     operands = (added[0] if bias else None, added[-1] if residual else None)
     assert torch.equal(out, dialect_rows.linear_rows(x, w, scale, *operands, activation[0], list(activation[1])))
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(st.sampled_from(["own", "emulated", "512", "pairs"]), st.tuples(st.integers(1, 12), EXTENT, EXTENT))
+def test_tokens_bit_for_bit(kind: str, extents: tuple[int, int, int]) -> None:
+    """By torchao's steps of max / 127.5: the largest value is 127.5 of them, rounded to 127, or to -128."""
+    M, K, N = extents
+    x = random(M, K) * torch.logspace(-12, 30, M)[:, None]
+    x[-1, ::3] = -x[-1].abs().max()
+    w, scale, bias = integers("int8", N, K, seed=1), torch.linspace(1e-3, 1e-2, N), random(N, seed=2)
+    unit = (x.abs().amax(1, keepdim=True) / 127.5).clamp(min=torch.finfo(torch.float32).eps)
+    q = (x * (1.0 / unit)).round().clamp(-128, 127)
+    assert M == 1 or int(q[-1].min()) in (-127, -128)  # one row alone is below the smallest unit
+    sums = (w.to(torch.int64) @ q.to(torch.int64).t()).t().float()
+    out = product(kind, x, w, scale, RowFinish(M, N, True), bias, tokens=True)
+    assert torch.equal(out, fma(sums * scale, unit, bias))
+    assert torch.equal(out, dialect_rows.linear_tokens(x, w, scale, bias, None, "none", []))
+    x[0, 0] = torch.nan
+    assert product(kind, x, w, scale, RowFinish(M, N, True), bias, tokens=True)[0].isnan().all()
+    assert dialect_rows.linear_tokens(x, w, scale, bias, None, "none", [])[0].isnan().all()
 
 
 @pytest.mark.parametrize("kind", ["own", "emulated", "pairs"])

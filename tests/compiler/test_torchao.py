@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import graphwright
+from graphwright.hwdb import detect
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -46,10 +47,21 @@ def test_a_layer_alone_and_one_that_is_used_twice() -> None:
         assert compiled.report().weights_bytes < 2.2 * 256 * 256
 
 
+def test_inputs_rounded_at_run_time_are_multiplied_as_bytes() -> None:
+    theirs = quantised(quantization.Int8DynamicActivationInt8WeightConfig())
+    compiled = graphwright.compile(theirs, (X,))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(X), theirs(X), rtol=1e-4, atol=1e-4)
+    codes = sum(layer.weight.numel() for layer in (theirs[0], theirs[2]))
+    if detect().vector_dot_product("int8") is not None:
+        assert sum("rows rounded at run time" in k.algorithm for k in compiled.report().kernels) == 2
+        assert compiled.report().weights_bytes < 1.3 * codes
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        quantization.Int8DynamicActivationInt8WeightConfig(),
+        quantization.Int8DynamicActivationInt8WeightConfig(granularity=quantization.PerTensor()),
         quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=quantization.PerGroup(32)),
     ],
     ids=["dynamic", "int4"],
