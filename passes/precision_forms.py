@@ -105,6 +105,9 @@ IN_PLACE = ("float16 products", "bfloat16 products")  # round on the way into a 
 _PIECE = 8  # elements of 16 bits that a GPU loads at a time
 FEWEST = 16  # rows and columns of a product that a tile of matrix units pays for
 DEEPEST = 128  # heads that attention on matrix units has the registers for
+DEEPEST_TWICE = (
+    96  # where two lanes hold the same part of an operand: heads of 112 spilled 164 bytes a thread on gfx1100
+)
 ASKED = {
     "bf16": ("bfloat16", "bfloat16 weights", "bfloat16 products"),
     "fp16": ("float16 weights", "float16 products", "float16 sums"),
@@ -252,7 +255,7 @@ def _attention_forms(node: fx.Node, hw: Hardware, asked: Collection[str]) -> tup
         return found, f"{operand.name} is not float32"
     if min(queries, keys) < FEWEST or not prod(shape_of(node)) * depth:
         return found, f"attention of {queries} queries and {keys} keys is too narrow for matrix units"
-    if max(depth, width) > DEEPEST:
+    if max(depth, width) > (DEEPEST if getattr(hw, "operand_copies", 1) == 1 else DEEPEST_TWICE):
         return found, f"heads of {depth} and {width} are more than registers hold beside the sums"
     return found, _in_place(hw, asked, lambda rate: seconds / rate, found)
 

@@ -318,6 +318,37 @@ def test_short_sums_are_not_unrolled_over_their_tiles_for_amd(target, tmp_path):
     assert found.registers < 200
 
 
+def spilled(model, inputs, target, precision, folder):
+    """Bytes a thread by the kernels' algorithms."""
+    compiled = graphwright.compile(model.eval(), inputs, target=target, precision=precision, cache=False, tolerance=1.0)
+    described = Description.read(compiled.save(folder) / "device.json")
+    found = evidence.evidence(
+        (folder / described.image).read_bytes(), described.kernels, graphwright.hwdb.lookup(target)
+    )
+    return {kernel.algorithm: found[f"{kernel.name}_kernel"].spilled for kernel in compiled.report().kernels}
+
+
+@pytest.mark.parametrize("target", ["gfx1100", "gfx1201"])
+def test_a_sum_of_one_turn_does_not_spill_behind_the_condition_of_its_stores(target, tmp_path):
+    """Unrolled as a whole it had 256 registers, and 76 bytes of spills."""
+    model = nn.Linear(32, 16)
+    assert spilled(model, (torch.ones(32, 32),), target, "fp32", tmp_path / "out") == {"tiled product": 0}
+
+
+class _Heads(nn.Module):
+    def forward(self, q, k):
+        return nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("depth", [40, 96, 128])
+def test_attention_with_heads_in_groups_does_not_spill_on_rdna_3(depth, precision, tmp_path):
+    q, k = torch.randn(1, 4, 200, depth), torch.randn(1, 2, 200, depth)
+    found = spilled(_Heads(), (q, k), "gfx1100", precision, tmp_path / "out")
+    narrow = {"fp32": "", "fp16": "float16 ", "bf16": "bfloat16 "}[precision] if depth <= 96 else ""
+    assert found == {f"{narrow}online attention": 0}
+
+
 class _Argmax(nn.Module):
     def forward(self, x):
         return x.argmax(-1), x.argmin()
