@@ -1,9 +1,9 @@
 """gate(x) -> linear -> act -> linear ...   becomes   unpack_rows(... packed_linear(pack_rows(gate(x)))), where it pays.
 
-What follows a gate row by row (linear layers with constant weights, activations, sums and products of such values)
-gives one and the same row for every row that the gate empties. So rows that are left are moved to the front, a row of
-zeros stands for all others, and linear layers stop behind it. A residual that is gated too is added to the rows that
-are left, another one behind.
+What follows a gate row by row (linear layers with constant weights, activations, sums and products of such values, and
+parts of their last dim, as of SwiGLU) gives one and the same row for every row that the gate empties. So rows that are
+left are moved to the front, a row of zeros stands for all others, and linear layers stop behind it. A residual that is
+gated too is added to the rows that are left, another one behind.
 
 Refused: gates that nothing multiplies row by row, other dtypes than float32, weights that are computed, a residual with
 an activation behind it, and what is predicted to take as long with the share of rows that `gate` was told to expect.
@@ -12,7 +12,10 @@ an activation behind it, and what is predicted to take as long with the share of
 from __future__ import annotations
 
 import logging
+import operator
+from collections.abc import Collection
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,6 +32,7 @@ aten = torch.ops.aten
 GAIN = 0.9  # of the dense products' time: less is not worth the moves
 ENTRY_SECONDS = 0.5e-6  # of a kernel more
 _LINEAR = (aten.linear.default, dialect.linear)
+_SPLITS = (aten.split_with_sizes.default,)
 _BY_ELEMENT = frozenset(
     {
         *(aten.relu.default, aten.gelu.default, aten.silu.default, aten.sigmoid.default, aten.tanh.default),
@@ -67,17 +71,46 @@ def _followers(graph: fx.GraphModule, gate: fx.Node) -> list[fx.Node]:
             if _residual(node) is None or _residual(node) in packed:
                 packed.add(node)
     while True:  # what follows the last product gains nothing
-        last = [n for n in found if n.target in _BY_ELEMENT and not any(user in found for user in n.users)]
+        last = [n for n in found if n is not gate and n.target not in _LINEAR and not _leads_on(n, found)]
         if not last:
             return list(found)[1:]
         for node in last:
             del found[node]
 
 
+def _leads_on(node: fx.Node, found: Collection[fx.Node]) -> bool:
+    """Whether something behind a node is in the chain; parts of one split stay together."""
+    parts = node.args[0].users if node.target is operator.getitem else (node,)  # type: ignore[union-attr]
+    return any(user in found for part in parts for user in part.users)
+
+
+def _part(node: fx.Node) -> tuple[fx.Node, int, tuple[Any, ...]] | None:
+    """What a slice, or an element of a split, is a part of, along which dim, and its start, end and step."""
+    source: Any
+    dim: Any
+    bounds: tuple[Any, ...]
+    if rewrite.calls(node, aten.slice.Tensor):
+        source, dim, *rest = (*node.args, 0)[: max(2, len(node.args))]
+        bounds = tuple(rest)
+    elif node.target is operator.getitem and rewrite.calls(node.args[0], *_SPLITS):
+        sizes: Any
+        place: Any = node.args[1]
+        source, sizes, dim = (*node.args[0].args, 0)[:3]
+        bounds = (sum(sizes[:place]), sum(sizes[: place + 1]))
+    else:
+        return None
+    return source, dim % len(rewrite.shape_of(source)), bounds
+
+
 def _by_row(graph: fx.GraphModule, node: fx.Node, rows: set[fx.Node]) -> bool:
+    if rewrite.calls(node, *_SPLITS):  # its elements are looked at each
+        return True
     value = rewrite.value_of(node)
     if value is None or value.dtype != torch.float32:
         return False
+    if (part := _part(node)) is not None:
+        source, dim, _ = part
+        return source in rows and dim == len(rewrite.shape_of(source)) - 1
     if node.target in _BY_ELEMENT:
         shape = rewrite.shape_of(node)
         return all(operand in rows and rewrite.shape_of(operand) == shape for operand in node.all_input_nodes)
@@ -161,6 +194,11 @@ def _packed(
         if (residual := _residual(node)) not in packed:
             return made
         return rewrite.call(graph, aten.add.Tensor, (made, packed[residual]), before=node)
+    if rewrite.calls(node, *_SPLITS):
+        return packed[node.args[0]]  # type: ignore[index]
+    if (part := _part(node)) is not None:
+        source, _, bounds = part
+        return rewrite.call(graph, aten.slice.Tensor, (packed[source], 1, *bounds), before=node)
     args = fx.map_arg(node.args, lambda operand: packed[operand])
     return rewrite.call(graph, node.target, args, before=node, kwargs=node.kwargs)  # type: ignore[arg-type]
 

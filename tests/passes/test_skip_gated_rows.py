@@ -21,6 +21,7 @@ from graphwright.passes.refusals import recording
 from graphwright.passes.skip_gated_rows import skip_gated_rows
 
 WIDE, NARROW, BIAS = torch.randn(256, 64), torch.randn(64, 256), torch.randn(256)
+SHORT = torch.randn(64, 128)
 
 
 def rows(*shape: int) -> torch.Tensor:
@@ -51,7 +52,7 @@ class Block(nn.Module):
     def __init__(self, between=F.gelu, behind=lambda x, y: y, **options) -> None:
         super().__init__()
         self.between, self.behind, self.options = between, behind, options
-        for name, value in (("wide", WIDE), ("narrow", NARROW), ("bias", BIAS)):
+        for name, value in (("wide", WIDE), ("narrow", NARROW), ("short", SHORT), ("bias", BIAS)):
             self.register_buffer(name, value)
 
     def forward(self, x):
@@ -76,6 +77,61 @@ def test_a_hidden_value_that_is_read_is_unpacked_too() -> None:
 
     graph, _ = run(Both(), (rows(128, 64),), 1)
     assert targets(graph).count(dialect_gating.unpack_rows) == 2
+
+
+def swiglu(part):
+    class Swiglu(Block):
+        def forward(self, x):
+            hidden = F.linear(graphwright.gate(x, 0.5), self.wide, self.bias)
+            return F.linear(part(hidden), self.short)
+
+    return Swiglu()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda h: F.silu(h.chunk(2, -1)[0]) * h.chunk(2, -1)[1],
+        lambda h: F.silu(h[..., :128]) * h[..., 128:],
+        lambda h: F.silu(h[..., ::2]) * h.split([100, 28, 128], -1)[2],
+        lambda h: h.split([100, 128, 28], -1)[1],
+    ],
+)
+def test_parts_of_rows_stay_packed(part) -> None:
+    graph, _ = run(swiglu(part), (rows(2, 64, 64),), 1)
+    found = targets(graph)
+    assert found.count(dialect_gating.packed_linear) == 2
+    assert found.count(dialect_gating.pack_rows) == found.count(dialect_gating.unpack_rows) == 1
+
+
+@pytest.mark.parametrize("last", [lambda h: h.split([56, 200], -1)[1] * 2.0, lambda h: h[..., 3:100]])
+def test_parts_behind_the_last_product_see_all_rows(last) -> None:
+    class Cut(Block):
+        def forward(self, x):
+            return last(F.linear(graphwright.gate(x, 0.5), self.wide, self.bias))
+
+    graph, _ = run(Cut(), (rows(128, 64),), 1)
+    assert targets(graph).count(dialect_gating.unpack_rows) == 1
+
+
+def test_a_part_that_is_read_outside_is_unpacked() -> None:
+    class Both(Block):
+        def forward(self, x):
+            one, other = F.linear(graphwright.gate(x, 0.5), self.wide, self.bias).chunk(2, -1)
+            return other, F.linear(one, self.short)
+
+    graph, _ = run(Both(), (rows(128, 64),), 1)
+    assert targets(graph).count(dialect_gating.packed_linear) == 2
+
+
+def test_slices_of_rows_end_the_chain() -> None:
+    class Rows(Block):
+        def forward(self, x):
+            hidden = F.linear(graphwright.gate(x, 0.5), self.wide, self.bias)
+            return F.linear(hidden[16:].relu(), self.narrow), F.linear(hidden.chunk(2, 0)[1], self.narrow)
+
+    graph, _ = run(Rows(), (rows(128, 64),), 1)
+    assert targets(graph).count(dialect_gating.packed_linear) == 1
 
 
 def test_blocks_behind_each_other_stay_packed() -> None:
