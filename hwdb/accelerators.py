@@ -121,6 +121,10 @@ class Gpu(Accelerator):
         """Whether memory goes to shared memory without registers: cp.async, from sm_80 on (PTX ISA)."""
         return self.isa == "nvptx" and int("0" + "".join(c for c in self.llvm_cpu if c.isdigit())) >= 80
 
+    def multiplies_two_of_four(self, dtype: str) -> bool:
+        """Whether matrix units leave out 2 of 4 zeros by an instruction of a warp: mma.sp, from sm_80 on (PTX ISA)."""
+        return self.copies_past_registers and self.sparse_factor.get(dtype_name(dtype), 1.0) > 1.0
+
     def dot_product(self, dtype: str = "int8") -> str | None:
         """mma, mfma, wmma, dpas, simdgroup on matrix units; dp4a, dot4 on vector lanes; or None."""
         family = super().dot_product(dtype)

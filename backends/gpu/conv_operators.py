@@ -29,6 +29,7 @@ from .product_call import (
     dtype_of,
     flat,
     floats,
+    item_bytes,
     kernel_call,
     lanes,
     narrow,
@@ -149,7 +150,7 @@ def _channels_last(
     dtype: str,
 ) -> KernelCall:
     groups, rows, columns, depth = sizes
-    tile = tile_for(hw, sizes, dtype, may_part=True)
+    tile = tile_for(hw, sizes, dtype, (item_bytes(dtype_of(x)), 2.0), weight)
     padded = -(-columns // LANES) * LANES
 
     def both(buffers: Sequence[Any], number: Any) -> tuple[Operand | Halves, Operand | Weights]:
@@ -174,7 +175,7 @@ def _channels_last(
         if isinstance(tile, Tile):
             right = Operand(lambda k, c: packed[number, k, span(c, LANES)], depth, padded, "width", LANES)
         else:
-            right = as_weights(packed)
+            right = as_weights(packed, tile.sparse)
 
         return left, right
 
@@ -241,7 +242,7 @@ def _planar(
     buffers = [*floats(x), ((groups, depth, padded), "float32"), *floats(*extra.operands)]
     operands: list[fx.Node | Packed] = [x, turned, *extra.operands]
     algorithm = "tiled pointwise conv" if s.pointwise else "tiled conv"
-    tile = tile_for(hw, sizes, dtype)
+    tile = tile_for(hw, sizes, dtype, (4.0, 4.0), weight, planar=True)
     made = (operands, buffers, shape_of(node), algorithm, both, finish, dtype_of(node))
     return kernel_call("conv2d", hw, sizes, tile, dtype, *made)
 

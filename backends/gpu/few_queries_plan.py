@@ -12,7 +12,7 @@ from math import ceil
 from ...hwdb import Hardware
 from ..kernels.attention_plan import Problem
 from ..kernels.loops import Shape
-from .matrix_tile import FULL, GAIN, SECOND_CYCLES
+from .matrix_tile import GAIN, SECOND_CYCLES
 from .tile import BYTES_PER_CYCLE, LANES, STEP_CYCLES
 
 MOST_QUERIES = 8
@@ -72,8 +72,7 @@ def reach(p: Problem, causal: bool) -> int:
 def plan_few_queries(hw: Hardware, p: Problem, dtype: str = "float32", causal: bool = False) -> FewPlan | None:
     """The plan for tensors of `dtype`; None for more than 8 queries, or heads beyond what registers hold.
 
-    Keys are parted where less than three quarters of the units have a block, and the rule predicts a gain of a quarter
-    with the second launch counted.
+    Keys are parted where the rule predicts a gain of a quarter with the second launch counted.
     """
     item = 4 if dtype == "float32" else 2
     lanes = next(n for n in (16 // item, 1) if p.depth % n == 0 and p.value_depth % n == 0)
@@ -108,8 +107,6 @@ def plan_few_queries(hw: Hardware, p: Problem, dtype: str = "float32", causal: b
         return max(busy, memory, ceil(plan.keys / step) * STEP_CYCLES) + second, plan.parts
 
     whole = plan(1)
-    if whole.blocks >= FULL * hw.cores:
-        return whole
     best = min((plan(parts) for parts in range(1, _MOST_PARTS + 1)), key=cycles)
     return best if cycles(best)[0] < GAIN * cycles(whole)[0] else whole
 

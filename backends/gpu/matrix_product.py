@@ -21,11 +21,12 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from ..kernels.loops import Shape
+from ..kernels.loops import Shape, span
 from .copies import wait_for_copies
 from .matrix_tile import SIDE, MatrixTile
-from .product import Finish, Parts, finish_vector, flat_result, tiled
+from .product import Finish, Parts, finish_vector, flat_result, room, tiled
 from .stage import HalfStage, Halves, Operand, Pieces, Stage, Weights, WeightStage
+from .tile import LANES
 
 
 def matrix_product(
@@ -58,6 +59,8 @@ def matrix_product(
 
 class Units:
     """What one block does, but for the fragments."""
+
+    step = SIDE  # of the sum, that `multiply` takes
 
     def __init__(
         self,
@@ -94,7 +97,7 @@ class Units:
         raise NotImplementedError
 
     def multiply(self, slot: int, k: int) -> None:
-        """Add the products of 16 of the sum, from `k` of the tiles in `slot`."""
+        """Add the products of `step` of the sum, from `k` of the tiles in `slot`."""
         raise NotImplementedError
 
     def store(self, finish: Finish, out: Any, extents: tuple[int, int]) -> None:
@@ -108,7 +111,7 @@ class Units:
         with T.serial(0, ceil(depth / (2 * self.tile.depth))) as pair:
             for slot in (0, 1):
                 self._fetch(pair * 2 + slot + 1, 1 - slot)
-                for k in range(0, self.tile.depth, SIDE):
+                for k in range(0, self.tile.depth, self.step):
                     self.multiply(slot, k)
                 self._put(1 - slot)
 
@@ -122,6 +125,34 @@ class Units:
         if self.copies:
             wait_for_copies()
         T.evaluate(T.tvm_storage_sync("shared"))
+
+    def store_staged(
+        self,
+        staged: Any,
+        write: Callable[[int, Any], None],
+        finish: Finish,
+        out: Any,
+        extents: tuple[int, int],
+    ) -> None:
+        """Write the sums through shared memory: `write(at, base)` puts fragment `at` of this warp there by rows.
+
+        A lane has half a row of each fragment then: bias, residual and activation in float32, and 128-bit stores.
+        """
+        values = T.alloc_buffer((SIDE // 2,), "float32", scope="local")
+        held = room(out)
+        base = self.warp * (SIDE * SIDE)
+        line, half = tirx.floordiv(self.lane, 2), tirx.floormod(self.lane, 2) * (SIDE // 2)
+        for at in range(self.high * self.wide):
+            if at:
+                T.evaluate(T.tvm_storage_sync("shared"))
+            write(at, base)
+            T.evaluate(T.tvm_storage_sync("shared"))
+            row = self.first[0] + self.row + at // self.wide * SIDE + line
+            column = self.first[1] + self.column + at % self.wide * SIDE + half
+            for j in range(0, SIDE // 2, LANES):
+                T.buffer_store(values, staged[span(base + line * SIDE + half + j, LANES)], [span(j, LANES)])
+            for j in range(0, SIDE // 2, finish.lanes):
+                self.finish(finish, values, j, held, out, (row, column + j), extents)
 
     def finish(
         self,

@@ -19,6 +19,7 @@ from tvm.tirx.script import builder as T
 from .matrix_tile import SIDE
 
 _LOAD, _LOAD_TURNED, _MULTIPLY = "load_matrices", "load_matrices_turned", "multiply_"
+_SPARSE = "multiply_sparse_"
 _READ, _WRITE = 1, 2  # of an access pointer
 _LINE = 8  # elements that a lane points ldmatrix at
 _KINDS = {"float16": "f16", "bfloat16": "bf16"}
@@ -61,11 +62,45 @@ static __device__ __forceinline__ void {_MULTIPLY}{dtype}(float* sums, const voi
 """
 
 
+def _multiply_sparse(dtype: str) -> str:
+    """By the pair of lanes that has the places (sparsity selector); y holds 16 of the sum for 16 columns, twice."""
+    kind, text = _KINDS[dtype], ""
+    for selector in (0, 1):
+        instructions = ""
+        for n in (0, 1):
+            outputs = ", ".join(f'"+f"(sums[{4 * n + i}])' for i in range(4))
+            inputs = ", ".join(f'"r"({word})' for word in ("x[0]", "x[1]", "x[2]", "x[3]"))
+            columns = ", ".join(f'"r"(y[{i}])' for i in (2 * n, 2 * n + 1, 4 + 2 * n, 5 + 2 * n))
+            instructions += (
+                f'  asm(GRAPHWRIGHT_MMA_SP ".sync.aligned.m16n8k32.row.col.f32.{kind}.{kind}.f32 "\n'
+                f'      "{{%0, %1, %2, %3}}, {{%4, %5, %6, %7}}, {{%8, %9, %10, %11}}, "\n'
+                f'      "{{%0, %1, %2, %3}}, %12, {selector};"\n'
+                f'      : {outputs} : {inputs}, {columns}, "r"(places));\n'
+            )
+        text += f"""
+static __device__ __forceinline__ void {_SPARSE}{dtype}_{selector}(float* sums, const void* left, const void* right,
+                                                                   unsigned places) {{
+  const unsigned *x = static_cast<const unsigned*>(left), *y = static_cast<const unsigned*>(right);
+{instructions}}}
+"""
+    return _SPARSE_NAME + text
+
+
+# PTX ISA 8.5 (CUDA 12.5) has the form whose places ascend, which is not slow on later devices.
+_SPARSE_NAME = """
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define GRAPHWRIGHT_MMA_SP "mma.sp::ordered_metadata"
+#else
+#define GRAPHWRIGHT_MMA_SP "mma.sp"
+#endif
+"""
+
 # Each with what calls it by.
 CUDA_SOURCES = {
     f"{_LOAD}(": _load(_LOAD, ""),
     f"{_LOAD_TURNED}(": _load(_LOAD_TURNED, ".trans"),
     **{f"{_MULTIPLY}{dtype}(": _multiply(dtype) for dtype in _KINDS},
+    **{f"{_SPARSE}{dtype}_": _multiply_sparse(dtype) for dtype in _KINDS},
 }
 
 
@@ -110,16 +145,28 @@ class MmaLanes:
 
     def multiply(self, sums: Any, at: int, rows: Any, row_at: int, columns: Any, column_at: int) -> None:
         """Add a product of 16 x 16 x 16 to `sums`; where the parts of this lane begin."""
-        added = self._pointer(sums, at, self.part, "float32", _READ | _WRITE)
-        left = self._pointer(rows, row_at, self.part, self.dtype, _READ)
-        right = self._pointer(columns, column_at, self.part, self.dtype, _READ)
+        added = _pointer(sums, at, self.part, "float32", _READ | _WRITE)
+        left = _pointer(rows, row_at, self.part, self.dtype, _READ)
+        right = _pointer(columns, column_at, self.part, self.dtype, _READ)
         T.evaluate(T.call_extern("void", _MULTIPLY + self.dtype, added, left, right))
 
     def _fill(self, name: str, held: Any, at: int, tile: Any, place: Any) -> None:
-        to = self._pointer(held, at, self.part, self.dtype, _WRITE)
-        T.evaluate(T.call_extern("void", name, to, self._pointer(tile, place, _LINE, self.dtype, _READ)))
+        to = _pointer(held, at, self.part, self.dtype, _WRITE)
+        T.evaluate(T.call_extern("void", name, to, _pointer(tile, place, _LINE, self.dtype, _READ)))
 
-    @staticmethod
-    def _pointer(buffer: Any, at: Any, count: int, dtype: str, access: int) -> Any:
-        """To `count` values: an address alone would be that of one value, and the buffer cut to it."""
-        return T.tvm_access_ptr(T.type_annotation(dtype), buffer.data, at, count, access)
+
+def multiply_sparse(
+    dtype: str, sums: tuple[Any, int], left: tuple[Any, int], right: tuple[Any, int], places: Any, selector: int
+) -> None:
+    """Add a product of 16 x 32 x 16 to `sums`, turned: buffers, and where the parts of this lane begin.
+
+    `left` is 2 of 4: `places` is this lane's word of those (sparse_weights.py), `selector` the half that counts.
+    """
+    added = _pointer(*sums, 8, "float32", _READ | _WRITE)
+    operands = (_pointer(*left, 8, dtype, _READ), _pointer(*right, 16, dtype, _READ))
+    T.evaluate(T.call_extern("void", f"{_SPARSE}{dtype}_{selector}", added, *operands, places))
+
+
+def _pointer(buffer: Any, at: Any, count: int, dtype: str, access: int) -> Any:
+    """To `count` values: an address alone would be that of one value, and the buffer cut to it."""
+    return T.tvm_access_ptr(T.type_annotation(dtype), buffer.data, at, count, access)

@@ -20,12 +20,15 @@ from ...passes.rewrite import shape_of
 from ..kernels.loops import Shape, span
 from ..lowering.kernels_matmul import refuse_dtypes, refuse_large
 from ..lowering.registry import KernelCall, Packed, Refusal, Second
+from . import sparse_weights
 from .amd_fragments import AmdUnits, form_of
 from .matrix_product import Units, matrix_product
-from .matrix_tile import MatrixTile, choose_matrix_tile
+from .matrix_tile import MatrixTile, Product, choose_matrix_tile
 from .parts import add_parts, in_parts
 from .product import Finish, product
 from .rounding import as_kept
+from .sparse_product import SparseMma
+from .sparse_weights import SPARSE_BYTES, weight_tile
 from .stage import Halves, Operand, Weights
 from .tile import LANES, Tile, choose_tile
 from .wmma import Wmma
@@ -94,9 +97,23 @@ def narrow(rows: int, columns: int, depth: int) -> Refusal | None:
     return None
 
 
-def tile_for(hw: Hardware, sizes: tuple[int, int, int, int], dtype: str, may_part: bool = False) -> Tile | MatrixTile:
-    """The tile of products of batch, rows, columns and depth `sizes`, on matrix units where `dtype` is narrow."""
-    return choose_tile(hw, *sizes) if dtype == "float32" else choose_matrix_tile(hw, *sizes, dtype, may_part)
+def tile_for(
+    hw: Hardware,
+    sizes: tuple[int, int, int, int],
+    dtype: str,
+    item_bytes: tuple[float, float] = (4.0, 2.0),
+    weight: fx.Node | None = None,
+    planar: bool = False,
+) -> Tile | MatrixTile:
+    """The tile of products of batch, rows, columns and depth `sizes`, on matrix units where `dtype` is narrow.
+
+    `item_bytes` are those of an element of the two operands in memory. With the constant `weight` [N, K, ...] the sum
+    may be parted, and its zeros left out, unless images are `planar`.
+    """
+    if dtype == "float32":
+        return choose_tile(hw, *sizes)
+    product = Product(*sizes, dtype, *item_bytes)
+    return choose_matrix_tile(hw, product) if weight is None else weight_tile(hw, product, weight, planar)
 
 
 Read = Callable[[Sequence[Any], Any], "tuple[Operand | Halves, Operand | Weights]"]
@@ -132,10 +149,10 @@ def kernel_call(
         func = product(name, tile, batch, rows, columns, buffers, out, parts)
     else:
         amd = hw.isa == "amdgcn"
-        units: Callable[..., Units] = partial(AmdUnits, form_of(hw)) if amd else Wmma
+        units: Callable[..., Units] = partial(AmdUnits, form_of(hw)) if amd else SparseMma if tile.sparse else Wmma
         past = copies_past_registers(hw)
         shared = (rows, columns, dtype)
-        algorithm = f"{dtype} {algorithm}"
+        algorithm = f"{dtype} sparse {algorithm}" if tile.sparse else f"{dtype} {algorithm}"
         if tile.parts == 1:
             func = matrix_product(name, tile, batch, *shared, buffers, out, parts, units, past, stored)
         else:
@@ -146,7 +163,7 @@ def kernel_call(
                 tile.parts, rows, columns, buffers[2:], (out, stored), finish, as_kept(stored) if amd else stored
             )
             second = Second(adding, between, 2, "sums of parts", f"{tile.parts} parts")
-    right = 4.0 if dtype == "float32" else 2.0
+    right = 4.0 if dtype == "float32" else SPARSE_BYTES if isinstance(tile, MatrixTile) and tile.sparse else 2.0
     work = Work(
         flops={dtype: 2.0 * batch * rows * columns * depth},
         bytes_read=batch * (item_bytes(buffers[0][1]) * rows + right * columns) * depth,
@@ -186,8 +203,14 @@ def as_words(buffer: Any) -> Any:
 def packed_weights(
     weight: fx.Node, matrix: Callable[[torch.Tensor], torch.Tensor], tile: MatrixTile, dtype: str
 ) -> Packed:
-    """`matrix(weight)` [N, K] in 16 bits, two in an int32, with zeros up to whole tiles, of the sum an even number."""
+    """`matrix(weight)` [N, K] in 16 bits, two in an int32, with zeros up to whole tiles, of the sum an even number.
+
+    For sparse units as `sparse_weights.pack` has it.
+    """
     depth = 2 * tile.depth
+    if tile.sparse:
+        layout = f"{dtype}_2:4_{tile.columns}"
+        return Packed(weight, layout, lambda tensor: sparse_weights.pack(matrix(tensor), tile.columns, dtype))
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         lines = matrix(tensor).float()
@@ -199,10 +222,14 @@ def packed_weights(
 
 def packed_shape(columns: int, depth: int, tile: MatrixTile) -> tuple[Shape, str]:
     """Shape and dtype of what `packed_weights` makes."""
+    if tile.sparse:
+        return sparse_weights.packed_extents(columns, depth, tile), "int32"
     down, across = columns + -columns % tile.columns, depth + -depth % (2 * tile.depth)
     return (down, across // 2), "int32"
 
 
-def as_weights(buffer: Any) -> Weights:
-    """A buffer of `packed_weights` as an operand."""
+def as_weights(buffer: Any, sparse: bool = False) -> Weights:
+    """A buffer of `packed_weights` as an operand; `sparse` is that of the tile."""
+    if sparse:
+        return sparse_weights.as_sparse_weights(buffer)
     return Weights(flat(buffer), 2 * int(buffer.shape[1]))

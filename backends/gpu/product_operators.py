@@ -42,6 +42,7 @@ from .product_call import (
     dtype_of,
     flat,
     floats,
+    item_bytes,
     kernel_call,
     lanes,
     narrow,
@@ -82,7 +83,7 @@ def _with_weight(
     if refusal is not None:
         return refusal
     sizes = (1, rows, columns, depth)
-    tile = tile_for(hw, sizes, dtype, may_part=True)
+    tile = tile_for(hw, sizes, dtype, (item_bytes(dtype_of(x)), 2.0), weight if transposed else None)
     padded = -(-columns // LANES) * LANES
 
     def both(buffers: Sequence[Any], number: Any) -> tuple[Operand | Halves, Operand | Weights]:
@@ -95,7 +96,7 @@ def _with_weight(
         if isinstance(tile, Tile):
             right = Operand(lambda k, c: weight[k, span(c, LANES)], depth, padded, "width", LANES)
         else:
-            right = as_weights(weight)
+            right = as_weights(weight, tile.sparse)
         return left, right
 
     def finish(buffers: Sequence[Any], number: Any) -> Finish:

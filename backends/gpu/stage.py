@@ -53,6 +53,8 @@ class Weights:
     words: Any  # buffer of one dimension
     depth: int  # elements of a row in memory: of an even number of tiles
     start: Any = 0  # as an Operand's
+    kept: int = 1  # of so many neighbours of the sum one is in memory
+    places: int = 0  # the word where those begin that say which (sparse_weights.py)
 
 
 @dataclass(frozen=True)
@@ -240,8 +242,10 @@ class WeightStage(Pieces):
         self, weights: Weights, depth: int, width: int, threads: int, thread: Any, dtype: str, asynchronous: bool
     ) -> None:
         """Declare registers and shared memory."""
-        super().__init__(weights.words, (depth, width), True, threads, thread, dtype, asynchronous)
-        self.length, self.start = weights.depth, weights.start
+        extents = depth // weights.kept, width
+        super().__init__(weights.words, extents, True, threads, thread, dtype, asynchronous)
+        self.length, self.places = weights.depth, weights.places
+        self.start = weights.start if weights.kept == 1 else tirx.floordiv(weights.start, weights.kept)
 
     def place(self, step: Any, first: Any, line: Any, along: Any) -> tuple[Any, Any]:
         """Always inside: one tile more than there are is fetched, and never read."""

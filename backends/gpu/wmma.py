@@ -13,12 +13,10 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from ..kernels.loops import span
 from .matrix_product import Units
 from .matrix_tile import SIDE
-from .product import Finish, room
+from .product import Finish
 from .stage import Pieces, Stage
-from .tile import LANES
 
 _FRAGMENT = SIDE * SIDE
 
@@ -53,24 +51,14 @@ class Wmma(Units):
             T.evaluate(T.tvm_load_matrix_sync(held.data, SIDE, SIDE, SIDE, i, pointer, stage.stride, layout))
 
     def store(self, finish: Finish, out: Any, extents: tuple[int, int]) -> None:
-        """Write the sums, nothing past the ends: a lane has half a row of each fragment."""
-        values = T.alloc_buffer((SIDE // 2,), "float32", scope="local")
-        held = room(out)
-        base = self.warp * _FRAGMENT
-        line, half = tirx.floordiv(self.lane, 2), tirx.floormod(self.lane, 2) * (SIDE // 2)
-        for at in range(self.high * self.wide):
-            if at:
-                T.evaluate(T.tvm_storage_sync("shared"))
+        """Write the sums, nothing past the ends."""
+
+        def write(at: int, base: Any) -> None:
             # TVM puts it where the tiles were, which have another dtype: an access pointer would be refused for that.
             pointer = T.address_of(self.staged[base])
             T.evaluate(T.tvm_store_matrix_sync(self.sums.data, SIDE, SIDE, SIDE, at, pointer, SIDE, "row_major"))
-            T.evaluate(T.tvm_storage_sync("shared"))
-            row = self.first[0] + self.row + at // self.wide * SIDE + line
-            column = self.first[1] + self.column + at % self.wide * SIDE + half
-            for j in range(0, SIDE // 2, LANES):
-                T.buffer_store(values, self.staged[span(base + line * SIDE + half + j, LANES)], [span(j, LANES)])
-            for j in range(0, SIDE // 2, finish.lanes):
-                self.finish(finish, values, j, held, out, (row, column + j), extents)
+
+        self.store_staged(self.staged, write, finish, out, extents)
 
 
 def _fragments(count: int, dtype: str, scope: str) -> Any:

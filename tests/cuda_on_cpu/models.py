@@ -85,6 +85,24 @@ class Cached(nn.Module):
         return result | {"halves": F.scaled_dot_product_attention(*halves).float()}
 
 
+class Sparse(nn.Module):
+    """Products whose weights are 2 of 4: a long sum in parts, a residual, convolutions of a pixel, one of a stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.long, self.last = nn.Linear(1096, 96), nn.Linear(96, 52)
+        self.conv, self.strided = nn.Conv2d(256, 96, 1), nn.Conv2d(128, 256, 1, stride=2)
+        for layer in self.children():
+            groups = layer.weight.data.view(-1, 4)  # type: ignore[union-attr, operator]
+            groups[torch.arange(len(groups))[:, None], groups.abs().argsort(1)[:, :2]] = 0
+
+    def forward(self, x: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """x [rows, 1096], image [images, height, width, 128]."""
+        y = F.relu(self.long(x))
+        filtered = self.conv(F.relu(self.strided(image.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        return {"product": self.last(y) + x[:, :52], "conv": filtered}
+
+
 class Single(nn.Module):
     """Reductions over one element, each with work behind it that a schedule may put into the same loop."""
 
@@ -145,6 +163,11 @@ def build(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     if name == "cached":
         cache = torch.randn(2, 1, 2, 2100, 64)
         return Cached().eval(), (torch.randn(1, 4, 2, 64), *cache, torch.rand(2, 2100) < 0.5)
+    if name == "sparse":
+        from graphwright.backends.gpu import sparse_weights
+
+        sparse_weights.PAYS = 2.0  # products so small wait for memory, with zeros or without
+        return Sparse().eval(), (torch.randn(40, 1096), torch.randn(2, 9, 7, 128))
     if name == "several":
         return Several().eval(), (torch.randn(5, 70), torch.tensor([4, 0, 3, 3, 1]))
     if name == "single":

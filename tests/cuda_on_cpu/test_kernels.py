@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from graphwright.backends.gpu.attention import Plan, attention, plan_attention
 from graphwright.backends.gpu.dots import Dots, dots
 from graphwright.backends.gpu.matrix_attention import MatrixPlan, matrix_attention
 from graphwright.backends.gpu.matrix_product import matrix_product
-from graphwright.backends.gpu.matrix_tile import MatrixTile, choose_matrix_tile
+from graphwright.backends.gpu.matrix_tile import MatrixTile, Product, choose_matrix_tile
 from graphwright.backends.gpu.mma import MmaLanes
 from graphwright.backends.gpu.product import Finish, product
 from graphwright.backends.gpu.product_call import as_weights, as_words, packed_shape, packed_weights
@@ -372,18 +373,33 @@ def test_a_large_product_gets_the_large_tile_and_a_small_one_gives_every_unit_a_
     assert (last.rows, last.columns) == (32, 32)
 
 
-def test_sums_are_parted_where_units_would_have_no_block_and_a_second_launch_pays():
+def test_sums_are_parted_where_units_would_wait_and_a_second_launch_pays():
     hw = lookup("a100")
-    last = choose_matrix_tile(hw, 1, 49, 512, 4608, "float16", may_part=True)  # of ResNet-50
-    whole = choose_matrix_tile(hw, 1, 49, 512, 4608, "float16")
+
+    def chosen(*sizes, may_part=True, left=4.0):
+        return choose_matrix_tile(hw, Product(1, *sizes, "float16", left), may_part)
+
+    last = chosen(49, 512, 4608)  # of ResNet-50
+    whole = chosen(49, 512, 4608, may_part=False)
     assert last.parts > 1 == whole.parts
     assert last.blocks > whole.blocks
     assert last.part(4608) * (last.parts - 1) < 4608 <= last.part(4608) * last.parts
-    full = choose_matrix_tile(hw, 1, 392, 512, 4608, "float16", may_part=True)  # the same, of 8 images
-    assert (full.parts, full.blocks) == (1, 104)
-    assert choose_matrix_tile(hw, 1, 32, 32, 64, "float16", may_part=True).parts == 1  # nothing to part
-    assert choose_matrix_tile(hw, 1, 32, 32, 256, "float16", may_part=True).parts == 1  # a launch costs more
-    assert choose_matrix_tile(hw, 1, 8192, 8192, 8192, "float16", may_part=True).parts == 1
+    # 8 images: units have a block, and one that waits for 144 tiles in turn.
+    full = [chosen(392, 512, 4608, may_part=may_part) for may_part in (True, False)]
+    assert full[0].parts > 1 == full[1].parts
+    assert chosen(1568, 256, 1024).parts == 1  # a gain if latency is what the rule takes it for, a loss if half
+    assert chosen(32, 32, 64).parts == 1  # nothing to part
+    assert chosen(32, 32, 256).parts == 1  # a launch costs more
+    assert chosen(8192, 8192, 8192).parts == 1
+
+
+def test_what_is_16_bits_in_memory_counts_half():
+    hw = lookup("a100")
+    product = Product(1, 1024, 768, 768, "float16", 2.0)
+    tile = MatrixTile(128, 64, 32, 4, 2, product.blocks((128, 64)))
+    assert product.cycles(hw, tile)[1] == 768 * (2 * 128 + 2 * 64) / 32
+    wide = replace(product, left_bytes=4.0)
+    assert wide.cycles(hw, tile)[1] == 768 * (4 * 128 + 2 * 64) / 32
 
 
 def test_plans_of_attention_fit_shared_memory_or_are_refused():

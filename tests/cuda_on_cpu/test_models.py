@@ -101,6 +101,18 @@ def test_sums_in_parts_err_by_the_rounding_of_their_operands():
 
 
 @pytest.mark.slow
+def test_products_with_2_of_4_weights_err_by_the_rounding_of_their_operands():
+    for name, result in run("sparse:fp16", "sparse:bf16").items():
+        assert "failure" not in result, result["failure"]
+        assert result["same"]
+        dtype = {"fp16": "float16", "bf16": "bfloat16"}[name.partition(":")[2]]
+        assert {f"{dtype} sparse tiled product", f"{dtype} sparse tiled conv"} <= set(result["rules"])
+        assert {f"{dtype} sparse tiled pointwise conv", "sums of parts"} <= set(result["rules"])
+        for ours, _ in result["errors"]:
+            assert ours < ROUNDED[name.partition(":")[2]], (name, ours)
+
+
+@pytest.mark.slow
 def test_few_queries_over_parts_of_the_keys_keep_their_numbers():
     result = run("cached")["cached"]
     assert "failure" not in result, result["failure"]
