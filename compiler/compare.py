@@ -190,7 +190,8 @@ def compare(results: Sequence[torch.Tensor], expected: Reference, tolerance: flo
 
     The error of a floating point output is relative L2 against float64; `tolerance` replaces the default bound of
     a few times eager's own error. An output that cancels to nothing has no relative error: a few roundings of what
-    it was computed from are allowed on top. Integers must be equal, but for ties that rounding may turn over.
+    it was computed from are allowed on top. Integers must be equal, but for ties that rounding may turn over; where it
+    turns more, the result is held against float64 too.
     """
     for i, (result, exact, eager) in enumerate(zip(results, expected.exact, expected.eager, strict=True)):
         if result.dtype != eager.dtype or result.shape != eager.shape:
@@ -201,9 +202,12 @@ def compare(results: Sequence[torch.Tensor], expected: Reference, tolerance: flo
             if i in expected.chosen:
                 result, eager, exact = _pointed_at(expected.chosen[i], result, eager, exact)
             wrong = float((result != eager).sum()) / result.numel()
-            allowed = max(FLIPS, float((exact != eager).sum()) / result.numel())
-            if wrong > allowed:
-                return Difference(i, wrong, allowed)
+            own = float((exact != eager).sum()) / result.numel()
+            if wrong > max(FLIPS, own):
+                return Difference(i, wrong, max(FLIPS, own))
+            allowed = FACTOR_OF_EAGER * relative_l2(eager, exact)
+            if own > FLIPS and not (error := relative_l2(result, exact)) <= allowed:
+                return Difference(i, error, allowed)
             continue
         own = relative_l2(eager, exact)
         allowed = _allowed(own, result.dtype, tolerance)

@@ -21,6 +21,9 @@ _WIDER = {
     torch.complex32: torch.complex128,
 }
 
+_SMALL = 2.0**-10  # of the rounding, against which all of it is held
+_EVEN = 8.0  # times what is in proportion: draws differ
+
 _ATTENTION = {
     torch.ops.aten.scaled_dot_product_attention.default,
     dialect.attention,
@@ -74,13 +77,14 @@ class Float64(Keeping):
 
 
 class Perturbed(Float64):
-    """Runs a graph in float64 with every value off by as much as its dtype rounds, at random.
+    """Runs a graph in float64 with every value off by `share` of what its dtype rounds, at random.
 
     What comes out differs from the exact results as arithmetic in any order may (Parker, Monte Carlo Arithmetic, 1997).
     """
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, share: float = 1.0) -> None:
         super().__init__(graph)
+        self.share = share
         self.draw = torch.Generator().manual_seed(0)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -90,7 +94,7 @@ class Perturbed(Float64):
         if value.dtype != torch.float64 or not promised.is_floating_point():
             return value
         noise = torch.empty(value.shape, dtype=torch.float64).uniform_(-1, 1, generator=self.draw)
-        return value + value * noise * (torch.finfo(promised.dtype).eps / 2)
+        return value + value * noise * (self.share * torch.finfo(promised.dtype).eps / 2)
 
 
 def run_float64(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -100,9 +104,19 @@ def run_float64(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[t
 
 
 def rounding_noise(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> list[float]:
-    """For each output, the norm of what rounding every value of the graph at random changes; 0 for integers."""
+    """For each output, the norm of what rounding every value of the graph at random changes; 0 for integers.
+
+    Less rounding changes it in proportion, or rounding does not explain it: where it turns a comparison, a floor or an
+    index over (x == 3 of an input that is 3), the smallest change is as large as any, and the norm given is 0.
+    """
+    exact = run_float64(graph, inputs)
+    whole, small = (_distances(Perturbed(graph, share), inputs, exact) for share in (1.0, _SMALL))
+    return [min(a, b / _SMALL) if b / _SMALL <= _EVEN * a else 0.0 for a, b in zip(whole, small, strict=True)]
+
+
+def _distances(run: Perturbed, inputs: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> list[float]:
     with torch.no_grad():
-        pairs = zip(Perturbed(graph).run(*inputs), Float64(graph).run(*inputs), strict=True)
+        pairs = zip(run.run(*inputs), exact, strict=True)
         return [float(torch.linalg.vector_norm(a - b)) if b.is_floating_point() else 0.0 for a, b in pairs]
 
 

@@ -119,3 +119,25 @@ def test_rounding_explains_no_more_where_nothing_cancels():
     assert expected.noise is not None
     assert 0 < expected.noise()[0] < 1e-6 * float(expected.exact[0].norm())
     assert compare([x * 3 + 1e-4], expected, None) is not None
+
+
+def test_rounding_that_turns_something_over_explains_nothing():
+    x = torch.arange(100.0)
+    found = {
+        "equal": (lambda x: (x == 50).float(), torch.zeros(100)),
+        "remainder": (lambda x: x % 4, torch.zeros(100)),
+        "index": (lambda x: torch.sin(x)[x.long()], torch.ones(100)),
+        # float32's 0.1 is a little more than a tenth: a tie but for less than float32 rounds.
+        "beside a tie": (lambda x: torch.floor(x * 0.1) % 2, torch.zeros(100)),
+    }
+    for function, wrong in found.values():
+        expected = verify_reference(capture(export(function, (x,))).graph, [x])
+        assert compare([function(x)], expected, None) is None
+        assert compare([wrong], expected, None) is not None
+
+
+def test_integers_that_rounding_moves_are_held_against_float64():
+    x = torch.linspace(1, 2, 100)
+    expected = verify_reference(capture(export(lambda x: (x.exp() * 1e9).long(), (x,))).graph, [x])
+    assert compare([(x.exp() * 1e9).long() + 64], expected, None) is None
+    assert compare([torch.zeros(100, dtype=torch.int64)], expected, None) is not None
