@@ -48,14 +48,12 @@ def scale_between(low: float, high: float, symmetric: bool = False) -> Scale:
     A range of nothing but 0 gets the scale 1.
     """
     low, high = min(low, 0.0), max(high, 0.0)
-    if symmetric and low < 0.0:
-        reach = max(-low, high)
-        return Scale(reach / 127.0 or 1.0, 128)
-    # In float32, as the operators have it; the smallest normal number, so that its inverse is finite.
-    step = max((high - low) / 255.0, 2.0**-126)
     if high == low:
         return Scale(1.0, 0)
-    return Scale(step, int(max(0, min(255, round(-low / step)))))
+    two_sided = symmetric and low < 0.0
+    # No less than the smallest normal number of float32, which operators have it in: its inverse is finite.
+    step = max(max(-low, high) / 127.0 if two_sided else (high - low) / 255.0, 2.0**-126)
+    return Scale(step, 128 if two_sided else int(max(0, min(255, round(-low / step)))))
 
 
 def weight_scales(weight: torch.Tensor, per_channel: bool = True) -> torch.Tensor:

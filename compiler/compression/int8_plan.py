@@ -259,7 +259,8 @@ def within_tolerance(
         f"in {time.perf_counter() - started:.1f} s",
     )
     problem = budget_problem(graph, hw, candidates, plan.forms, plan.tables, errors)
-    predicted = math.sqrt(sum(error**2 for error in errors.values()))
+    # Products whose errors are not finite are over any budget.
+    predicted = math.sqrt(sum(error**2 for error in errors.values() if math.isfinite(error)))
     # Predictions have the wrong scale where errors correlate: the budget is scaled by predicted over measured.
     budget = wanted * (predicted / measured if math.isfinite(measured) and measured and predicted else 1.0)
     reason = "kept in float32: it, or a product it shares a value with, costs more accuracy than the tolerance leaves"

@@ -80,8 +80,9 @@ def observe(graph: fx.GraphModule, samples: Sequence[Sequence[torch.Tensor]], wa
         if not value.numel() or not group.finite:
             return
         if group.reach > 0.0:
-            counted = value.float().abs().clamp(max=group.reach)  # outliers are in the last bin
-            group.counts += torch.histc(counted, BINS, 0.0, group.reach).double().numpy()
+            # Outliers are in the last bin. As shares of the reach: BINS times a large value is beyond float32.
+            counted = (value.float().abs() / group.reach).clamp(max=1.0)
+            group.counts += torch.histc(counted, BINS, 0.0, 1.0).double().numpy()
         if value.dim():
             lines = value.reshape(-1, value.shape[-1])
             sums[node] = sums.get(node, 0) + lines.double().sum(0)

@@ -100,6 +100,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert float((graphwright.prune(linears(), "16x16", np.float32(0.5))[0].weight == 0).float().mean()) == 0.5
 
 
+@pytest.mark.parametrize("scheme", ["affine", "symmetric"])
+@pytest.mark.parametrize("size", [1e-38, 1e37])
+def test_values_at_the_ends_of_float32(size: float, scheme: str) -> None:
+    found = report(linears(), [rows(size) for _ in range(2)], scheme=scheme)
+    assert [dtype for dtype, _ in products(found)] == ["int8", "int8"], products(found)
+
+
 PREPARED = r"prepared already: train it, then graphwright.convert"
 
 

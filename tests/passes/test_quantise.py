@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -308,9 +309,11 @@ def test_convolutions_that_have_no_form(layout: str, groups: int, reason: str) -
 
 
 def test_scales_cover_their_range_and_hold_zero() -> None:
-    for low, high in ((-3.0, 5.0), (0.0, 2.0), (1.0, 2.0), (-4.0, -1.0), (-1e4, 1e-3), (0.0, 1e-44)):
-        found = scale_between(low, high)
+    ranges = ((-3.0, 5.0), (0.0, 2.0), (1.0, 2.0), (-4.0, -1.0), (-1e4, 1e-3), (0.0, 1e-44), (-1e-44, 1e-44))
+    for (low, high), symmetric in itertools.product(ranges, (False, True)):
+        found = scale_between(low, high, symmetric)
         assert 0 <= found.zero <= 255
+        assert math.isfinite(dialect_int8.inverse(found.scale))
         assert (0 - found.zero) * found.scale <= min(low, 0.0) + found.scale
         assert (255 - found.zero) * found.scale >= max(high, 0.0) - found.scale
     assert scale_between(0.0, 0.0) == Scale(1.0, 0)
