@@ -107,12 +107,20 @@ def reference(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], names: Sequ
     eager, values = _run(graph, inputs, names, {source for source, _ in sources.values()})
     chosen = {output: Chosen(values[source], dim) for output, (source, dim) in sources.items()}
     try:
-        noise = functools.cache(lambda: rounding_noise(graph, inputs))
+        noise = functools.cache(lambda: _noise(graph, inputs, len(eager)))
         return Reference(run_float64(graph, inputs), eager, chosen, noise=noise)
     except Exception as error:
         log.warning("the model does not run in float64, so that PyTorch's own numbers are the reference: %s", error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Reference([widen(x) for x in eager], eager, chosen, reason)
+
+
+def _noise(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], outputs: int) -> list[float]:
+    try:
+        return rounding_noise(graph, inputs)
+    except Exception as error:
+        log.info("rounded at random the model does not run, so that rounding explains nothing: %s", error)
+        return [0.0] * outputs
 
 
 def _run(

@@ -136,6 +136,12 @@ def test_rounding_that_turns_something_over_explains_nothing():
         assert compare([wrong], expected, None) is not None
 
 
+def test_rounding_explains_nothing_where_the_model_does_not_run_with_it():
+    x, rows = torch.full((8,), 0.5), torch.ones(1, 4)
+    expected = verify_reference(capture(export(lambda x: rows[x.round().long()], (x,))).graph, [x])
+    assert compare([torch.zeros(8, 4)], expected, None) is not None
+
+
 def test_integers_that_rounding_moves_are_held_against_float64():
     x = torch.linspace(1, 2, 100)
     expected = verify_reference(capture(export(lambda x: (x.exp() * 1e9).long(), (x,))).graph, [x])
