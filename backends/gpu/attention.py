@@ -25,8 +25,9 @@ from tvm.tirx.script import builder as T
 
 from ...hwdb import Hardware
 from ..kernels.attention_plan import Problem
-from ..kernels.loops import Shape, constant, span, typed_kernel
+from ..kernels.loops import Shape, constant, flat, span, typed_kernel
 from .attention_mask import Mask
+from .own_memory import assign, barrier, registers, shared
 from .tile import LANES
 
 ACROSS = 16  # threads of a row
@@ -130,10 +131,10 @@ class _Block:
         self.number = tirx.floordiv(block, tiles)  # of batch and head
         head = tirx.floormod(self.number, p.heads)
         self.group = tirx.floordiv(self.number, p.heads) * p.key_heads + tirx.floordiv(head, p.heads // p.key_heads)
-        self.q, self.k, self.v = (_flat(buffer) for buffer in buffers[:3])
-        stopped: tuple[Any, ...] = () if mask is None else (mask[0], mask[1], _flat(buffers[3]))
+        self.q, self.k, self.v = (flat(buffer) for buffer in buffers[:3])
+        stopped: tuple[Any, ...] = () if mask is None else (mask[0], mask[1], flat(buffers[3]))
         self.mask = Mask(p, self.number, causal, p.keys % plan.keys > 0, fill, *stopped)
-        self.out = _flat(buffers[-1])
+        self.out = flat(buffers[-1])
         self.rows = plan.queries // DOWN
         self.columns = plan.keys // ACROSS
         self.depth, self.width = _padded(p.depth), _padded(p.value_depth)
@@ -142,17 +143,17 @@ class _Block:
     def emit(self) -> None:
         """The statements."""
         p, plan, rows = self.p, self.plan, self.rows
-        self.queries = _shared(self.depth * (plan.queries + _PAD))
-        self.passing = _shared(max(self.depth * (plan.keys + _PAD), plan.keys * (self.width + _PAD)))
-        self.powers = _shared(plan.queries * (plan.keys + _PAD))
-        self.top, self.total = _registers(rows), _registers(rows)
-        self.result, self.scores = _registers(rows * self.wide), _registers(rows * self.columns)
-        self.new, self.factor = _registers(rows), _registers(rows)
+        self.queries = shared(self.depth * (plan.queries + _PAD))
+        self.passing = shared(max(self.depth * (plan.keys + _PAD), plan.keys * (self.width + _PAD)))
+        self.powers = shared(plan.queries * (plan.keys + _PAD))
+        self.top, self.total = registers(rows), registers(rows)
+        self.result, self.scores = registers(rows * self.wide), registers(rows * self.columns)
+        self.new, self.factor = registers(rows), registers(rows)
         for i in range(rows):
-            _set(self.top, i, tirx.const(-math.inf, "float32"))
-            _set(self.total, i, constant(0.0))
+            assign(self.top, i, tirx.const(-math.inf, "float32"))
+            assign(self.total, i, constant(0.0))
             for j in range(self.wide):
-                _set(self.result, i * self.wide + j, constant(0.0))
+                assign(self.result, i * self.wide + j, constant(0.0))
         turned_q = self._turning(self.queries, plan.queries + _PAD)
         self._load(self.q, self.number * p.queries, self.first, p.queries, p.depth, self.depth, plan.queries, turned_q)
         tiles = -(-p.keys // plan.keys)
@@ -163,16 +164,16 @@ class _Block:
             first_key = tile * plan.keys
             turned_k = self._turning(self.passing, plan.keys + _PAD)
             self._load(self.k, self.group * p.keys, first_key, p.keys, p.depth, self.depth, plan.keys, turned_k)
-            _barrier()
+            barrier()
             self._score(first_key)
             self._soften()
-            _barrier()
+            barrier()
             self._load(
                 self.v, self.group * p.keys, first_key, p.keys, p.value_depth, self.width, plan.keys, self._put_v
             )
-            _barrier()
+            barrier()
             self._mix()
-            _barrier()
+            barrier()
         self._store()
 
     def _load(
@@ -201,10 +202,10 @@ class _Block:
         """How rows are stored as the columns of `tile`, whose rows lie `stride` apart."""
 
         def put(row: Any, column: Any, lanes: int, value: Any) -> None:
-            moved = _registers(lanes)
+            moved = registers(lanes)
             T.buffer_store(moved, value, [span(0, lanes)])
             for i in range(lanes):
-                _set(tile, (column + i) * stride + row, moved[i])
+                assign(tile, (column + i) * stride + row, moved[i])
 
         return put
 
@@ -215,18 +216,18 @@ class _Block:
         """Scores of this thread: rows row + i * DOWN, keys lane + j * ACROSS of the tile, masked."""
         rows, columns, stride = self.rows, self.columns, self.plan.keys + _PAD
         for i in range(rows * columns):
-            _set(self.scores, i, constant(0.0))
+            assign(self.scores, i, constant(0.0))
         with T.serial(0, self.p.depth) as d:
             a = [T.bind(self.queries[d * (self.plan.queries + _PAD) + self.row + i * DOWN]) for i in range(rows)]
             b = [T.bind(self.passing[d * stride + self.lane + j * ACROSS]) for j in range(columns)]
             for i in range(rows):
                 for j in range(columns):
-                    _set(self.scores, i * columns + j, self.scores[i * columns + j] + a[i] * b[j])
+                    assign(self.scores, i * columns + j, self.scores[i * columns + j] + a[i] * b[j])
         for i in range(rows):
             for j in range(columns):
                 query, key = self.first + self.row + i * DOWN, first_key + self.lane + j * ACROSS
                 at = i * columns + j
-                _set(self.scores, at, self.mask.score(self.scores[at] * constant(self.scale), query, key))
+                assign(self.scores, at, self.mask.score(self.scores[at] * constant(self.scale), query, key))
 
     def _soften(self) -> None:
         """Scores to powers of the new maximum, in shared memory; the factor of what came before."""
@@ -236,26 +237,26 @@ class _Block:
             largest = self.scores[i * columns]
             for j in range(1, columns):
                 largest = tirx.max(largest, self.scores[i * columns + j])
-            _set(self.new, i, largest)
+            assign(self.new, i, largest)
         self._exchange(self.new, tirx.max)
         for i in range(rows):
-            _set(self.new, i, tirx.max(self.new[i], self.top[i]))
+            assign(self.new, i, tirx.max(self.new[i], self.top[i]))
             before = tirx.Select(self.top[i] <= lowest, constant(0.0), tirx.exp(self.top[i] - self.new[i]))
-            _set(self.factor, i, before)
-            _set(self.top, i, self.new[i])
+            assign(self.factor, i, before)
+            assign(self.top, i, self.new[i])
             for j in range(columns):
                 at = i * columns + j
                 power = tirx.Select(self.scores[at] <= lowest, constant(0.0), tirx.exp(self.scores[at] - self.top[i]))
-                _set(self.scores, at, power)
+                assign(self.scores, at, power)
                 place = (self.row + i * DOWN) * (self.plan.keys + _PAD) + self.lane + j * ACROSS
-                _set(self.powers, place, self.scores[at])
+                assign(self.powers, place, self.scores[at])
             whole = self.scores[i * columns]
             for j in range(1, columns):
                 whole = whole + self.scores[i * columns + j]
-            _set(self.new, i, whole)
+            assign(self.new, i, whole)
         self._exchange(self.new, lambda x, y: x + y)
         for i in range(rows):
-            _set(self.total, i, self.total[i] * self.factor[i] + self.new[i])
+            assign(self.total, i, self.total[i] * self.factor[i] + self.new[i])
 
     def _exchange(self, values: Any, combine: Any) -> None:
         """Reduce over the 16 threads of a row; each has the result."""
@@ -265,20 +266,20 @@ class _Block:
                 other = tirx.bitwise_xor(self.lane, distance)
                 mask = tirx.const(-1, "int32")
                 there = T.bind(T.tvm_warp_shuffle(mask, values[i], other, ACROSS, 32))
-                _set(values, i, combine(values[i], there))
+                assign(values, i, combine(values[i], there))
             distance //= 2
 
     def _mix(self) -> None:
         rows, wide, stride = self.rows, self.wide, self.width + _PAD
         for i in range(rows):
             for j in range(wide):
-                _set(self.result, i * wide + j, self.result[i * wide + j] * self.factor[i])
+                assign(self.result, i * wide + j, self.result[i * wide + j] * self.factor[i])
         with T.serial(0, self.plan.keys) as key:
             a = [T.bind(self.powers[(self.row + i * DOWN) * (self.plan.keys + _PAD) + key]) for i in range(rows)]
             b = [T.bind(self.passing[key * stride + self.lane + j * ACROSS]) for j in range(wide)]
             for i in range(rows):
                 for j in range(wide):
-                    _set(self.result, i * wide + j, self.result[i * wide + j] + a[i] * b[j])
+                    assign(self.result, i * wide + j, self.result[i * wide + j] + a[i] * b[j])
 
     def _store(self) -> None:
         p, wide = self.p, self.wide
@@ -286,7 +287,7 @@ class _Block:
             query = self.first + self.row + i * DOWN
             empty = self.total[i] <= constant(0.0)
             instead = constant(1.0 if self.fill is None else math.nan)
-            _set(self.factor, i, tirx.Select(empty, instead, self.total[i]))
+            assign(self.factor, i, tirx.Select(empty, instead, self.total[i]))
             for j in range(wide):
                 column = self.lane + j * ACROSS
                 conditions = [query < p.queries] if p.queries % self.plan.queries else []
@@ -298,24 +299,3 @@ class _Block:
                         T.buffer_store(self.out, value, [place])
                 else:
                     T.buffer_store(self.out, value, [place])
-
-
-def _flat(buffer: Any) -> Any:
-    size = math.prod(int(extent) for extent in buffer.shape)
-    return T.decl_buffer((size,), buffer.dtype, data=buffer.data)
-
-
-def _shared(count: int) -> Any:
-    return T.alloc_buffer((count,), "float32", scope="shared")
-
-
-def _registers(count: int) -> Any:
-    return T.alloc_buffer((count,), "float32", scope="local")
-
-
-def _set(buffer: Any, at: Any, value: Any) -> None:
-    T.buffer_store(buffer, value, [at])
-
-
-def _barrier() -> None:
-    T.evaluate(T.tvm_storage_sync("shared"))

@@ -19,7 +19,7 @@ from tvm import tirx
 
 from ...hwdb import Hardware
 from ...passes.rewrite import shape_of
-from ..kernels.loops import Shape, constant, span
+from ..kernels.loops import Shape, constant, flat, span
 from ..lowering.registry import KernelCall, Packed, Refusal
 from .product import Finish
 from .product_call import (
@@ -27,7 +27,6 @@ from .product_call import (
     as_weights,
     as_words,
     dtype_of,
-    flat,
     floats,
     item_bytes,
     kernel_call,

@@ -29,6 +29,7 @@ from ..kernels.loops import Shape, constant, flat, span, typed_kernel
 from .attention_mask import Mask
 from .dots import widened
 from .few_queries_plan import FewPlan, parts_shape, reach
+from .own_memory import assign, barrier, registers, shared
 from .product import room, store_vector
 from .tile import LANES
 
@@ -104,32 +105,32 @@ class _Sums:
 
     def __init__(self, lanes: int) -> None:
         self.lanes = lanes
-        self.values, self.loaded = _registers(lanes), _registers(lanes)
-        self.top, self.total, self.factor = (_registers(1) for _ in range(3))
+        self.values, self.loaded = registers(lanes), registers(lanes)
+        self.top, self.total, self.factor = (registers(1) for _ in range(3))
 
     def add_up(
         self, count: int, top: Callable[[Any], Any], total: Callable[[Any], Any], result: Callable[[Any], Any]
     ) -> None:
         """Over `count` maxima, sums and results."""
-        _set(self.top, 0, tirx.const(_LOWEST, "float32"))
-        _set(self.total, 0, constant(0.0))
+        assign(self.top, 0, tirx.const(_LOWEST, "float32"))
+        assign(self.total, 0, constant(0.0))
         for i in range(self.lanes):
-            _set(self.values, i, constant(0.0))
+            assign(self.values, i, constant(0.0))
         with T.serial(0, count) as n:
-            _set(self.top, 0, tirx.max(self.top[0], top(n)))
+            assign(self.top, 0, tirx.max(self.top[0], top(n)))
         with T.serial(0, count) as n:
-            _set(self.factor, 0, _power(T.bind(top(n)), self.top[0]))
-            _set(self.total, 0, self.total[0] + self.factor[0] * total(n))
+            assign(self.factor, 0, _power(T.bind(top(n)), self.top[0]))
+            assign(self.total, 0, self.total[0] + self.factor[0] * total(n))
             T.buffer_store(self.loaded, result(n), [span(0, self.lanes)])
             for i in range(self.lanes):
-                _set(self.values, i, self.values[i] + self.factor[0] * self.loaded[i])
+                assign(self.values, i, self.values[i] + self.factor[0] * self.loaded[i])
 
     def divide(self, fill: float | None) -> None:
         """By the sum; zeros where nothing was let through, NaN with `fill`."""
         instead = constant(1.0 if fill is None else math.nan)
-        _set(self.total, 0, tirx.Select(self.total[0] <= constant(0.0), instead, self.total[0]))
+        assign(self.total, 0, tirx.Select(self.total[0] <= constant(0.0), instead, self.total[0]))
         for i in range(self.lanes):
-            _set(self.values, i, self.values[i] / self.total[0])
+            assign(self.values, i, self.values[i] / self.total[0])
 
 
 class _Block:
@@ -172,16 +173,16 @@ class _Block:
         """The statements."""
         p, plan = self.p, self.plan
         mine, rows = plan.lanes * plan.pieces, plan.rows
-        self.queries, self.result = _registers(rows * mine), _registers(rows * mine)
-        self.keys, self.values = _registers(plan.unrolled * mine), _registers(plan.unrolled * mine)
-        self.scores, self.new, self.factor = _registers(plan.unrolled), _registers(1), _registers(1)
-        self.top, self.total = _registers(rows), _registers(rows)
+        self.queries, self.result = registers(rows * mine), registers(rows * mine)
+        self.keys, self.values = registers(plan.unrolled * mine), registers(plan.unrolled * mine)
+        self.scores, self.new, self.factor = registers(plan.unrolled), registers(1), registers(1)
+        self.top, self.total = registers(rows), registers(rows)
         for i in range(rows):
-            _set(self.top, i, tirx.const(_LOWEST, "float32"))
-            _set(self.total, i, constant(0.0))
+            assign(self.top, i, tirx.const(_LOWEST, "float32"))
+            assign(self.total, i, constant(0.0))
             self.q.load(self.queries, i * mine, self.pair * self.together + self._row(i), p.depth, self.lane)
         for i in range(rows * mine):
-            _set(self.result, i, constant(0.0))
+            assign(self.result, i, constant(0.0))
         steps: Any = ceil(plan.keys / plan.step)
         if plan.parts > 1:
             steps = tirx.min(steps, ceil(self.seen / plan.step) - self.part * steps)
@@ -201,45 +202,45 @@ class _Block:
         """The scores of query `i` and the keys of the step; all lanes of a team have them."""
         plan, mine = self.plan, self.plan.lanes * self.plan.pieces
         for u in range(plan.unrolled):
-            _set(self.scores, u, constant(0.0))
+            assign(self.scores, u, constant(0.0))
             for n in range(mine):
-                _set(self.scores, u, self.scores[u] + self.queries[i * mine + n] * self.keys[u * mine + n])
+                assign(self.scores, u, self.scores[u] + self.queries[i * mine + n] * self.keys[u * mine + n])
         distance = plan.team // 2
         while distance:
             for u in range(plan.unrolled):
                 other = tirx.bitwise_xor(self.lane, distance)
                 mask = tirx.const(-1, "int32")
                 there = T.bind(T.tvm_warp_shuffle(mask, self.scores[u], other, plan.team, plan.warp_threads))
-                _set(self.scores, u, self.scores[u] + there)
+                assign(self.scores, u, self.scores[u] + there)
             distance //= 2
         query = tirx.floormod(self._row(i), self.p.queries)
         for u, key in enumerate(keys):
             score = self.masks[i].score(self.scores[u] * constant(self.scale), query, key)
-            _set(self.scores, u, score)
+            assign(self.scores, u, score)
 
     def _add(self, i: int) -> None:
         """Their powers, and the values with those, to the sums of query `i`."""
         plan, mine = self.plan, self.plan.lanes * self.plan.pieces
-        _set(self.new, 0, self.top[i])
+        assign(self.new, 0, self.top[i])
         for u in range(plan.unrolled):
-            _set(self.new, 0, tirx.max(self.new[0], self.scores[u]))
-        _set(self.factor, 0, _power(self.top[i], self.new[0]))
-        _set(self.top, i, self.new[0])
-        _set(self.total, i, self.total[i] * self.factor[0])
+            assign(self.new, 0, tirx.max(self.new[0], self.scores[u]))
+        assign(self.factor, 0, _power(self.top[i], self.new[0]))
+        assign(self.top, i, self.new[0])
+        assign(self.total, i, self.total[i] * self.factor[0])
         for u in range(plan.unrolled):
-            _set(self.scores, u, _power(self.scores[u], self.new[0]))
-            _set(self.total, i, self.total[i] + self.scores[u])
+            assign(self.scores, u, _power(self.scores[u], self.new[0]))
+            assign(self.total, i, self.total[i] + self.scores[u])
         for n in range(mine):
-            _set(self.result, i * mine + n, self.result[i * mine + n] * self.factor[0])
+            assign(self.result, i * mine + n, self.result[i * mine + n] * self.factor[0])
             for u in range(plan.unrolled):
                 power = self.scores[u] * self.values[u * mine + n]
-                _set(self.result, i * mine + n, self.result[i * mine + n] + power)
+                assign(self.result, i * mine + n, self.result[i * mine + n] + power)
 
     def _share(self) -> None:
         """Add up over the teams, and write."""
         p, plan = self.p, self.plan
         mine, held = plan.lanes * plan.pieces, plan.teams * plan.rows
-        tops, totals, results = _shared(held), _shared(held), _shared(held * plan.width)
+        tops, totals, results = shared(held), shared(held), shared(held * plan.width)
         vector = min(plan.lanes, LANES)
         for i in range(plan.rows):
             place = self.team * plan.rows + i
@@ -248,9 +249,9 @@ class _Block:
                 value = self.result[span(i * mine + n, vector)]
                 T.buffer_store(results, value, [span(place * plan.width + column, vector)])
             with T.If(self.lane == 0), T.Then():
-                _set(tops, place, self.top[i])
-                _set(totals, place, self.total[i])
-        T.evaluate(T.tvm_storage_sync("shared"))
+                assign(tops, place, self.top[i])
+                assign(totals, place, self.total[i])
+        barrier()
         lanes = LANES if plan.lanes % LANES == 0 else 1
         across = p.value_depth // lanes
         pieces = plan.rows * across
@@ -285,8 +286,8 @@ class _Block:
         start = (row * self.plan.parts + self.part) * parts_shape(self.p, self.plan)[2]
         store_vector(sums.values, 0, held, self.out, span(start + column, sums.lanes), sums.lanes)
         with T.If(column == 0), T.Then():
-            _set(self.out, start + width, sums.top[0])
-            _set(self.out, start + width + 1, sums.total[0])
+            assign(self.out, start + width, sums.top[0])
+            assign(self.out, start + width + 1, sums.total[0])
 
 
 class _Lines:
@@ -312,7 +313,7 @@ class _Lines:
                 value = self._guarded(span(tirx.floordiv(element, 2), self.words), conditions, self.words, "int32")
                 T.buffer_store(self.held, value, [span(0, self.words)])
                 for i in range(plan.lanes):
-                    _set(to, first + i, widened(self.held[i // 2], i % 2, self.dtype))
+                    assign(to, first + i, widened(self.held[i // 2], i % 2, self.dtype))
             else:
                 value = self._guarded(span(element, plan.lanes), conditions, plan.lanes, self.dtype)
                 value = value if self.dtype == "float32" else tirx.Cast("float32", value)
@@ -329,15 +330,3 @@ class _Lines:
 def _power(score: Any, top: Any) -> Any:
     """exp(score - top), 0 of what is not let through."""
     return tirx.Select(score <= tirx.const(_LOWEST, "float32"), constant(0.0), tirx.exp(score - top))
-
-
-def _shared(count: int) -> Any:
-    return T.alloc_buffer((count,), "float32", scope="shared")
-
-
-def _registers(count: int) -> Any:
-    return T.alloc_buffer((count,), "float32", scope="local")
-
-
-def _set(buffer: Any, at: Any, value: Any) -> None:
-    T.buffer_store(buffer, value, [at])

@@ -29,12 +29,13 @@ from tvm.tirx.script import builder as T
 from ...hwdb import Hardware
 from ...hwdb.accelerators import Gpu
 from ..kernels.attention_plan import Problem
-from ..kernels.loops import Shape, constant, span, typed_kernel
+from ..kernels.loops import Shape, constant, flat, span, typed_kernel
 from .attention_mask import Mask
 from .copies import wait_for_copies
 from .matrix_tile import SIDE
+from .own_memory import assign, barrier, registers
 from .product import flat_result, room, store_vector
-from .product_call import as_words, flat, lanes
+from .product_call import as_words, lanes
 from .rounding import rounded
 from .stage import HalfStage, Halves, Operand, Stage
 
@@ -181,17 +182,17 @@ class _Block:
         """The statements."""
         p, lane, dtype = self.p, self.lane, self.lane.dtype
         self.operand = lane.part * self.plan.copies  # of a fragment in a lane
-        self.queries = _registers(self.depth // SIDE * self.operand, dtype)
-        self.held = _registers(self.operand, dtype)
-        self.scores = _registers(self.plan.keys // SIDE * lane.part)
-        self.powers = _registers(self.plan.keys // SIDE * lane.part, dtype)
-        self.result = _registers(self.width // SIDE * lane.part)
-        self.top, self.total, self.new, self.factor = (_registers(lane.rows) for _ in range(4))
+        self.queries = registers(self.depth // SIDE * self.operand, dtype)
+        self.held = registers(self.operand, dtype)
+        self.scores = registers(self.plan.keys // SIDE * lane.part)
+        self.powers = registers(self.plan.keys // SIDE * lane.part, dtype)
+        self.result = registers(self.width // SIDE * lane.part)
+        self.top, self.total, self.new, self.factor = (registers(lane.rows) for _ in range(4))
         for r in range(lane.rows):
-            _set(self.top, r, tirx.const(-math.inf, "float32"))
-            _set(self.total, r, constant(0.0))
+            assign(self.top, r, tirx.const(-math.inf, "float32"))
+            assign(self.total, r, constant(0.0))
         for i in range(self.width // SIDE * lane.part):
-            _set(self.result, i, constant(0.0))
+            assign(self.result, i, constant(0.0))
         self.q.fetch(0, self.first, 0)
         self.q.put(0)
         self._arrived(self.q)
@@ -201,7 +202,7 @@ class _Block:
         count: Any = tiles
         if self.mask.causal:
             count = tirx.min(tirx.floordiv(self.first + self.plan.queries - 1, self.plan.keys) + 1, tiles)
-        _barrier()  # TVM puts the queries where keys come
+        barrier()  # TVM puts the queries where keys come
         self._fetch_keys(0, tiles, 0)
         self.k.put(0)
         self.v.fetch(0, 0, 0)
@@ -225,7 +226,7 @@ class _Block:
         """Wait until all threads have put, or copied, what they fetched."""
         if any(isinstance(stage, HalfStage) and stage.asynchronous for stage in stages):
             wait_for_copies()
-        _barrier()
+        barrier()
 
     def _fetch_keys(self, tile: Any, tiles: int, slot: int) -> None:
         # Past the last tile there is none to read: its scores are stopped by their numbers.
@@ -235,7 +236,7 @@ class _Block:
         """Scores of this lane, scaled and masked."""
         lane = self.lane
         for i in range(self.plan.keys // SIDE * lane.part):
-            _set(self.scores, i, constant(0.0))
+            assign(self.scores, i, constant(0.0))
         for i in range(self.plan.keys // SIDE):
             for k in range(self.depth // SIDE):
                 lane.load_columns(self.held, 0, self.k.shared[slot], self.k.stride, i * SIDE, k * SIDE)
@@ -243,7 +244,7 @@ class _Block:
         for i, r, n in self._places(self.plan.keys):
             at = i * lane.part + lane.at(r, n)
             query, key = self.first + self.row + lane.row(r), first_key + i * SIDE + lane.column(n)
-            _set(self.scores, at, self.mask.score(self.scores[at] * constant(self.scale), query, key))
+            assign(self.scores, at, self.mask.score(self.scores[at] * constant(self.scale), query, key))
 
     def _places(self, columns: int, row: int | None = None) -> list[tuple[int, int, int]]:
         """Fragment, row and number of every value of this lane, or of one row of it."""
@@ -257,21 +258,21 @@ class _Block:
             [i * lane.part + lane.at(r, n) for i, _, n in self._places(self.plan.keys, r)] for r in range(lane.rows)
         ]
         for r, places in enumerate(mine):
-            _set(self.new, r, self._folded(places, tirx.max))
+            assign(self.new, r, self._folded(places, tirx.max))
         self._exchange(tirx.max)
         for r, places in enumerate(mine):
-            _set(self.new, r, tirx.max(self.new[r], self.top[r]))
+            assign(self.new, r, tirx.max(self.new[r], self.top[r]))
             before = tirx.Select(self.top[r] <= lowest, constant(0.0), tirx.exp(self.top[r] - self.new[r]))
-            _set(self.factor, r, before)
-            _set(self.top, r, self.new[r])
+            assign(self.factor, r, before)
+            assign(self.top, r, self.new[r])
             for at in places:
                 power = tirx.Select(self.scores[at] <= lowest, constant(0.0), tirx.exp(self.scores[at] - self.top[r]))
-                _set(self.scores, at, power)
-                _set(self.powers, at, rounded(self.scores[at], lane.dtype))
-            _set(self.new, r, self._folded(places, lambda x, y: x + y))
+                assign(self.scores, at, power)
+                assign(self.powers, at, rounded(self.scores[at], lane.dtype))
+            assign(self.new, r, self._folded(places, lambda x, y: x + y))
         self._exchange(lambda x, y: x + y)
         for r in range(lane.rows):
-            _set(self.total, r, self.total[r] * self.factor[r] + self.new[r])
+            assign(self.total, r, self.total[r] * self.factor[r] + self.new[r])
 
     def _folded(self, places: list[int], combine: Callable[[Any, Any], Any]) -> Any:
         whole = self.scores[places[0]]
@@ -286,13 +287,13 @@ class _Block:
             for r in range(self.lane.rows):
                 other = tirx.bitwise_xor(number, distance)
                 there = T.bind(T.tvm_warp_shuffle(tirx.const(-1, "int32"), self.new[r], other, width, width))
-                _set(self.new, r, combine(self.new[r], there))
+                assign(self.new, r, combine(self.new[r], there))
 
     def _mix(self, slot: int) -> None:
         lane = self.lane
         for i, r, n in self._places(self.width):
             at = i * lane.part + lane.at(r, n)
-            _set(self.result, at, self.result[at] * self.factor[r])
+            assign(self.result, at, self.result[at] * self.factor[r])
         for k in range(self.plan.keys // SIDE):
             powers, at = self._powers_of(k)
             for i in range(self.width // SIDE):
@@ -307,7 +308,7 @@ class _Block:
         part, words = self.lane.part, self.lane.part // 2
         if self.plan.copies == 1:
             return self.powers, k * part
-        both = _registers(2 * part, self.lane.dtype)
+        both = registers(2 * part, self.lane.dtype)
         mine, to = (
             T.decl_buffer((size,), "int32", data=buffer.data, scope="local")
             for buffer, size in ((self.powers, self.plan.keys // SIDE * words), (both, 2 * words))
@@ -319,8 +320,8 @@ class _Block:
             own = T.bind(mine[k * words + i])
             other = tirx.bitwise_xor(number, SIDE)
             there = T.bind(T.tvm_warp_shuffle(tirx.const(-1, "int32"), own, other, width, width))
-            _set(to, i, tirx.Select(lower, own, there))
-            _set(to, words + i, tirx.Select(lower, there, own))
+            assign(to, i, tirx.Select(lower, own, there))
+            assign(to, words + i, tirx.Select(lower, there, own))
         return both, 0
 
     def _store(self) -> None:
@@ -329,10 +330,10 @@ class _Block:
         for r in range(lane.rows):
             query = self.first + self.row + lane.row(r)
             instead = constant(1.0 if self.mask.fill is None else math.nan)
-            _set(self.factor, r, tirx.Select(self.total[r] <= constant(0.0), instead, self.total[r]))
+            assign(self.factor, r, tirx.Select(self.total[r] <= constant(0.0), instead, self.total[r]))
             for i, _, n in self._places(self.width, r):
                 at = i * lane.part + lane.at(r, n)
-                _set(self.result, at, self.result[at] / self.factor[r])
+                assign(self.result, at, self.result[at] / self.factor[r])
             for i, _, n in self._places(self.width, r):
                 if n % wide:
                     continue
@@ -367,15 +368,3 @@ def _lines(buffer: Any, number: Any, extent: int, length: int, turned: bool = Fa
 
 def _padded(extent: int) -> int:
     return -(-extent // SIDE) * SIDE
-
-
-def _registers(count: int, dtype: str = "float32") -> Any:
-    return T.alloc_buffer((count,), dtype, scope="local")
-
-
-def _set(buffer: Any, at: int, value: Any) -> None:
-    T.buffer_store(buffer, value, [at])
-
-
-def _barrier() -> None:
-    T.evaluate(T.tvm_storage_sync("shared"))

@@ -17,7 +17,7 @@ from ...hwdb import Hardware
 from ...hwdb.accelerators import Gpu
 from ...hwdb.cost import Work
 from ...passes.rewrite import shape_of
-from ..kernels.loops import Shape, span
+from ..kernels.loops import Shape, flat, span
 from ..lowering.kernels_matmul import refuse_dtypes, refuse_large
 from ..lowering.registry import KernelCall, Packed, Refusal, Second
 from . import sparse_weights
@@ -72,11 +72,6 @@ class Extra:
         if self.residual is not None:
             residual = flat(buffers[-1])
         return Finish(place, lanes, bias, residual, self.activation, tuple(self.args))
-
-
-def flat(buffer: Any) -> Any:
-    """The dense `buffer` as one dimension."""
-    return T.decl_buffer((prod(int(extent) for extent in buffer.shape),), buffer.dtype, data=buffer.data)
 
 
 def lanes(*extents: int) -> int:

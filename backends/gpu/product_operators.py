@@ -27,7 +27,7 @@ from ...hwdb.cost import Work
 from ...passes import dialect, mixed
 from ...passes.rewrite import shape_of
 from ..kernels.batch_matmul import broadcast_batch
-from ..kernels.loops import span
+from ..kernels.loops import flat, span
 from ..kernels.packing import batch_index
 from ..lowering.kernels_matmul import bind
 from ..lowering.registry import Kernel, KernelCall, Packed, Refusal
@@ -40,7 +40,6 @@ from .product_call import (
     as_weights,
     as_words,
     dtype_of,
-    flat,
     floats,
     item_bytes,
     kernel_call,

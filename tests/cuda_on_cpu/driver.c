@@ -59,7 +59,7 @@ int cuModuleLoadData(void **module, const void *image) {
 }
 int cuModuleUnload(void *module) { return SUCCESS; }
 int cuModuleGetFunction(void **function, void *module, const char *name) {
-  char symbol[256];
+  char symbol[4096]; /* names of joined operators are long */
   snprintf(symbol, sizeof symbol, "emulated_%s", name);
   void *kernel = dlsym(module, symbol), *launch = dlsym(module, "emulated_launch");
   if (!kernel || !launch) return NOT_FOUND;
