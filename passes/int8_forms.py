@@ -53,6 +53,7 @@ INT4_RATE = (
 INT4_GAIN = 0.8  # of the time that weights of eight bits take: less is not worth their error
 ENTRY_SECONDS = 0.5e-6  # a kernel more, which rounds the input
 LEAST_TABLE = 1 << 16  # elements of an embedding: smaller ones are not worth a rounding
+MANY = 10  # times as long: beyond, reasons give no figure
 NEARLY = 1.1  # weights alone are taken for as much more time: inputs keep their precision
 
 
@@ -134,7 +135,8 @@ def int8_form(
         return form
     share = narrow / wide if wide else 1.0
     what = "float32" if skipping is None else "float32, which skips blocks of zeros"
-    return Int8Form(True, f"gains nothing: rounding its input and 8 bits take {share:.2f} of {what}", wide, narrow)
+    taken = f"{share:.2f} of" if share < MANY else f"more than {MANY} times as long as"
+    return Int8Form(True, f"gains nothing: rounding its input and 8 bits take {taken} {what}", wide, narrow)
 
 
 NOT_FOUR = "not 4 bits"

@@ -48,10 +48,10 @@ def quantise(
     named = [n for n in graph.graph.nodes if n.name in chosen]
     tables = [n for n in named if table_reason(graph, n) is not None]
     nodes = [n for n in named if is_product(n)]
-    for node in tables:
-        _rows(graph, node)
     rounded: dict[fx.Node, fx.Node] = {}
-    names: dict[fx.Node, str] = {}  # of products that are rewritten, as the table knows them
+    names: dict[fx.Node, str] = {}  # of what is rewritten, as the table knows it
+    for node in tables:
+        names[_rows(graph, node)] = node.name
 
     def in_8_bits(value: fx.Node) -> tuple[fx.Node, Scale]:
         scale = table.scales[names.get(value, value.name)]
@@ -61,16 +61,16 @@ def quantise(
         return rounded[value], scale
 
     for node in nodes:
-        given = arguments(node)
-        if node.name in halved:
-            _halved(graph, node, halved[node.name])
+        given, name = arguments(node), node.name
+        if name in halved:
+            names[_halved(graph, node, halved[name])] = name
             continue
-        if node.name in weights_only or node.name in by_rows:
+        if name in weights_only or name in by_rows:
             operator = mixed.linear_w8
-            if node.name in by_rows:
+            if name in by_rows:
                 image = node.target is dialect.conv2d
                 operator = dialect_rows.conv2d_images if image else dialect_rows.linear_rows
-            _float_input(graph, node, table.per_channel, operator)
+            names[_float_input(graph, node, table.per_channel, operator)] = name
             continue
         x, scale = in_8_bits(given["input"])
         residual: Any = given.get("residual")
@@ -79,12 +79,11 @@ def quantise(
             stored, how = in_8_bits(residual)
             residual = rewrite.call(graph, dialect_int8.dequantize, (stored, how.scale, how.zero), before=node)
         mean = table.means.get(names.get(given["input"], given["input"].name))
-        name = node.name
         names[_replace(graph, node, x, scale, residual, table.per_channel, mean)] = name
     return rewrite.finish(graph, len(nodes) + len(tables))
 
 
-def _rows(graph: fx.GraphModule, node: fx.Node) -> None:
+def _rows(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     """An embedding whose rows are stored in 8 bits."""
     source, indices = node.args[:2]
     weight = constant(graph, source)
@@ -93,11 +92,10 @@ def _rows(graph: fx.GraphModule, node: fx.Node) -> None:
     scales = weight_scales(weight)
     w = rewrite.add_constant(graph, f"{source.target}_rows_int8", quantised_weight(weight, scales), node)
     s = rewrite.add_constant(graph, f"{source.target}_rows_scale", scales, node)
-    made = rewrite.call(graph, mixed.embedding_w8, (w, s, indices), before=node, value=node.meta["val"])
-    rewrite.replace(node, made)
+    return _instead(graph, node, mixed.embedding_w8, (w, s, indices))
 
 
-def _float_input(graph: fx.GraphModule, node: fx.Node, per_channel: bool, operator: Any) -> None:
+def _float_input(graph: fx.GraphModule, node: fx.Node, per_channel: bool, operator: Any) -> fx.Node:
     """A product that reads float32, with weights in 8 bits."""
     given = arguments(node)
     weight = constant(graph, given["weight"])
@@ -109,10 +107,10 @@ def _float_input(graph: fx.GraphModule, node: fx.Node, per_channel: bool, operat
     activation = (given.get("activation", "none"), list(given.get("activation_args", [])))
     sizes = [given[key] for key in ("stride", "padding", "dilation") if key in given]
     operands = (given["input"], w, s, given["bias"], given.get("residual"), *sizes, *activation)
-    rewrite.replace(node, rewrite.call(graph, operator, operands, before=node, value=node.meta["val"]))
+    return _instead(graph, node, operator, operands)
 
 
-def _halved(graph: fx.GraphModule, node: fx.Node, group: int) -> None:
+def _halved(graph: fx.GraphModule, node: fx.Node, group: int) -> fx.Node:
     given = arguments(node)
     weight = constant(graph, given["weight"])
     assert weight is not None, node
@@ -122,7 +120,14 @@ def _halved(graph: fx.GraphModule, node: fx.Node, group: int) -> None:
     s = rewrite.add_constant(graph, f"{name}_scales", scales, node)
     activation = (given.get("activation", "none"), list(given.get("activation_args", [])))
     operands = (given["input"], w, s, given["bias"], given.get("residual"), *activation)
-    rewrite.replace(node, rewrite.call(graph, mixed.linear_w4, operands, before=node, value=node.meta["val"]))
+    return _instead(graph, node, mixed.linear_w4, operands)
+
+
+def _instead(graph: fx.GraphModule, node: fx.Node, operator: Any, operands: tuple[Any, ...]) -> fx.Node:
+    """A call in the place of `node`."""
+    made = rewrite.call(graph, operator, operands, before=node, value=node.meta["val"])
+    rewrite.replace(node, made)
+    return made
 
 
 def _behind(graph: fx.GraphModule, value: fx.Node, scale: Scale) -> fx.Node:
@@ -158,12 +163,8 @@ def _replace(
     s = rewrite.add_constant(graph, f"{node.name}_scale", scales * scale.scale, node)
     head = (x, scale.zero, w, s, corrected, residual, 1.0, 0)
     activation = (given.get("activation", "none"), list(given.get("activation_args", [])), 1.0, 0, None)
-    value = node.meta["val"]
+    log.debug("%s: 8 bits, input scale %.3g, zero %d", node.name, scale.scale, scale.zero)
     if node.target is dialect.conv2d:
         sizes = tuple(given[key] for key in ("stride", "padding", "dilation", "groups"))
-        made = rewrite.call(graph, dialect_int8.qconv2d, (*head, *sizes, *activation), before=node, value=value)
-    else:
-        made = rewrite.call(graph, dialect_int8.qlinear, (*head, *activation), before=node, value=value)
-    log.debug("%s: 8 bits, input scale %.3g, zero %d", node.name, scale.scale, scale.zero)
-    rewrite.replace(node, made)
-    return made
+        return _instead(graph, node, dialect_int8.qconv2d, (*head, *sizes, *activation))
+    return _instead(graph, node, dialect_int8.qlinear, (*head, *activation))

@@ -103,7 +103,7 @@ def observe(graph: fx.GraphModule, samples: Sequence[Sequence[torch.Tensor]], wa
         elif group is None or group.low > group.high:
             unknown[node.name] = f"calibration saw no element of {node.name}"
         elif group.low == group.high:
-            unknown[node.name] = f"{ONLY} {group.low:.3g} in {node.name}"
+            unknown[node.name] = f"{ONLY} {group.low + 0.0:.3g} in {node.name}"  # + 0.0: no "-0"
         elif node in repeated:
             unknown[node.name] = f"{ONLY} {repeated[node]}, all that {node.name} is computed from"
         else:
@@ -135,7 +135,7 @@ def _repeated(graph: fx.GraphModule, samples: Sequence[Sequence[torch.Tensor]]) 
             given = [tensors[place].flatten() for tensors in samples if tensors[place].numel()]
             place += 1
             if given and all(bool((tensor == given[0][0]).all()) for tensor in given):
-                found[node] = f"{given[0][0].item():.3g} in {node.name}"
+                found[node] = f"{given[0][0].item() + 0.0:.3g} in {node.name}"
             else:
                 varying.add(node)
         elif not varying.isdisjoint(node.all_input_nodes):

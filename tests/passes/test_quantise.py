@@ -105,6 +105,30 @@ def test_weights_alone_leave_inputs_as_they_are() -> None:
     assert 0.0 < float((after - before).norm() / before.norm()) < 2e-2
 
 
+@pytest.mark.parametrize("way", ["weights_only", "by_rows", "halved"])
+def test_products_read_what_another_form_computes(way: str) -> None:
+    """By the scale of the value, whatever its node is called now."""
+    x = torch.randn(5, 64)
+    graph = fused(torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(2)]), x)
+    first, second = (n.name for n in named(graph))
+    before = run_eager(graph, [x])[0]
+    some: Any = {first: 32} if way == "halved" else {first}
+    assert quantise(graph, table_for(graph, x), {first, second}, **{way: some}) == 2
+    assert targets(graph)[1:] == ["quantize", "qlinear"]
+    assert float((run_eager(graph, [x])[0] - before).norm() / before.norm()) < 0.2  # of four bits: 9 %
+
+
+def test_products_read_rows_of_a_table() -> None:
+    ids = torch.arange(1100)
+    model = torch.nn.Sequential(torch.nn.Embedding(1100, 64), torch.nn.Linear(64, 32))
+    graph = fused(model, ids)
+    before = run_eager(graph, [ids])[0]
+    names = {n.name for n in graph.graph.nodes if is_product(n) or table_reason(graph, n) is not None}
+    assert quantise(graph, table_for(graph, ids), names) == 2
+    assert targets(graph) == ["embedding_w8", "quantize", "qlinear"]
+    assert float((run_eager(graph, [ids])[0] - before).norm() / before.norm()) < 2e-2
+
+
 def test_only_what_was_chosen() -> None:
     model, x = linears(64, 48, 32), torch.randn(5, 64)
     graph = fused(model, x)
