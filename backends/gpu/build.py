@@ -108,8 +108,7 @@ def _machine_code(lowered: Lowered, hw: Hardware) -> tuple[bytes, str]:
     """The kernels as machine code of the GPU, and the form it has."""
     if hw.isa == "amdgcn":
         with rocm.callbacks(hw.llvm_cpu, int(lowered.target.attrs["thread_warp_size"])) as linked:
-            kernels = rocm.with_loops(rocm.with_device_functions(lowered.device))
-            tvm.get_global_func("target.build.rocm")(kernels, lowered.target)
+            rocm.generated(lowered.device, lowered.target)
         return linked[-1], "hsaco"
     return cuda.compile_cuda(_cuda_source(lowered), hw.llvm_cpu)
 

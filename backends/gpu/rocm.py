@@ -122,17 +122,28 @@ def with_loops(module: Any) -> Any:
     return ir.IRModule(functions)
 
 
+def generated(kernels: Any, target: Any) -> Any:
+    """The kernels, as `lower` leaves them, as TVM's module of machine code for AMD's GPUs; inside `callbacks`."""
+    import tvm
+
+    from .amd_barriers import with_fences
+
+    finished = with_fences(with_loops(with_device_functions(kernels)))
+    return tvm.get_global_func("target.build.rocm")(finished, target)
+
+
 @contextmanager
 def callbacks(arch: str, wave_threads: int) -> Iterator[list[bytes]]:
-    """Let TVM's code generation use our bitcode and linker while inside; the list gets the code objects it links.
+    """Let TVM use our bitcode, barriers and linker while inside; the list gets the code objects it links.
 
     Raises what `link` raises, when it is left.
     """
     import tvm_ffi
 
+    from .amd_barriers import write_fences
+
     names = ("tvm_callback_rocm_bitcode_path", "tvm_callback_rocm_link")
     before = [tvm_ffi.get_global_func(name, allow_missing=True) for name in names]
-    files = [str(path) for path in bitcode(arch, wave_threads)]
     failures: list[GraphwrightError] = []
     made: list[bytes] = []
 
@@ -144,14 +155,16 @@ def callbacks(arch: str, wave_threads: int) -> Iterator[list[bytes]]:
             return b""
         return made[-1]
 
-    for name, function in zip(names, (lambda *_: files, linked), strict=True):
-        tvm_ffi.register_global_func(name, function, override=True)
-    try:
-        yield made
-    finally:
-        for name, function in zip(names, before, strict=True):
-            if function is not None:
-                tvm_ffi.register_global_func(name, function, override=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [str(path) for path in (*bitcode(arch, wave_threads), write_fences(Path(scratch)))]
+        for name, function in zip(names, (lambda *_: files, linked), strict=True):
+            tvm_ffi.register_global_func(name, function, override=True)
+        try:
+            yield made
+        finally:
+            for name, function in zip(names, before, strict=True):
+                if function is not None:
+                    tvm_ffi.register_global_func(name, function, override=True)
     if failures:
         raise failures[0]
 

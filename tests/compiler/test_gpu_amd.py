@@ -31,7 +31,8 @@ class _Attended(nn.Module):
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("target", ["gfx942", "gfx1100", "gfx1201"])
 def test_tiles_are_written_to_shared_memory_on_amd(target, precision, tmp_path):
-    """And nothing is in memory before the last barrier: a pointer of the wrong address space points anywhere."""
+    """And nothing to memory before the last barrier: a pointer of the wrong address space points anywhere. Barriers do
+    not wait for what is on its way to shared memory: waits do."""
     tool = instructions.amd_disassembler()
     if tool is None:
         pytest.skip("no disassembler: a package llvm")
@@ -51,6 +52,10 @@ def test_tiles_are_written_to_shared_memory_on_amd(target, precision, tmp_path):
         assert re.search(r"\bds_(write|store)", waiting), name
         assert re.search(r"\bds_(read|load)", bodies[name]), name
         assert not re.search(r"\b(global|flat)_store", waiting), name
+        *steps, _ = re.split(r"\bs_barrier(?:_signal)?\b.*\n", bodies[name])
+        for step in steps:
+            *before, last = re.split(r"\bds_(?:read|write|load|store)", step)  # not shuffles, which go past memory
+            assert not before or re.search(r"lgkmcnt\(0\)|s_wait(_\w+)?_dscnt 0x0", last), name
 
 
 @pytest.mark.parametrize("target", ["gfx90a", "gfx1100"])
@@ -67,7 +72,7 @@ def test_short_sums_are_not_unrolled_over_their_tiles_for_amd(target, tmp_path):
         (folder / described.image).read_bytes(), described.kernels, graphwright.hwdb.lookup(target)
     ).values()
     assert found.spilled == 0
-    assert found.registers < 200
+    assert found.registers < 240
 
 
 def spilled(model, inputs, target, precision, folder):

@@ -1,0 +1,4 @@
+#include "device.h"
+#include "spaces.h"
+#include "amdgcn.h"
+#include "threads.h"
