@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,6 +73,43 @@ def without(text: str, what: str) -> list[str]:
     return [text[: m.start()] + text[m.end() :] for m in _LINES[what].finditer(text)]
 
 
+class Library:
+    """Kernels of several texts, compiled for this processor."""
+
+    def __init__(self, texts: Sequence[str], wave_threads: int) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, "kernels.so")
+            files = [Path(scratch, f"kernel_{number}.ll") for number in range(len(texts))]
+            for number, (file, text) in enumerate(zip(files, texts, strict=True)):
+                file.write_text(host_ir(text, number)[0])
+            command = [sys.executable, "-m", "ziglang", "c++", "-shared", "-fPIC", "-w", "-O1", "-std=c++17"]
+            command += ["-ffp-contract=off", "-fno-sanitize=all", "-fno-strict-aliasing", "-Wl,-z,defs"]
+            command += [f"-DEMULATED_WARP={wave_threads}", f"-I{CUDA / 'include'}", f"-I{HERE / 'include'}"]
+            command += [str(HERE / "include" / "kernels.cpp"), *map(str, files), "-o", str(path)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+            self._library = ctypes.CDLL(str(path))
+        self._library.emulated_launch_in.restype = ctypes.c_char_p
+
+    def launch(
+        self,
+        number: int,
+        kernel: str,
+        memory: Sequence[tuple[int, int]],
+        grid: Sequence[int],
+        block: Sequence[int],
+        reverse: bool,
+    ) -> str | None:
+        """What went wrong with a kernel of text `number`, or None; its arguments are addresses and bytes of memory."""
+        pointers = [ctypes.c_void_p(address) for address, _ in memory]
+        addresses = (ctypes.c_void_p * len(memory))(*[ctypes.addressof(pointer) for pointer in pointers])
+        ends = (ctypes.c_void_p * (2 * len(memory)))(*[end for start, size in memory for end in (start, start + size)])
+        axes = [(ctypes.c_uint * 3)(*extents) for extents in (grid, block)]
+        entry = self._library[f"emulated_{number}_{kernel}"]
+        error = self._library.emulated_launch_in(entry, addresses, *axes, int(reverse), ends, len(memory))
+        return error.decode() if error else None
+
+
 def compiled(
     variants: Mapping[str, str], kernels: Mapping[str, Kernel], wave_threads: int
 ) -> Callable[..., str | None]:
@@ -81,36 +118,17 @@ def compiled(
     A variant is called like its kernel, or like it with a number behind a colon.
     """
     distinct = {text: number for number, text in enumerate(dict.fromkeys(variants.values()))}
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, "kernels.so")
-        files = []
-        for text, number in distinct.items():
-            files.append(Path(scratch, f"kernel_{number}.ll"))
-            files[-1].write_text(host_ir(text, number)[0])
-        command = [sys.executable, "-m", "ziglang", "c++", "-shared", "-fPIC", "-w", "-O1", "-std=c++17"]
-        command += ["-ffp-contract=off", "-fno-sanitize=all", "-fno-strict-aliasing", f"-DEMULATED_WARP={wave_threads}"]
-        command += [f"-I{CUDA / 'include'}", f"-I{HERE / 'include'}", str(HERE / "include" / "kernels.cpp")]
-        done = subprocess.run(
-            [*command, *map(str, files), "-o", str(path)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        library = ctypes.CDLL(str(path))
-    library.emulated_launch_in.restype = ctypes.c_char_p
+    library = Library(tuple(distinct), wave_threads)
 
     def run(variant: str, arrays: Mapping[str, np.ndarray], reverse: bool = False) -> str | None:
         kernel = kernels[variant.split(":")[0]]
         held = [_in_memory(arrays[name]) for name in kernel.arguments]
-        pointers = [ctypes.c_void_p(x.ctypes.data) for x in held]
-        addresses = (ctypes.c_void_p * len(held))(*[ctypes.addressof(pointer) for pointer in pointers])
-        ends = (ctypes.c_void_p * (2 * len(held)))(
-            *[e for x in held for e in (x.ctypes.data, x.ctypes.data + x.nbytes)]
-        )
-        axes = [(ctypes.c_uint * 3)(*extents) for extents in (kernel.grid, kernel.block)]
-        entry = library[f"emulated_{distinct[variants[variant]]}_{kernel.limits.name}"]
-        error = library.emulated_launch_in(entry, addresses, *axes, ctypes.c_int(reverse), ends, len(held))
+        memory = [(x.ctypes.data, x.nbytes) for x in held]
+        number = distinct[variants[variant]]
+        error = library.launch(number, kernel.limits.name, memory, kernel.grid, kernel.block, reverse)
         for name, x in zip(kernel.arguments, held, strict=True):
             arrays[name][...] = x
-        return error.decode() if error else None
+        return error
 
     return run
 
