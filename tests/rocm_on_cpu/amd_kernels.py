@@ -36,7 +36,7 @@ CUDA = HERE.parent / "cuda_on_cpu"
 
 _LINES = {
     "barrier": re.compile(r"^ .*call void @llvm\.amdgcn\.s\.barrier\(\).*\n", re.MULTILINE),
-    "release": re.compile(r"^ *fence .*release.*\n", re.MULTILINE),
+    "release": re.compile(r"^ *fence syncscope\(\"workgroup\"\) release.*\n", re.MULTILINE),
 }
 
 

@@ -82,7 +82,7 @@ def _checked(line: str) -> str:
     if cast := _CAST.match(line):
         result, source, value, target = cast.groups()
         return f"{result}call ptr @emulated_cast(ptr {value}, i32 {source or 0}, i32 {target or 0})"
-    if line.lstrip().startswith("fence "):
+    if re.match(r'\s*fence syncscope\("workgroup"\) release', line):
         return f"  call void @emulated_fence()\n{line}"
     access = _ACCESS.match(line)
     if not access:

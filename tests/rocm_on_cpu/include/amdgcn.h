@@ -20,6 +20,7 @@ AMDGCN(s_barrier)() {
   emulated::check_barrier();
   emulated::wait(emulated::State::at_block_barrier);
 }
+AMDGCN(wave_barrier)() { emulated::wait(emulated::State::at_warp_barrier); }
 // The lanes in front of this one whose bit is set in a mask, of lanes 0 to 31 and of the others.
 AMDGCN(mbcnt_lo)(int *result, const int *mask, const int *more) {
   int lane = emulated::current->lane;
