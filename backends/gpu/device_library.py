@@ -5,6 +5,10 @@
 
 Tensors on the GPU are read where they lie, on PyTorch's current stream, and results stay there: no copy, no waiting.
 Tensors on the CPU are copied to the device, and results back.
+
+A library runs in a thread of its own. Values inside a function lie in memory of the thread that launches it (TVM's
+workspaces): it is freed when that thread ends, while graphs that were recorded there go on using it, and models on two
+streams would share it.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +133,7 @@ class DeviceLibrary:
         self._device.sync()  # the copies read `weights`, which ends here
         self._stream: Any = None  # PyTorch's, of the last call with tensors on the GPU
         self._lock = threading.Lock()  # one call at a time: activations have the same memory in every call
+        self._thread = ThreadPoolExecutor(1, "graphwright")
 
     def call(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run on tensors of the shapes and dtypes the model was compiled for, all on the CPU or all on the GPU.
@@ -148,7 +154,7 @@ class DeviceLibrary:
             self._stream = None
         before = self._sources or [None] * len(tensors)
         self._sources = [self._copied(*pair) for pair in zip(tensors, before, strict=True)]
-        results = self._main(*self._sources, *self._weights)
+        results = self._run(self._sources, None)
         copies = [torch.empty(tuple(result.shape), dtype=_dtype(result)) for result in results]
         for result, copy in zip(results, copies, strict=True):
             result.copyto(self._from_torch(copy))
@@ -169,9 +175,19 @@ class DeviceLibrary:
             stream.wait_stream(self._stream)  # calls share memory, and results that were freed are used again
         self._stream = stream
         operands = [self._from_torch(_aligned(tensor)) for tensor in tensors]
-        with self._on_stream(self._device, stream.cuda_stream):
-            results = self._main(*operands, *self._weights)
+        results = self._run(operands, stream.cuda_stream)
         return [torch.utils.dlpack.from_dlpack(result) for result in results]
+
+    def _run(self, operands: Sequence[Any], stream: int | None) -> Any:
+        """The results of the kernels, launched on `stream`, or TVM's own, by the library's thread."""
+
+        def launch() -> Any:
+            if stream is None:
+                return self._main(*operands, *self._weights)
+            with self._on_stream(self._device, stream):
+                return self._main(*operands, *self._weights)
+
+        return self._thread.submit(launch).result()
 
     def _copied(self, tensor: torch.Tensor, to: Any) -> Any:
         """A CPU tensor on the device, in the memory of `to` where there is one."""

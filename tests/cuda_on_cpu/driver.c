@@ -110,12 +110,24 @@ int cudaGetDeviceProperties(char *properties, int device) { return strcpy(proper
 int cudaGetDeviceCount(int *count) { return *count = 1, SUCCESS; }
 int cudaGetDevice(int *device) { return *device = 0, SUCCESS; }
 int cudaSetDevice(int device) { return device ? INVALID_VALUE : SUCCESS; }
+enum { PAGE = 4096 };
+/* Pages of its own, the first one for their size: who uses memory that was freed is stopped, as on a GPU. */
 int cudaMalloc(void **memory, size_t size) {
   if (capturing()) return CAPTURE_UNSUPPORTED;
-  *memory = aligned_alloc(256, (size / 256 + 1) * 256);
-  return *memory ? (memset(*memory, 0xff, size), SUCCESS) : OUT_OF_MEMORY;
+  size_t whole = (size / PAGE + 2) * PAGE;
+  char *start = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) return OUT_OF_MEMORY;
+  memcpy(start, &whole, sizeof whole);
+  return *memory = memset(start + PAGE, 0xff, size), SUCCESS;
 }
-int cudaFree(void *memory) { return capturing() ? CAPTURE_UNSUPPORTED : (free(memory), SUCCESS); }
+int cudaFree(void *memory) {
+  if (capturing()) return CAPTURE_UNSUPPORTED;
+  if (!memory) return SUCCESS;
+  char *start = (char *)memory - PAGE;
+  size_t whole;
+  memcpy(&whole, start, sizeof whole);
+  return munmap(start, whole) ? INVALID_VALUE : SUCCESS;
+}
 int cudaMallocHost(void **memory, size_t size) { return cudaMalloc(memory, size); }
 int cudaFreeHost(void *memory) { return cudaFree(memory); }
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) { return capturing() ? CAPTURE_UNSUPPORTED : (memmove(to, from, size), SUCCESS); }
