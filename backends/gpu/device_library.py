@@ -133,7 +133,8 @@ class DeviceLibrary:
         self._device.sync()  # the copies read `weights`, which ends here
         self._stream: Any = None  # PyTorch's, of the last call with tensors on the GPU
         self._lock = threading.Lock()  # one call at a time: activations have the same memory in every call
-        self._thread = ThreadPoolExecutor(1, "graphwright")
+        # A kernel is launched in the context of the thread, which a first call of the runtime sets.
+        self._thread = ThreadPoolExecutor(1, "graphwright", initializer=self._device.sync)
 
     def call(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Run on tensors of the shapes and dtypes the model was compiled for, all on the CPU or all on the GPU.
