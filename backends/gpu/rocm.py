@@ -127,8 +127,9 @@ def generated(kernels: Any, target: Any) -> Any:
     import tvm
 
     from .amd_barriers import with_fences
+    from .guarded_loads import with_guarded_loads
 
-    finished = with_fences(with_loops(with_device_functions(kernels)))
+    finished = with_fences(with_loops(with_guarded_loads(with_device_functions(kernels))))
     return tvm.get_global_func("target.build.rocm")(finished, target)
 
 
