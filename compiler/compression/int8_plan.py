@@ -56,6 +56,7 @@ NARROW = ("int8", "int4")
 HALVED = "int4 weights"
 UNCALIBRATED = "its range is found on calibration inputs, and there are none: pass calibration=[inputs, ...]"
 _UNTRAINED = "training did not round its input and weights to 8 bits"
+_DECIDED = "it was decided so when the model was compiled"
 # Behind `quantise`: rounding moves to the front, products give bytes, what came twice is merged.
 JOINING = (hoist_quantise, requantise, merge_duplicates, remove_dead)
 # Where rounding what nobody rounded in training would change what was trained.
@@ -156,7 +157,7 @@ def plan_int8(
     for node in graph.graph.nodes:
         operator = str(node.target).removesuffix(".default")
         if node in tables:
-            reason = kept.get(node)
+            reason = kept.get(node) or (None if only is None or node.name in only else _DECIDED)
             form_of = ("int8", tables[node], False, None, "int8 weights") if reason is None else ("float32", reason)
             choices.append(Choice(node.name, operator, *form_of))
             continue
@@ -176,7 +177,7 @@ def plan_int8(
                 choices.append(Choice(node.name, operator, dtype, reason, round_input=rounds, form=name))
                 continue
             if form.pays:
-                reason = observed.unknown.get(source, "it was decided so when the model was compiled")
+                reason = observed.unknown.get(source, _DECIDED)
                 reason = reason if inputs else UNCALIBRATED
         choices.append(Choice(node.name, operator, "float32", reason))
     saved = {n.name: 3.0 * prod(shape_of(n.args[0])) * SECONDS_PER_BYTE for n in tables}

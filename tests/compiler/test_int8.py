@@ -271,5 +271,8 @@ def test_tables_are_stored_in_bytes() -> None:
     # Rows rounded to 127 steps of their largest element: 0.6 % of it at most, 0.3 % in the mean square of a normal row.
     assert 1e-3 < report.errors[0].relative_l2 < 1e-2
     torch.testing.assert_close(result.graph(ids)[0], result(ids), rtol=1e-4, atol=1e-5)
+    graph = fused(model, ids)
+    for chosen in ({}, {"embedding": "int8 weights"}):  # the graph that is shown is the one that was decided on
+        assert plan_int8(graph, detect(), Method(), [[ids]], only=chosen).chosen == chosen.keys()
     whole = compiled(model, ids, [ids], int8={"keep": ["embedding*"]}).report()
     assert {c.dtype for c in whole.precisions if "embedding" in c.operator} == {"float32"}
