@@ -96,6 +96,8 @@ def main() -> None:
     f = nodes(-0.5, 0.5)
     report("2^f: p(f)", fit(f, np.exp2(f), 1 / np.exp2(f), 6, first=1.0))
 
+    report("255 * 2^f: p(f)", fit(f, 255 * np.exp2(f), 1 / (255 * np.exp2(f)), 3))
+
     m = nodes(np.sqrt(0.5) - 1, np.sqrt(2) - 1)
     m = m[np.abs(m) > 5e-3]
     rest = (np.log1p(m) - m + m * m / 2) / m**3

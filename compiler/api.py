@@ -108,7 +108,7 @@ def compile(
     calibration: inputs besides the example to keep the tolerance on: an iterable of them, read once, each as
         example_inputs, or a mapping from input names to tensors with a leading axis of samples. "int8" and "adaptive"
         need it, int8={"activation": "dynamic"} for depthwise convolutions alone.
-    int8: how "int8" quantises: the options of `graphwright.quantize` from scheme to group, as a mapping.
+    int8: how "int8" quantises: the options of `graphwright.quantize` from scheme to attention, as a mapping.
 
     Raises CaptureError, UnknownTarget, InputError, PassError, MemoryLimit, UnsupportedOp (targets where PyTorch cannot
     take over) and NumericMismatch, which names the pass or the operator to blame.

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..errors import GraphwrightError, InputError
-from ..passes import dialect_rows
+from ..passes import dialect_attention, dialect_rows
 from .reference import Keeping, max_absolute, relative_l2, rounding_noise, run_float64, widen
 from .report import ErrorRow
 from .users_line import users_line
@@ -166,7 +166,7 @@ def tolerance_for(graph: fx.GraphModule, tolerance: float | None) -> float | Non
 
 def _quantises(node: fx.Node) -> bool:
     """Whether floating point goes in, and 8 bits come out, or are multiplied inside."""
-    if node.target in dialect_rows.ROUNDING:
+    if node.target in dialect_rows.ROUNDING or node.target in dialect_attention.ROUNDING:
         return True
     result, *operands = (n.meta.get("val") for n in (node, *node.all_input_nodes))
     if not isinstance(result, torch.Tensor) or result.dtype not in (torch.uint8, torch.int8):

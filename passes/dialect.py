@@ -233,6 +233,26 @@ def _placed(extents: Sequence[int], place: Sequence[int], rows: Tensor | None) -
     return start + row[:, None, :, None] + (heads * head_stride)[:, None, None] + depth
 
 
+def heads_of(
+    operands: tuple[Tensor, Tensor, Tensor], extents: Sequence[int], places: Sequence[int], rows: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of `strided_attention` as [batch, heads, positions, depth]."""
+    batch, heads, key_heads, queries, keys, depth, value_depth = extents
+    q, k, v = (x.reshape(-1) for x in operands)
+    return (
+        q[_placed((batch, heads, queries, depth), places[:4], rows)],
+        k[_placed((batch, key_heads, keys, depth), places[4:8], rows)],
+        v[_placed((batch, key_heads, keys, value_depth), places[8:12], rows)],
+    )
+
+
+def put_heads(y: Tensor, places: Sequence[int], out_shape: Sequence[int], out_rows: Tensor | None) -> Tensor:
+    """The result [batch, heads, positions, depth] where `strided_attention` wants it."""
+    result = y.new_empty(math.prod(out_shape))
+    result[_placed(y.shape, places[12:], out_rows)] = y
+    return result.reshape(out_shape)
+
+
 def _strided_attention(
     q: Tensor,
     k: Tensor,
@@ -247,19 +267,8 @@ def _strided_attention(
     rows: Tensor | None = None,
     out_rows: Tensor | None = None,
 ) -> Tensor:
-    batch, heads, key_heads, queries, keys, depth, value_depth = extents
-    y = _attention(
-        q.reshape(-1)[_placed((batch, heads, queries, depth), places[:4], rows)],
-        k.reshape(-1)[_placed((batch, key_heads, keys, depth), places[4:8], rows)],
-        v.reshape(-1)[_placed((batch, key_heads, keys, value_depth), places[8:12], rows)],
-        mask,
-        is_causal,
-        scale,
-        fill,
-    )
-    result = y.new_empty(math.prod(out_shape))
-    result[_placed(y.shape, places[12:], out_rows)] = y
-    return result.reshape(out_shape)
+    heads = heads_of((q, k, v), extents, places, rows)
+    return put_heads(_attention(*heads, mask, is_causal, scale, fill), places, out_shape, out_rows)
 
 
 def _strided_attention_fake(
@@ -279,6 +288,13 @@ def _strided_attention_fake(
     return q.new_empty(list(out_shape))
 
 
+ATTENTION = "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float? fill=None) -> Tensor"
+# extents: batch, heads of q, heads of k, queries, keys, depth, depth of v; places: see _placed; q, k, v, the
+# result; int32 rows [batch, position] of q, k and v, and of the result
+STRIDED_ATTENTION = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, int[] extents, int[] places, "
+    "int[] out_shape, float? fill=None, Tensor? rows=None, Tensor? out_rows=None) -> Tensor"
+)
 _EPILOGUE = "str activation, float[] activation_args"
 _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] = {
     "conv2d": (
@@ -315,15 +331,12 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Tensor], Callable[..., Tensor]]] 
         _permute_fake,
     ),
     "attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, float? fill=None) -> Tensor",
+        ATTENTION,
         _attention,
         _attention_fake,
     ),
-    # extents: batch, heads of q, heads of k, queries, keys, depth, depth of v; places: see _placed; q, k, v, the
-    # result; int32 rows [batch, position] of q, k and v, and of the result
     "strided_attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, int[] extents, int[] places, "
-        "int[] out_shape, float? fill=None, Tensor? rows=None, Tensor? out_rows=None) -> Tensor",
+        STRIDED_ATTENTION,
         _strided_attention,
         _strided_attention_fake,
     ),

@@ -41,13 +41,13 @@ def _linear_rows(
     activation: str,
     activation_args: Sequence[float],
 ) -> Tensor:
-    steps, unit = _steps(input.float(), (-1,))
+    steps, unit = steps_of(input.float(), (-1,))
     sums = F.linear(steps.double(), weight.double()).float()  # whole numbers: exact in any order
     return _finished(sums, scale, unit, (bias, residual), activation, activation_args)
 
 
-def _steps(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """x in steps of the unit of what `dims` span, and the units."""
+def steps_of(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x in steps of the unit of what `dims` span, whole numbers in [-127, 127], and the units: NaN of what has none."""
     largest = x.abs().amax(dims, keepdim=True)  # NaN where there is one
     finite = largest.isfinite()
     inverse = 127.0 / torch.where(finite & (largest >= LEAST), largest, 127.0)
@@ -113,7 +113,7 @@ def _conv2d_images(
     activation: str,
     activation_args: Sequence[float],
 ) -> Tensor:
-    steps, unit = _steps(input.float(), (1, 2, 3))
+    steps, unit = steps_of(input.float(), (1, 2, 3))
     sums = dialect_int8.convolved(steps, 0, weight, (stride, padding, dilation), 1).float()
     return _finished(sums, scale, unit, (bias, residual), activation, activation_args)
 

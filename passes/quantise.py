@@ -5,6 +5,7 @@
     linear(x, w, b) -> linear_w8(x, w8, scale, b)        those in `weights_only`
     linear(x, w, b) -> linear_w4(x, w4, scales, b)       those in `halved`: groups of so many inputs have a scale
     embedding(w, i) -> embedding_w8(w8, scale, i)        a scale a row
+    attention(q, k, v) -> attention_int8(q, k, v)        both products of bytes; strided_attention likewise
 
 x is rounded by its scale in the table, once for all products that read it; the result is float32 (`requantise` makes it
 8 bits where only such products read it). A residual of a convolution that the table has a scale for becomes
@@ -25,6 +26,7 @@ import torch
 from torch import fx
 
 from . import dialect, dialect_int8, dialect_rows, int4_groups, mixed, rewrite
+from .dialect_attention import IN_BYTES
 from .int8_forms import is_product, table_reason
 from .int8_scales import Scale, Table, corrected_bias, quantised_weight, weight_scales
 from .rewrite import arguments, constant
@@ -48,6 +50,9 @@ def quantise(
     named = [n for n in graph.graph.nodes if n.name in chosen]
     tables = [n for n in named if table_reason(graph, n) is not None]
     nodes = [n for n in named if is_product(n)]
+    attentions = [n for n in named if n.op == "call_function" and n.target in IN_BYTES]
+    for node in attentions:
+        node.target = IN_BYTES[node.target]  # whose name stays what the table knows
     rounded: dict[fx.Node, fx.Node] = {}
     names: dict[fx.Node, str] = {}  # of what is rewritten, as the table knows it
     for node in tables:
@@ -80,7 +85,7 @@ def quantise(
             residual = rewrite.call(graph, dialect_int8.dequantize, (stored, how.scale, how.zero), before=node)
         mean = table.means.get(names.get(given["input"], given["input"].name))
         names[_replace(graph, node, x, scale, residual, table.per_channel, mean)] = name
-    return rewrite.finish(graph, len(nodes) + len(tables))
+    return rewrite.finish(graph, len(nodes) + len(tables) + len(attentions))
 
 
 def _rows(graph: fx.GraphModule, node: fx.Node) -> fx.Node:

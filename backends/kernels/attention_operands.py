@@ -13,8 +13,8 @@ from tvm import tirx
 from .attention_plan import Placement
 from .loops import Shape, constant, span, spread, view
 
-# score, batch, head, query, key, lanes -> masked score
-Bias = Callable[[Any, Any, Any, Any, Any, int], Any]
+# score, batch, head, query, key, lanes[, unit of the score] -> masked score
+Bias = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,16 @@ def masking(buffer: Any, dtype: str, fill: float | None) -> Bias:
     shape = tuple(int(n) for n in buffer.shape)
     hidden = -math.inf if fill is None else fill
 
-    def apply(score: Any, b: Any, h: Any, query: Any, key: Any, lanes: int) -> Any:
+    def apply(score: Any, b: Any, h: Any, query: Any, key: Any, lanes: int, unit: Any = None) -> Any:
         where = [0 if extent == 1 else at for extent, at in zip(shape, (b, h, query, key), strict=True)]
         value = buffer[(*where[:3], where[3] if shape[3] == 1 else span(key, lanes))]
         if shape[3] == 1:
             value = spread(value, lanes)
-        return score + value if dtype == "float32" else tirx.Select(value, score, constant(hidden, lanes))
+        if dtype != "float32":
+            return tirx.Select(value, score if unit is None else score * unit, constant(hidden, lanes))
+        if unit is None:
+            return score + value
+        floats = "float32" if lanes == 1 else f"float32x{lanes}"
+        return tirx.call_llvm_pure_intrin(floats, "llvm.fma", score, unit, value)
 
     return apply

@@ -33,6 +33,9 @@ MASK_CYCLES = 2.0
 FOLD_CYCLES = 2.0  # of a dot product: shuffles that add up its lanes beside those of its neighbours
 ROW_CYCLES = 40.0  # of a row of scores, beside its vectors
 BLOCK_CYCLES = 100.0
+# With products of bytes, from 128 to 2048 keys of depth 64 on one core of Zen 4 (benchmarks/int8_attention.py).
+BYTES_RATE = 3.4  # products in the time of one of floats: sums are converted, scaled and stored
+BYTES_PACK_CYCLES = 7.5  # rows and columns are looked through, rounded and laid out
 
 
 @dataclass(frozen=True)
@@ -87,11 +90,17 @@ class Plan:
 
 
 def plan_attention(
-    hw: Hardware, p: Problem, causal: bool, masked: bool = False, value_stride: int | None = None
+    hw: Hardware,
+    p: Problem,
+    causal: bool,
+    masked: bool = False,
+    value_stride: int | None = None,
+    in_bytes: bool = False,
 ) -> Plan:
     """Choose rows, way, tiles, blocks and split from the hardware's facts.
 
-    `value_stride`: floats from one row of v to the next, by default the row's own.
+    `value_stride`: floats from one row of v to the next, by default the row's own. `in_bytes`: the products are of
+    bytes (int8_attention.py), whose panels are always packed.
     """
     group = p.heads // p.key_heads if p.queries < hw.vector_registers // 2 else 1
     rows = p.queries * group
@@ -105,9 +114,10 @@ def plan_attention(
     share = (1 + 1 / blocks) / 2 if causal and group == 1 and p.queries == p.keys else 1.0
     vectors = -(-p.keys // scores.lanes)
     products = share * (scores.cycles * scores.tasks + values.cycles * values.tasks) / pairs
-    packing = PACK_CYCLES * vectors * (p.depth + p.value_depth)
+    packing = (BYTES_PACK_CYCLES if in_bytes else PACK_CYCLES) * vectors * (p.depth + p.value_depth)
+    products /= BYTES_RATE if in_bytes else 1.0
     dots = rows * _dots(hw, p, value_stride or p.value_depth)
-    in_place = _can_stay(hw, p) and dots < packing + products
+    in_place = not in_bytes and _can_stay(hw, p) and dots < packing + products
     if in_place:
         products, packing, blocks = dots, 0.0, 1
         columns = side_by_side(hw)

@@ -23,7 +23,7 @@ from .dot_product import Dot
 from .dot_tile import stage
 from .epilogue import apply_activation, is_heavy
 from .gemv import across
-from .loops import Shape, between, span, spread, view
+from .loops import Shape, between, constant, span, spread, view
 
 MAGNITUDE = 0x7FFFFFFF
 INFINITE = 0x7F800000
@@ -68,15 +68,20 @@ def largest_bits(load: Callable[[Any, int], Any], depth: int, dot: Dot) -> Any:
     return T.bind(across([most[every]], tirx.max, lanes))
 
 
-def unit_of(bits: Any) -> tuple[Any, Any]:
+def unit_of(bits: Any, lanes: int = 1) -> tuple[Any, Any]:
     """What values are multiplied by to become steps, and the unit that a step is, for the bits of the largest."""
-    largest = T.bind(T.reinterpret("float32", bits))
-    finite = bits < tirx.const(INFINITE, "int32")
-    rounds = tirx.all(finite, bits >= tirx.const(LEAST_BITS, "int32"))
-    most_steps = tirx.const(127.0, "float32")
+
+    def integer(value: int) -> Any:
+        return spread(tirx.const(value, "int32"), lanes)
+
+    floats = "float32" if lanes == 1 else f"float32x{lanes}"
+    largest = T.bind(T.reinterpret(floats, bits))
+    finite = bits < integer(INFINITE)
+    rounds = tirx.all(finite, bits >= integer(LEAST_BITS))
+    most_steps = constant(127.0, lanes)
     inverse = T.bind(most_steps / tirx.Select(rounds, largest, most_steps))
-    nan = T.reinterpret("float32", tirx.const(INFINITE | 1 << 22, "int32"))
-    return inverse, tirx.Select(finite, largest * tirx.const(1 / 127, "float32"), nan)
+    nan = T.reinterpret(floats, integer(INFINITE | 1 << 22))
+    return inverse, tirx.Select(finite, largest * constant(1 / 127, lanes), nan)
 
 
 def unit_of_token(bits: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ LEARNED = "learned"  # ranges that training found: `convert` alone asks for it
 DYNAMIC = "dynamic"  # found at run time for each row (token) of a linear layer's input, each image of a convolution's
 WEIGHTS = ("per_channel", "per_tensor")
 WEIGHTS_ONLY = ("int8", "int4")  # of products that wait for their weights
+SWITCH = {"true": True, "false": False}
 MIGRATIONS = ("none", "smooth", "equalise", "auto")  # of large channels into the weights: migrate.py
 
 
@@ -32,6 +33,7 @@ class Method:
     migration: str = "none"
     weights_only: str = "int8"
     group: int = 32  # inputs that share a scale of 4-bit weights
+    attention: bool = False  # whether its two products may be of bytes
 
     @property
     def dynamic(self) -> bool:
@@ -79,14 +81,23 @@ def options_of(texts: Sequence[str]) -> dict[str, Any]:
         if name == "keep":
             found.setdefault(name, []).append(value)
         else:
-            found[name] = int(value) if value.isdecimal() else value
+            found[name] = int(value) if value.isdecimal() else SWITCH.get(value, value)
     return found
 
 
 def method_of(
-    scheme: Any, weight: Any, activation: Any, keep: Any, migration: Any, weights_only: Any, group: Any
+    scheme: Any,
+    weight: Any,
+    activation: Any,
+    keep: Any,
+    migration: Any,
+    weights_only: Any,
+    group: Any,
+    attention: Any = False,
 ) -> Method:
     """The options as a Method. Raises InputError for a value that there is not, saying what there is."""
+    if not isinstance(attention, bool):
+        raise InputError(f"attention={attention!r}: it has to be True or False")
     if not isinstance(group, int) or isinstance(group, bool):
         raise InputError(f"group={group!r}: it has to be an int, one of {', '.join(map(str, GROUPS))}")
     for option, value, allowed in (
@@ -103,4 +114,4 @@ def method_of(
             raise InputError(f"{option}={value!r}{near}: there are {there}")
     if isinstance(keep, str) or not isinstance(keep, Sequence) or not all(isinstance(k, str) for k in keep):
         raise InputError(f"keep is a list of names or patterns of products that stay float32, got {keep!r}")
-    return Method(scheme, weight, activation, tuple(keep), migration, weights_only, group)
+    return Method(scheme, weight, activation, tuple(keep), migration, weights_only, group, attention)

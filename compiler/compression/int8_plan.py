@@ -40,6 +40,7 @@ from .. import compare, pipeline
 from ..reference import run_eager
 from ..sensitivity import error_of, sensitivities
 from .damage import with_damage
+from .int8_attention import attention_choice, attention_form, is_attention
 from .int8_budget import budget_problem, over_budget, shared_inputs, source_of
 from .int8_method import LEARNED, Method
 from .observe import Observed, observe
@@ -135,7 +136,8 @@ def plan_int8(
     products = [n for n in graph.graph.nodes if is_product(n)]
     trained = learned_scales(graph, products) if method.activation == LEARNED else None
     tables = {n: why for n in graph.graph.nodes if trained is None and (why := table_reason(graph, n)) is not None}
-    kept = _kept([*products, *tables], method.keep)
+    attentions = {n: attention_form(n, hw) for n in graph.graph.nodes if method.attention and is_attention(n)}
+    kept = _kept([*products, *tables, *attentions], method.keep)
     if trained is not None:
         kept |= dict.fromkeys([n for n in products if n not in trained], _UNTRAINED)
     streamed = streamed_bytes(graph, products)
@@ -156,6 +158,10 @@ def plan_int8(
     choices = []
     for node in graph.graph.nodes:
         operator = str(node.target).removesuffix(".default")
+        if node in attentions:
+            named = only is None or node.name in only
+            choices.append(attention_choice(node, attentions[node], kept.get(node), named))
+            continue
         if node in tables:
             reason = kept.get(node) or (None if only is None or node.name in only else _DECIDED)
             form_of = ("int8", tables[node], False, None, "int8 weights") if reason is None else ("float32", reason)
@@ -181,7 +187,8 @@ def plan_int8(
                 reason = reason if inputs else UNCALIBRATED
         choices.append(Choice(node.name, operator, "float32", reason))
     saved = {n.name: 3.0 * prod(shape_of(n.args[0])) * SECONDS_PER_BYTE for n in tables}
-    plan = Int8Plan(table, tuple(choices), {n.name: f for n, f in forms.items()}, saved, trained is not None, group)
+    by_name = {n.name: form for n, form in (forms | attentions).items()}
+    plan = Int8Plan(table, tuple(choices), by_name, saved, trained is not None, group)
     return plan if only is not None or not inputs else with_damage(graph, plan, inputs[:LOOKED_AT])
 
 

@@ -63,6 +63,7 @@ def quantize(
     migration: str = "none",
     weights_only: str = "int8",
     group: int = 32,
+    attention: bool = False,
     tolerance: float | None = None,
     target: Target = "native",
 ) -> Quantized:
@@ -82,13 +83,15 @@ def quantize(
         calibrated maxima (for transformers), "equalise" by weights alone, "auto" whichever lowers the measured damage.
     weights_only: what linear layers whose few rows wait for weights store those in: "int8", or "int4" with a scale for
         each `group` (32, 64 or 128) inputs of an output.
+    attention: whether the two products of attention are of bytes too, where that is predicted to pay: q and k rounded
+        row by row, v by the channels of a head, weights of keys to 255 steps (docs/compression.md).
     tolerance: the relative L2 error at the outputs against float64 that is allowed, 1e-1 unless given; what costs the
         most goes back to float32 until it is kept.
 
     Raises InputError for options and data that do not fit, CaptureError for a model that cannot be traced.
     """
     started = time.perf_counter()
-    method = method_of(scheme, weight, activation, keep, migration, weights_only, group)
+    method = method_of(scheme, weight, activation, keep, migration, weights_only, group, attention)
     hw = compile_target(target)
     check_error_bound(tolerance)
     data = calibration.listed({} if calibration_data is None else calibration_data)

@@ -391,6 +391,7 @@ def test_compile_in_8_bits_by_a_file_of_inputs():
     assert "did you mean 'kl'" in fails(*start, "activation=kll")
     assert "there are 32, 64, 128" in fails(*start, "group=48")
     assert "no product is called" in fails(*start, "keep=nothing", "--int8", "keep=*0_weight")
+    assert "attention='yes': it has to be True or False" in fails(*start, "attention=yes")
 
 
 def test_compile_mistakes():
