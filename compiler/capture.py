@@ -168,13 +168,20 @@ def _require_converted(module: torch.nn.Module) -> None:
 def capture(exported: ExportedProgram, parameters: tuple[str, ...] = ()) -> Captured:
     """Turn an exported program into the flat graph that the passes rewrite.
 
-    Raises CaptureError where the model changes its buffers or inputs, or takes symbolic shapes.
+    Raises CaptureError where the model changes its buffers or inputs, takes symbolic shapes, or has control flow that
+    PyTorch does not decompose.
     """
     _refuse_mutation(exported)
     with torch.no_grad(), warnings.catch_warnings():
         # torch copies its own tree specifications in a way that it warns of.
         warnings.filterwarnings("ignore", category=FutureWarning, module="copyreg")
-        core = exported.run_decompositions({**_decompositions(), **_quantisation(exported)})
+        try:
+            core = exported.run_decompositions({**_decompositions(), **_quantisation(exported)})
+        except RuntimeError as error:  # of control-flow operators, whose branches are looked into here
+            raise CaptureError(
+                f"torch.export cannot decompose the model: {str(error).strip()}",
+                split='\ntorch.compile(model, backend="graphwright") splits the model at control flow.',
+            ) from error
     _refuse_mutation(core)
     graph, signature = _flatten(core, parameters)
     return Captured(graph, signature)

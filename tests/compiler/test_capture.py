@@ -82,6 +82,12 @@ def test_an_input_changed_in_place_is_refused() -> None:
         capture(export(lambda x: x.add_(1), (torch.randn(3),)))
 
 
+def test_a_branch_that_returns_its_operand_is_refused_with_a_reason() -> None:
+    exported = export(lambda x: torch.cond(x.sum() > 0, lambda a: a, lambda a: -a, (x,)), (torch.ones(3),))
+    with pytest.raises(CaptureError, match=r"decompose the model: cond_true might be aliasing[\s\S]*torch.compile"):
+        capture(exported)
+
+
 def test_control_flow_on_data_gives_the_reason_and_the_line() -> None:
     def branchy(x: torch.Tensor) -> torch.Tensor:
         if x.sum() > 0:
