@@ -374,8 +374,8 @@ def test_attention_is_rounded_on_the_matrix_units_of_gpus_alone() -> None:
     assert "no faster matrix instructions" in choice("rx-6800").reason
     assert "15 queries and 48 keys is too narrow" in choice("a100", inputs=list(heads(15))).reason
     assert "32 queries and 12 keys is too narrow" in choice("a100", inputs=list(heads(keys=12))).reason
-    assert choice("rx-7900-xtx", inputs=list(heads(depth=96))).dtype == "float16"
-    assert "heads of 104 and 16 are more" in choice("rx-7900-xtx", inputs=list(heads(depth=104))).reason
+    assert choice("rx-7900-xtx", inputs=list(heads(depth=88))).dtype == "float16"
+    assert "heads of 96 and 16 are more" in choice("rx-7900-xtx", inputs=list(heads(depth=96))).reason
     assert choice("rx-9070", inputs=list(heads(depth=128))).dtype == "float16"
     assert "heads of 136 and 16 are more" in choice("a100", inputs=list(heads(depth=136))).reason
     assert "too narrow" in choice("a100", inputs=[x[:0] for x in heads()]).reason
