@@ -36,7 +36,7 @@ from graphwright.backends.kernels.matmul import matmul
 from graphwright.backends.kernels.mmla import choose_mmla, mmla_conv, mmla_dot
 from graphwright.compiler.benchmarking import zoo
 from graphwright.hwdb import Hardware, lookup
-from graphwright.passes import mixed_half
+from graphwright.passes import dialect_half
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE.parent / "docs" / "measurements" / "arm.json"
@@ -182,7 +182,7 @@ def _kernel(what: str, conv: Conv, hw: Hardware) -> Any:
     if what == "fmla of floats":
         return matmul(M, K, N, hw) if conv.pointwise else conv2d(conv, choose_plan(conv, hw))
     if what == "fmla of halves":
-        dot, finish = f16_dot(hw, mixed_half.BLOCK), FloatFinish(M, N, True)
+        dot, finish = f16_dot(hw, dialect_half.BLOCK), FloatFinish(M, N, True)
         assert dot is not None
         if conv.pointwise:
             return bf16_matmul(M, K, N, hw, finish, dot=dot)

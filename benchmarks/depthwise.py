@@ -3,8 +3,9 @@
     python benchmarks/depthwise.py --json docs/measurements/depthwise.json
 
 The shapes are those of MobileNetV2 and EfficientNet-B0 with relu6, values in L2 or L3 as they lie in a model. `rate` is
-float32's time over that of 8 bits (passes/int8_forms.py: DEPTHWISE_RATE), `efficiency` the share of the machine's peak
-of byte products (backends/lowering/kernels_int8.py: DEPTHWISE_EFFICIENCY); the last lines have the medians by stride.
+float32's time over that of 8 bits (passes/precision/int8_forms.py: DEPTHWISE_RATE), `efficiency` the share of the
+machine's peak of byte products (backends/lowering/kernels_int8.py: DEPTHWISE_EFFICIENCY); the last lines have the
+medians by stride.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ operators and reductions in one kernel and results in the place of operands, it 
 Apart: OFF without these two, every operator in a kernel with a result of its own: the graph as it was captured.
 
 Medians of interleaved calls in one process with equal threads. `copies` are the moves in the graph that lowering gets
-(`graphwright.passes.copies`), `captured_copies` those in the model's own graph; `arena_bytes` is the activation memory
-of a call. `equal_kernels` is the share of OFF's kernel time in kernels that are the same on all sides.
+(`graphwright.passes.moves.copies`), `captured_copies` those in the model's own graph; `arena_bytes` is the activation
+memory of a call. `equal_kernels` is the share of OFF's kernel time in kernels that are the same on all sides.
 --artifacts keeps what was compiled, to time it later.
 """
 
@@ -47,9 +47,9 @@ from graphwright.compiler.functions import parameters_of
 from graphwright.compiler.reference import relative_l2
 from graphwright.hwdb import Hardware
 from graphwright.passes import dialect, rewrite
-from graphwright.passes.copies import count_copies
 from graphwright.passes.default import PASSES
-from graphwright.passes.nhwc_rules import RULES, Images
+from graphwright.passes.layout.nhwc_rules import RULES, Images
+from graphwright.passes.moves.copies import count_copies
 
 MODELS = ("swin", "shufflenetv2", "bert-eager")
 # The claim that users come with, and the issue's bars: at least so much less latency and activation memory.

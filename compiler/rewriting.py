@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from ..passes.int8_forms import NOT_FOUR, is_product
+from ..passes.precision.int8_forms import NOT_FOUR, is_product
 from . import pipeline
 from .compression import int8_plan
 from .compression.int8_method import LEARNED

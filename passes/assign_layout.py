@@ -27,9 +27,9 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
-from .layout_costs import node_seconds, permute_seconds
-from .layout_cut import Problem, Value, assignment, minimum_cut
-from .nhwc_rules import RULES, Images, pointwise, wants_nhwc
+from .layout.costs import node_seconds, permute_seconds
+from .layout.cut import Problem, Value, assignment, minimum_cut
+from .layout.nhwc_rules import RULES, Images, pointwise, wants_nhwc
 from .refusals import keep
 
 log = logging.getLogger(__name__)

@@ -31,9 +31,9 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import dialect, mixed, mixed_half
-from .precision_cut import Cost, Problem, Value, within
-from .precision_forms import (
+from . import dialect, dialect_half, dialect_mixed
+from .precision.cut import Cost, Problem, Value, within
+from .precision.forms import (
     ASKED,
     IN_PLACE,
     LABELS,
@@ -185,19 +185,19 @@ def _operator(node: fx.Node) -> str:
 
 
 _TARGETS = {
-    (torch.bfloat16, False): mixed.linear_bf16,
-    (torch.bfloat16, True): mixed.conv2d_bf16,
-    (torch.float16, False): mixed.linear_f16,
-    (torch.float16, True): mixed.conv2d_f16,
+    (torch.bfloat16, False): dialect_mixed.linear_bf16,
+    (torch.bfloat16, True): dialect_mixed.conv2d_bf16,
+    (torch.float16, False): dialect_mixed.linear_f16,
+    (torch.float16, True): dialect_mixed.conv2d_f16,
 }
-_ATTENTIONS = {"bfloat16": mixed.attention_bf16, "float16": mixed.attention_f16}
-_HALF = {False: mixed_half.linear_half, True: mixed_half.conv2d_half}
-_BFLOAT16 = (mixed.linear_bf16, mixed.conv2d_bf16)
+_ATTENTIONS = {"bfloat16": dialect_mixed.attention_bf16, "float16": dialect_mixed.attention_f16}
+_HALF = {False: dialect_half.linear_half, True: dialect_half.conv2d_half}
+_BFLOAT16 = (dialect_mixed.linear_bf16, dialect_mixed.conv2d_bf16)
 _OF_SAME: dict[object, tuple[object, ...]] = {
-    mixed.linear_bf16: _BFLOAT16,
-    mixed.conv2d_bf16: _BFLOAT16,
-    mixed.linear_f16: (mixed.linear_f16,),
-    mixed.conv2d_f16: (),
+    dialect_mixed.linear_bf16: _BFLOAT16,
+    dialect_mixed.conv2d_bf16: _BFLOAT16,
+    dialect_mixed.linear_f16: (dialect_mixed.linear_f16,),
+    dialect_mixed.conv2d_f16: (),
 }
 
 

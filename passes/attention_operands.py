@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from . import dialect, rewrite
-from .index_map import Digit, IndexMap, identity
+from .moves.index_map import Digit, IndexMap, identity
 
 aten = torch.ops.aten
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dialect_images import image_shape, owned, spatial_shape
 from .dialect_pools import avg_pool2d_body, avg_pool2d_fake, max_pool2d_body, max_pool2d_fake
-from .images import image_shape, owned, spatial_shape
 
 ACTIVATIONS: dict[str, Callable[[Tensor, Sequence[float]], Tensor]] = {
     "none": lambda x, args: x,

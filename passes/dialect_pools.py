@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .images import image_shape, owned, spatial_shape
+from .dialect_images import image_shape, owned, spatial_shape
 
 
 def max_pool2d_body(

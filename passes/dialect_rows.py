@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dialect, dialect_int8, mixed
+from . import dialect, dialect_int8, dialect_mixed
 
 LEAST_EXPONENT = -120
 LEAST = 2.0**LEAST_EXPONENT
@@ -137,11 +137,11 @@ def _conv2d_images_fake(
 
 linear_rows = dialect.define(
     "linear_rows",
-    mixed.LINEAR_SCALED,
+    dialect_mixed.LINEAR_SCALED,
     _linear_rows,
     _linear_rows_fake,
 )
-linear_tokens = dialect.define("linear_tokens", mixed.LINEAR_SCALED, _linear_tokens, _linear_rows_fake)
+linear_tokens = dialect.define("linear_tokens", dialect_mixed.LINEAR_SCALED, _linear_tokens, _linear_rows_fake)
 conv2d_images = dialect.define(
     "conv2d_images",
     "(Tensor input, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual, int[] stride, int[] padding, "

@@ -28,8 +28,8 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, rewrite
 from .fuse_reshape_transpose import map_of
-from .head_rows import Place, by_table, scattered, table_of
-from .index_map import Digit, from_moves
+from .moves.head_rows import Place, by_table, scattered, table_of
+from .moves.index_map import Digit, from_moves
 from .refusals import keep
 
 log = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from . import dialect, dialect_int8, rewrite
 from .epilogue import Epilogue, allowed, extend
 from .families import fuses
 from .fuse_reshape_transpose import map_of
-from .index_map import identity
+from .moves.index_map import identity
 from .refusals import keep
 from .rewrite import Operator
 

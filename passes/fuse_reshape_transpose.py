@@ -22,7 +22,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, memory, rewrite
-from .index_map import IndexMap, identity
+from .moves.index_map import IndexMap, identity
 from .refusals import keep
 from .rewrite import Operator
 

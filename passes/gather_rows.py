@@ -19,8 +19,8 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import memory, rewrite
+from .moves.row_moves import gathered, is_move, reshaped, rows_moved
 from .refusals import keep
-from .row_moves import gathered, is_move, reshaped, rows_moved
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

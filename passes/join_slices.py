@@ -20,7 +20,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
-from .index_map import IndexMap, factored
+from .moves.index_map import IndexMap, factored
 from .refusals import keep
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import rewrite
-from .identities_move import cut
+from .identities.move import cut
 from .refusals import keep
 from .rewrite import calls
 

@@ -29,7 +29,7 @@ from ..hwdb.cost import Work
 from . import dialect, rewrite
 from .attention_operands import MOVES
 from .epilogue import activation_of
-from .layout_costs import work_seconds
+from .layout.costs import work_seconds
 from .refusals import keep
 
 log = logging.getLogger(__name__)

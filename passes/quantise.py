@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import dialect, dialect_int8, dialect_rows, int4_groups, mixed, rewrite
+from . import dialect, dialect_int8, dialect_mixed, dialect_rows, rewrite
 from .dialect_attention import IN_BYTES
-from .int8_forms import is_product, table_reason
-from .int8_scales import Scale, Table, corrected_bias, quantised_weight, weight_scales
+from .precision import int4_groups
+from .precision.int8_forms import is_product, table_reason
+from .precision.int8_scales import Scale, Table, corrected_bias, quantised_weight, weight_scales
 from .rewrite import arguments, constant
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def quantise(
             names[_halved(graph, node, halved[name])] = name
             continue
         if name in weights_only or name in by_rows:
-            operator = mixed.linear_w8
+            operator = dialect_mixed.linear_w8
             if name in by_rows:
                 image = node.target is dialect.conv2d
                 operator = dialect_rows.conv2d_images if image else dialect_rows.linear_rows
@@ -97,7 +98,7 @@ def _rows(graph: fx.GraphModule, node: fx.Node) -> fx.Node:
     scales = weight_scales(weight)
     w = rewrite.add_constant(graph, f"{source.target}_rows_int8", quantised_weight(weight, scales), node)
     s = rewrite.add_constant(graph, f"{source.target}_rows_scale", scales, node)
-    return _instead(graph, node, mixed.embedding_w8, (w, s, indices))
+    return _instead(graph, node, dialect_mixed.embedding_w8, (w, s, indices))
 
 
 def _float_input(graph: fx.GraphModule, node: fx.Node, per_channel: bool, operator: Any) -> fx.Node:
@@ -125,7 +126,7 @@ def _halved(graph: fx.GraphModule, node: fx.Node, group: int) -> fx.Node:
     s = rewrite.add_constant(graph, f"{name}_scales", scales, node)
     activation = (given.get("activation", "none"), list(given.get("activation_args", [])))
     operands = (given["input"], w, s, given["bias"], given.get("residual"), *activation)
-    return _instead(graph, node, mixed.linear_w4, operands)
+    return _instead(graph, node, dialect_mixed.linear_w4, operands)
 
 
 def _instead(graph: fx.GraphModule, node: fx.Node, operator: Any, operands: tuple[Any, ...]) -> fx.Node:

@@ -22,7 +22,7 @@ from ..hwdb import Hardware
 from . import dialect, rewrite
 from .dialect_planar import planar_conv2d
 from .fuse_reshape_transpose import map_of
-from .index_map import identity
+from .moves.index_map import identity
 from .refusals import keep
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, rewrite
 from .attention_operands import MOVES, composed, heads, moves_above, one_number, unscaled, without_repeats
-from .index_map import identity
+from .moves.index_map import identity
 from .refusals import keep
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, rewrite
 from .fuse_reshape_transpose import compose
-from .index_map import Digit, IndexMap, identity
+from .moves.index_map import Digit, IndexMap, identity
 from .refusals import keep
 
 log = logging.getLogger(__name__)

@@ -26,10 +26,10 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import dialect, dialect_int8, dialect_rows, mixed, rewrite
+from . import dialect, dialect_int8, dialect_mixed, dialect_rows, rewrite
 from .hoist_quantise import moved
-from .int8_forms import is_depthwise
-from .precision_forms import PRODUCTS
+from .precision.forms import PRODUCTS
+from .precision.int8_forms import is_depthwise
 from .refusals import keep
 from .rewrite import arguments, calls, constant, shape_of
 from .token_steps import spell_out_tokens
@@ -100,7 +100,7 @@ def _by_integers(graph: fx.GraphModule, hw: Hardware, user: fx.Node, weights: fx
     if calls(user, aten.embedding.default) and user.args[0] is weights:
         made = rewrite.call(
             graph,
-            mixed.embedding_w8,
+            dialect_mixed.embedding_w8,
             (*_constants(graph, stored, stored.scales, user), user.args[1]),
             before=user,
             value=user.meta["val"],
@@ -122,7 +122,7 @@ def _by_integers(graph: fx.GraphModule, hw: Hardware, user: fx.Node, weights: fx
         return False
     a = arguments(user)
     given = (a["input"], *_constants(graph, stored, stored.scales, user), a["bias"], a.get("residual"), *_activation(a))
-    rewrite.replace(user, rewrite.call(graph, mixed.linear_w8, given, before=user, value=user.meta["val"]))
+    rewrite.replace(user, rewrite.call(graph, dialect_mixed.linear_w8, given, before=user, value=user.meta["val"]))
     return True
 
 

@@ -25,10 +25,10 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
-from .channel_routes import Pieces, Route, passes_on, pieces_of, routes_of
 from .dialect_joined import joined_linear, joined_rows
+from .moves.channel_routes import Pieces, Route, passes_on, pieces_of, routes_of
+from .moves.row_moves import reshaped
 from .refusals import keep
-from .row_moves import reshaped
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

@@ -2,7 +2,7 @@
 
     neg(neg(x)) -> x,  x / 8 -> x * 0.125,  slice(cat(a, b)) -> slice(a),  where(True, a, b) -> a, ...
 
-The tables say what, and why it is exact: identities_arithmetic, _choice, _cast, _move, _reduce, _shape.
+The tables say what, and why it is exact: identities/.
 
 Refused where the dtype or shape would change; where a reader looks at strides; and where the graph would return memory
 that somebody else holds (an input, a constant, another result) in the place of memory of its own.
@@ -17,17 +17,9 @@ import torch
 from torch import fx
 
 from ..hwdb import Hardware
-from . import (
-    identities_arithmetic,
-    identities_cast,
-    identities_choice,
-    identities_move,
-    identities_reduce,
-    identities_shape,
-    memory,
-    rewrite,
-)
-from .identity import Identity, Site
+from . import memory, rewrite
+from .identities import arithmetic, cast, choice, move, reduce, shape
+from .identities.identity import Identity, Site
 from .refusals import keep
 from .rewrite import Operator
 
@@ -35,12 +27,12 @@ log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 IDENTITIES: tuple[Identity, ...] = (
-    *identities_arithmetic.IDENTITIES,
-    *identities_choice.IDENTITIES,
-    *identities_cast.IDENTITIES,
-    *identities_move.IDENTITIES,
-    *identities_reduce.IDENTITIES,
-    *identities_shape.IDENTITIES,
+    *arithmetic.IDENTITIES,
+    *choice.IDENTITIES,
+    *cast.IDENTITIES,
+    *move.IDENTITIES,
+    *reduce.IDENTITIES,
+    *shape.IDENTITIES,
 )
 
 

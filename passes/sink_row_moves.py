@@ -20,8 +20,8 @@ from torch import fx
 
 from ..hwdb import Hardware
 from . import dialect, rewrite
+from .moves.row_moves import gathered, is_move, rows_moved
 from .refusals import keep
-from .row_moves import gathered, is_move, rows_moved
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten

@@ -23,7 +23,7 @@ from torch import fx
 from ..hwdb import Hardware
 from ..hwdb.cost import Work, predict_seconds
 from . import dialect, dialect_gating, rewrite
-from .precision_forms import Times, streamed_bytes
+from .precision.forms import Times, streamed_bytes
 from .refusals import keep
 
 log = logging.getLogger(__name__)

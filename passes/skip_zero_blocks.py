@@ -22,7 +22,7 @@ from torch import fx
 from ..hwdb import Hardware
 from . import dialect, rewrite
 from .dialect_sparse import sparse_linear
-from .precision_forms import Times, streamed_bytes
+from .precision.forms import Times, streamed_bytes
 from .refusals import keep
 from .zero_blocks import LEAST_ZEROS, Blocks, best_blocks, columns_of, neighbours, zeros_of
 

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import dialect, mixed
+from . import dialect, dialect_mixed
 from .rewrite import Operator, arguments, call, shape_of, value_of
 
 aten = torch.ops.aten
 
 PIECE = 8  # elements of 16 bits in 16 bytes
-_LINEARS = {torch.float16: mixed.linear_f16, torch.bfloat16: mixed.linear_bf16}
-_CONVS = {torch.float16: mixed.conv2d_f16, torch.bfloat16: mixed.conv2d_bf16}
-_ATTENTIONS = {torch.float16: mixed.attention_f16, torch.bfloat16: mixed.attention_bf16}
+_LINEARS = {torch.float16: dialect_mixed.linear_f16, torch.bfloat16: dialect_mixed.linear_bf16}
+_CONVS = {torch.float16: dialect_mixed.conv2d_f16, torch.bfloat16: dialect_mixed.conv2d_bf16}
+_ATTENTIONS = {torch.float16: dialect_mixed.attention_f16, torch.bfloat16: dialect_mixed.attention_bf16}
 _MOVES = frozenset(
     {
         *(dialect.permute, aten.permute.default, aten.transpose.int, aten.view.default, aten.reshape.default),

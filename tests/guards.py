@@ -23,7 +23,7 @@ _LEAVING = (ast.Return, ast.Continue, ast.Break, ast.Raise)
 class Guard:
     """One condition that can be taken away."""
 
-    module: str
+    module: str  # dotted, below passes/
     line: int
     text: str
     kind: str  # "guard" or "match"
@@ -33,7 +33,12 @@ class Guard:
     @property
     def name(self) -> str:
         """Where it stands, for people."""
-        return f"passes/{self.module}.py:{self.line}: {self.text}"
+        return f"passes/{source(self.module).relative_to(PASSES)}:{self.line}: {self.text}"
+
+
+def source(module: str) -> Path:
+    """The file of a module of passes."""
+    return PASSES.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def guards_of(module: str) -> list[Guard]:
@@ -49,7 +54,7 @@ def guards_of(module: str) -> list[Guard]:
 
 
 def _tree(module: str) -> ast.Module:
-    return ast.parse((PASSES / f"{module}.py").read_text())
+    return ast.parse(source(module).read_text())
 
 
 def mutated(guard: Guard) -> ast.Module:

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from guards import PASSES, Guard, guards_of, mutated, watched
+from guards import PASSES, Guard, guards_of, mutated, source, watched
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "measurements" / "guards.json"
@@ -44,15 +44,19 @@ _PACKAGE = "graphwright.passes"
 
 def modules() -> list[str]:
     """The modules of passes, in order."""
-    return sorted(p.stem for p in PASSES.glob("*.py") if p.stem not in EXCLUDED)
+    return sorted(_module(p) for p in PASSES.rglob("*.py") if p.stem not in EXCLUDED)
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(PASSES).with_suffix("").parts)
 
 
 def tests_of(module: str) -> tuple[list[str], list[str]]:
     """The files of tests that can tell whether a module is right: those that import it, and those of passes that do."""
     imported_by: dict[str, set[str]] = {}
-    for path in PASSES.glob("*.py"):
-        for name in _imported(path) - {path.stem}:
-            imported_by.setdefault(name, set()).add(path.stem)
+    for path in PASSES.rglob("*.py"):
+        for name in _imported(path) - {_module(path)}:
+            imported_by.setdefault(name, set()).add(_module(path))
     order, waiting = [module], [module]
     while waiting:
         for user in sorted(imported_by.get(waiting.pop(0), set()) - EXCLUDED - set(order)):
@@ -67,12 +71,19 @@ def tests_of(module: str) -> tuple[list[str], list[str]]:
 
 
 def _imported(path: Path) -> set[str]:
-    """The modules of passes that a file imports."""
+    """The modules of passes that a file imports; what it imports from them goes by such names too."""
     names: set[str] = set()
+    rooms = path.parent.relative_to(PASSES).parts if path.is_relative_to(PASSES) else ()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").startswith(_PACKAGE)):
-            module = (node.module or "").removeprefix(_PACKAGE).strip(".")
-            names |= {module.partition(".")[0]} if module else {alias.name for alias in node.names}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = node.module or ""
+        if 0 < node.level <= len(rooms) + 1:
+            module = ".".join([*rooms[: len(rooms) + 1 - node.level], *module.split(".")]).strip(".")
+        elif not f"{module}.".startswith(f"{_PACKAGE}."):
+            continue
+        module = module.removeprefix(_PACKAGE).strip(".")
+        names |= {module, *(f"{module}.{alias.name}".strip(".") for alias in node.names)}
     return names
 
 
@@ -179,7 +190,7 @@ def _child(files: Sequence[str], change: Callable[[], None], plugin: _Chosen, lo
 
 def _change(module: str, tree: ast.Module) -> None:
     """Give the functions of a module, wherever they are referred to, the code of a changed syntax tree."""
-    waiting = [compile(tree, str(PASSES / f"{module}.py"), "exec")]
+    waiting = [compile(tree, str(source(module)), "exec")]
     codes: dict[tuple[str, int], list[types.CodeType]] = {}
     while waiting:
         code = waiting.pop()
@@ -241,8 +252,8 @@ def _prepare() -> None:
     for function in gc.get_objects():
         if type(function) is types.FunctionType:
             path = Path(function.__code__.co_filename).resolve()
-            if path.parent == PASSES:
-                _FUNCTIONS.setdefault(path.stem, []).append(function)
+            if path.is_relative_to(PASSES):
+                _FUNCTIONS.setdefault(_module(path), []).append(function)
 
 
 def main() -> int:

@@ -19,7 +19,7 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
-from ...passes import dialect, mixed
+from ...passes import dialect, dialect_mixed
 from ...passes.rewrite import shape_of
 from ..kernels.attention_plan import Problem, problem
 from ..lowering.kernels_attention import mask_shape, torch_attention
@@ -152,6 +152,6 @@ def _kernel(hw: Hardware, p: Problem, dtype: str, given: _Given, dtypes: list[st
 ATTENTIONS: dict[torch._ops.OpOverload, Kernel] = {
     dialect.attention: _dialect_attention,
     aten.scaled_dot_product_attention.default: _aten_attention,
-    mixed.attention_f16: partial(_rounding_attention, dtype="float16"),
-    mixed.attention_bf16: partial(_rounding_attention, dtype="bfloat16"),
+    dialect_mixed.attention_f16: partial(_rounding_attention, dtype="float16"),
+    dialect_mixed.attention_bf16: partial(_rounding_attention, dtype="bfloat16"),
 }

@@ -5,8 +5,8 @@
     act(op(a) op(b) + ...)           batched; the batches broadcast
     act(conv(x, w) + ...)            conv_operators.py
 
-Operators of passes/mixed.py round their operands to 16 bits on matrix units; their weights are 16 bits in memory, with
-the elements of a sum as neighbours.
+Operators of passes/dialect_mixed.py round their operands to 16 bits on matrix units; their weights are 16 bits in
+memory, with the elements of a sum as neighbours.
 
 Refused: other dtypes, fewer than 16 columns, fewer than 16 rows where no operand is constant (TVM's rules have
 a block a few rows), tensors whose elements 32 bits do not count. The TE definition serves those.
@@ -24,7 +24,7 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
-from ...passes import dialect, mixed
+from ...passes import dialect, dialect_mixed
 from ...passes.rewrite import shape_of
 from ..kernels.batch_matmul import broadcast_batch
 from ..kernels.loops import flat, span
@@ -269,8 +269,8 @@ PRODUCTS: dict[torch._ops.OpOverload, Kernel] = {
     aten.matmul.default: _aten_matmul,
     aten.addmm.default: _addmm,
     dialect.conv2d: _dialect_conv,
-    mixed.linear_f16: partial(_rounding_linear, dtype="float16"),
-    mixed.linear_bf16: partial(_rounding_linear, dtype="bfloat16"),
-    mixed.conv2d_f16: partial(_rounding_conv, dtype="float16"),
-    mixed.conv2d_bf16: partial(_rounding_conv, dtype="bfloat16"),
+    dialect_mixed.linear_f16: partial(_rounding_linear, dtype="float16"),
+    dialect_mixed.linear_bf16: partial(_rounding_linear, dtype="bfloat16"),
+    dialect_mixed.conv2d_f16: partial(_rounding_conv, dtype="float16"),
+    dialect_mixed.conv2d_bf16: partial(_rounding_conv, dtype="bfloat16"),
 }

@@ -13,7 +13,7 @@
     at the end    fma(total, unit of the row, bias + residual), activation
     registers     R V sums + V words + 2 halves + 2 words of q a row; totals are in L1, touched once a group
 
-Bit for bit `mixed.linear_w4`, but for activations that are polynomials. NR = V * lanes; cores share the panels.
+Bit for bit `dialect_mixed.linear_w4`, but for activations that are polynomials. NR = V * lanes; cores share the panels.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tvm import te
 
-from ...passes import dialect, mixed
+from ...passes import dialect, dialect_mixed
 from . import expressions as ex
 from .epilogue import activate
 from .index_math import Expr, define, guarded, sizes, spread
@@ -244,7 +244,7 @@ def convolution(
     return _conv(count)(out, source, weight, bias, stride, padding, dilation, groups)
 
 
-@lowers(dialect.conv2d, mixed.conv2d_f16, mixed.conv2d_bf16)
+@lowers(dialect.conv2d, dialect_mixed.conv2d_f16, dialect_mixed.conv2d_bf16)
 def fused_conv2d(
     out: Out,
     source: te.Tensor,

@@ -16,7 +16,7 @@ from torch import fx
 from tvm import te, tirx
 from tvm.script.ir_builder import tirx as T
 
-from ...passes import mixed
+from ...passes import dialect_mixed
 from . import expressions as ex
 from .imperative import Elements, grid, local, loop_nest, when
 from .index_math import (
@@ -49,7 +49,7 @@ def embedding(
     return define(out, lambda *i: weight(address(indices(*i[:-1]), rows), i[-1]), "embedding")
 
 
-@lowers(mixed.embedding_w8)
+@lowers(dialect_mixed.embedding_w8)
 def embedding_w8(out: Out, weight: te.Tensor, scale: te.Tensor, indices: te.Tensor) -> te.Tensor:
     """Rows of int8, each times its scale."""
     rows = sizes(weight)[0]

@@ -17,7 +17,7 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
-from ...passes import dialect_int8, dialect_rows, mixed
+from ...passes import dialect_int8, dialect_mixed, dialect_rows
 from ...passes.rewrite import arguments, shape_of
 from ..kernels.bf16_matmul import FloatFinish
 from ..kernels.conv_plan import Conv, problem_of
@@ -123,7 +123,7 @@ def _ordered(
     return pack_channels(offsets(weight), plan)
 
 
-@kernel_for(mixed.linear_w4)
+@kernel_for(dialect_mixed.linear_w4)
 def linear_w4(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act(y + bias + residual), y of x in bytes and w4[N, K / 2] in groups that share a scale."""
     given = arguments(node)

@@ -1,5 +1,6 @@
-"""Kernels of the mixed-precision operators (passes/mixed.py and mixed_half.py): dot products of bfloat16, products and
-sums of float16, 16-bit weights widened.
+"""Kernels of the operators of passes/dialect_mixed.py and dialect_half.py.
+
+Dot products of bfloat16, products and sums of float16, 16-bit weights widened.
 
 They refuse nothing that `assign_precision` makes for CPUs.
 """
@@ -15,8 +16,8 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...hwdb.cost import Work
-from ...passes import mixed, mixed_half
-from ...passes.precision_forms import HALF_RATE
+from ...passes import dialect_half, dialect_mixed
+from ...passes.precision.forms import HALF_RATE
 from ...passes.rewrite import shape_of
 from ..kernels.bf16_matmul import FloatFinish, bf16_matmul
 from ..kernels.conv_plan import problem_of
@@ -48,7 +49,7 @@ def _dot(hw: Hardware, round_input: bool) -> Dot | None:
     return bf16_dot(hw) if round_input else bf16_weights(hw)
 
 
-@kernel_for(mixed.linear_bf16)
+@kernel_for(dialect_mixed.linear_bf16)
 def linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act(x . w^T + bias + residual), w[N, K] in bfloat16."""
     x, weight, bias, residual, activation, args, round_input, _ = bind(node)
@@ -60,7 +61,7 @@ def linear(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return _matmul(node, hw, dot, finish, (x, weight, bias, residual), (prod(shape_of(node)[:-1]), K, N))
 
 
-@kernel_for(mixed.linear_f16)
+@kernel_for(dialect_mixed.linear_f16)
 def linear_f16(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act(x . w^T + bias + residual), w[N, K] in float16 and all else in float32."""
     x, weight, bias, residual, activation, args, round_input, narrow = bind(node)
@@ -72,11 +73,11 @@ def linear_f16(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return _matmul(node, hw, dot, finish, (x, weight, bias, residual), (prod(shape_of(node)[:-1]), K, N))
 
 
-@kernel_for(mixed_half.linear_half)
+@kernel_for(dialect_half.linear_half)
 def linear_half(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act(x . w^T + bias + residual), products and sums of blocks in float16."""
     x, weight, bias, residual, activation, args, _, _ = bind(node)
-    dot = f16_dot(hw, mixed_half.BLOCK)
+    dot = f16_dot(hw, dialect_half.BLOCK)
     if dot is None:
         return Refusal(f"{hw.id} does not multiply halves by element")
     N, K = shape_of(weight)
@@ -84,7 +85,7 @@ def linear_half(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return _matmul(node, hw, dot, finish, (x, weight, bias, residual), (prod(shape_of(node)[:-1]), K, N))
 
 
-@kernel_for(mixed.linear_w8)
+@kernel_for(dialect_mixed.linear_w8)
 def linear_w8(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act((x . w8^T) * scale + bias + residual), w8[N, K] in int8 and all else in float32."""
     x, weight, scale, bias, residual, activation, args = bind(node)
@@ -102,12 +103,12 @@ def linear_w8(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     return KernelCall(func, operands, "int8-weight matmul", f"{dot.name}, {tiling.reason}", work)
 
 
-@kernel_for(mixed.conv2d_bf16, mixed_half.conv2d_half)
+@kernel_for(dialect_mixed.conv2d_bf16, dialect_half.conv2d_half)
 def conv(node: fx.Node, hw: Hardware) -> KernelCall | Refusal:
     """act(conv(x, w) + bias + residual), w in bfloat16 or float16, NHWC."""
     x, weight, bias, residual, stride, padding, dilation, groups, activation, args, layout, round_input, _ = bind(node)
-    half = node.target is mixed_half.conv2d_half
-    dot = f16_dot(hw, mixed_half.BLOCK) if half else _dot(hw, round_input)
+    half = node.target is dialect_half.conv2d_half
+    dot = f16_dot(hw, dialect_half.BLOCK) if half else _dot(hw, round_input)
     if dot is None or not dot.by_word:
         return Refusal(f"{hw.id} has no {'products of halves by element' if half else 'dot product of bfloat16'}")
     if groups != 1 or layout != "NHWC":

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from tvm import te, tirx
 
-from ...passes import dialect, mixed
+from ...passes import dialect, dialect_mixed
 from . import expressions as ex
 from .epilogue import activate
 from .expressions import Scalar, pointwise
@@ -122,7 +122,7 @@ def linear(out: Out, x: te.Tensor, weight: te.Tensor, bias: te.Tensor | None = N
     return fused_linear(out, x, weight, bias, None, "none", ())
 
 
-@lowers(dialect.linear, mixed.linear_f16, mixed.linear_bf16)
+@lowers(dialect.linear, dialect_mixed.linear_f16, dialect_mixed.linear_bf16)
 def fused_linear(
     out: Out,
     x: te.Tensor,
@@ -154,7 +154,7 @@ def fused_matmul(
     return _finish(out, product(a, b, transpose_a, transpose_b), bias, residual, activation, activation_args)
 
 
-@lowers(dialect.attention, mixed.attention_f16, mixed.attention_bf16)
+@lowers(dialect.attention, dialect_mixed.attention_f16, dialect_mixed.attention_bf16)
 def attention(
     out: Out,
     q: te.Tensor,

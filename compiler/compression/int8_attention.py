@@ -14,7 +14,7 @@ from torch import fx
 from ...hwdb import Hardware
 from ...passes.assign_precision import Choice
 from ...passes.dialect_attention import IN_BYTES
-from ...passes.int8_forms import GAIN, Int8Form
+from ...passes.precision.int8_forms import GAIN, Int8Form
 
 ATTENTION = "int8 attention"  # its Choice.form
 

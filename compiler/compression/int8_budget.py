@@ -20,8 +20,8 @@ from ...hwdb import Hardware
 from ...hwdb.cost import Work, predict_seconds
 from ...passes.assign_precision import Choice
 from ...passes.hoist_quantise import moved
-from ...passes.int8_forms import ENTRY_SECONDS, Int8Form
-from ...passes.precision_cut import Cost, Labels, Problem, Value, within
+from ...passes.precision.cut import Cost, Labels, Problem, Value, within
+from ...passes.precision.int8_forms import ENTRY_SECONDS, Int8Form
 from ...passes.rewrite import arguments, shape_of
 
 _WIDE, _BYTES = "float32", "int8"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ...errors import InputError, suggest
-from ...passes.int4_groups import GROUPS
+from ...passes.precision.int4_groups import GROUPS
 from .ranges import METHODS
 
 SCHEMES = ("affine", "symmetric")

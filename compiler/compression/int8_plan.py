@@ -27,11 +27,11 @@ from ...hwdb import Hardware
 from ...passes import dialect
 from ...passes.assign_precision import Choice
 from ...passes.hoist_quantise import hoist_quantise
-from ...passes.int8_forms import DYNAMIC, Int8Form, int8_form, is_product, table_reason
-from ...passes.int8_scales import Scale, Table, scale_between
-from ...passes.learned_codes import learned_scales
 from ...passes.merge_duplicates import merge_duplicates
-from ...passes.precision_forms import class_reason, is_arithmetic, streamed_bytes
+from ...passes.precision.forms import class_reason, is_arithmetic, streamed_bytes
+from ...passes.precision.int8_forms import DYNAMIC, Int8Form, int8_form, is_product, table_reason
+from ...passes.precision.int8_scales import Scale, Table, scale_between
+from ...passes.precision.learned_codes import learned_scales
 from ...passes.quantise import quantise
 from ...passes.remove_dead import remove_dead
 from ...passes.requantise import requantise, requantise_alone

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ...passes.int8_scales import WEIGHT_LIMIT
+from ...passes.precision.int8_scales import WEIGHT_LIMIT
 
 HIGHEST = 255  # code of a value
 MIDDLE = 128  # the code of 0 where values have both signs

@@ -29,7 +29,7 @@ from torch import fx
 
 from ...hwdb import Hardware
 from ...passes import dialect
-from ...passes.int8_forms import is_depthwise, is_product
+from ...passes.precision.int8_forms import is_depthwise, is_product
 from ...passes.refusals import keep
 from ...passes.rewrite import arguments, constant, shape_of
 from .. import pipeline

@@ -5,8 +5,8 @@
     quantised = convert(model, x)               the very codes in 8 bits, by the passes that `quantize` uses
 
 What training found goes through the passes in plain operators: a layer becomes linear(clamp(x, low, high), w), w a
-whole number of steps. A clamp's bounds are the ends of 256 codes (passes/learned_codes.py), and weights that lie on a
-grid keep it (passes/weight_grid.py), through folded batch norms and merged products too.
+whole number of steps. A clamp's bounds are the ends of 256 codes (passes/precision/learned_codes.py), and weights that
+lie on a grid keep it (passes/precision/weight_grid.py), through folded batch norms and merged products too.
 """
 
 from __future__ import annotations

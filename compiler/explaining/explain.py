@@ -19,8 +19,8 @@ from ...backends.choices import Choices
 from ...backends.lowering.registry import KernelInfo
 from ...errors import size
 from ...hwdb import Hardware, Target, compile_target
-from ...passes.copies import Copies, count_copies
 from ...passes.families import restrict
+from ...passes.moves.copies import Copies, count_copies
 from ...passes.printer import diff_graphs, format_graph
 from ...passes.refusals import Refusal, recording
 from .. import compare, pipeline

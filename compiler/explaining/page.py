@@ -20,7 +20,7 @@ from torch import fx
 from ...hwdb import Hardware
 from ...hwdb.cost import predict_seconds
 from ...passes import dialect
-from ...passes.copies import is_copy
+from ...passes.moves.copies import is_copy
 from ...passes.printer import format_type
 from .graph_drawing import HEIGHT, Drawing, draw
 

@@ -32,7 +32,7 @@ from ...backends.tiling import activation_seconds, predicted_seconds, rank_tilin
 from ...hwdb import Hardware
 from ...hwdb.cost import Work, overlapped, predict_seconds
 from ...passes import dialect, dialect_joined, dialect_pairs, dialect_planar, dialect_sparse
-from ...passes.layout_costs import work_seconds
+from ...passes.layout.costs import work_seconds
 from ...passes.rewrite import arguments, shape_of
 from ...passes.zero_blocks import Blocks
 from .workload import Operation

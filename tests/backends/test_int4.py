@@ -13,8 +13,8 @@ from narrow_harness import run
 from graphwright.backends.kernels.bf16_matmul import FloatFinish
 from graphwright.backends.kernels.int4_product import choose_int4, int4_matmul, pack_halves, pack_scales
 from graphwright.hwdb import Hardware, detect
-from graphwright.passes import mixed
-from graphwright.passes.int4_groups import GROUPS, halves, rounded, unpacked
+from graphwright.passes import dialect_mixed
+from graphwright.passes.precision.int4_groups import GROUPS, halves, rounded, unpacked
 
 
 def steps(rows: int, depth: int) -> torch.Tensor:
@@ -58,21 +58,21 @@ def test_bit_for_bit(
     packed = (pack_halves(stored, plan.columns), pack_scales(scales, plan.columns))
     run(int4_matmul(plan, finish), detect(), x, *packed, *added, out)
     operands = (added[0] if bias else None, added[-1] if residual else None)
-    assert torch.equal(out, mixed.linear_w4(x, stored, scales, *operands, activation, []))
+    assert torch.equal(out, dialect_mixed.linear_w4(x, stored, scales, *operands, activation, []))
 
 
 def test_the_reference_is_the_product_of_what_was_rounded() -> None:
     generator = torch.Generator().manual_seed(3)
     x, w = torch.randn(3, 256, generator=generator), torch.randn(100, 256, generator=generator)
     weight, scales = rounded(w, 32)
-    y = mixed.linear_w4(x, halves(weight), scales, None, None, "none", [])
+    y = dialect_mixed.linear_w4(x, halves(weight), scales, None, None, "none", [])
     wide = weight.double() * scales.double().repeat_interleave(32, 1)
     exact = x.double() @ wide.t()
     # Rows in steps of 1/127 of their largest, of about 3 standard deviations: 3 / 127 / sqrt(12) of a value.
     assert 1e-3 < float((y - exact).norm() / exact.norm()) < 1e-2
     whole = torch.randint(-127, 128, (3, 256), generator=generator).float()
     whole[:, 0] = 127.0  # steps of 1: nothing is rounded but the sums of groups
-    y = mixed.linear_w4(whole, halves(weight), scales, None, None, "none", [])
+    y = dialect_mixed.linear_w4(whole, halves(weight), scales, None, None, "none", [])
     torch.testing.assert_close(y.double(), whole.double() @ wide.t(), rtol=1e-5, atol=1e-3)
 
 

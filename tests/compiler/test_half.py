@@ -18,7 +18,7 @@ from graphwright.backends.aot import codegen
 from graphwright.backends.kernels.bf16_matmul import FloatFinish, bf16_matmul
 from graphwright.backends.kernels.dot_product import choose_dot_tiling, f16_dot
 from graphwright.hwdb import lookup
-from graphwright.passes import mixed_half
+from graphwright.passes import dialect_half
 
 HALF = re.compile(r"\b(fadd|fsub|fmul|fmla|fmls|fmax|fmin|fdiv)\s+v\d+\.[48]h")
 BY_ELEMENT = re.compile(r"\bfmla\s+v\d+\.8h, v\d+\.8h, v\d+\.h\[\d\]")
@@ -85,9 +85,9 @@ def test_a_core_without_it_refuses_and_has_no_such_instruction(monkeypatch: pyte
 
 def test_its_inner_loop_multiplies_by_element_and_spills_nothing() -> None:
     hw = lookup("raspberry-pi-5")
-    dot = f16_dot(hw, mixed_half.BLOCK)
+    dot = f16_dot(hw, dialect_half.BLOCK)
     assert dot is not None
-    assert f16_dot(lookup("raspberry-pi-4b"), mixed_half.BLOCK) is None
+    assert f16_dot(lookup("raspberry-pi-4b"), dialect_half.BLOCK) is None
     tiling = choose_dot_tiling(hw, dot, 196, 256, 256)
     func = bf16_matmul(196, 256, 256, hw, FloatFinish(196, 256, True), dot=dot, tiling=tiling)
     loop = max(inner_loops(func, hw), key=lambda loop: loop.multiply_adds)
@@ -99,9 +99,9 @@ def test_its_inner_loop_multiplies_by_element_and_spills_nothing() -> None:
 def exactly(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     """Every sum of halves rounded, as `fmla` does: the sum of a product and a half is exact in float64."""
     x, w, total = x.half().double(), w.half().double(), torch.zeros(len(x), len(w))
-    for start in range(0, x.shape[1], mixed_half.BLOCK):
+    for start in range(0, x.shape[1], dialect_half.BLOCK):
         acc = torch.zeros(len(x), len(w), dtype=torch.float16)
-        for k in range(start, min(start + mixed_half.BLOCK, x.shape[1])):
+        for k in range(start, min(start + dialect_half.BLOCK, x.shape[1])):
             acc = (acc.double() + x[:, k, None] * w[:, k]).half()
         total += acc.float()
     return total
@@ -114,12 +114,12 @@ def test_the_modelled_error_is_of_the_size_of_the_real_one(depth: int, positive:
     x, w = torch.randn(40, depth, generator=generator), torch.randn(50, depth, generator=generator).half().float()
     x = x.abs() if positive else x
     exact = x.double() @ w.double().t()
-    real, modelled = (float((y - exact).norm() / exact.norm()) for y in (exactly(x, w), mixed_half.half_sums(x, w)))
+    real, modelled = (float((y - exact).norm() / exact.norm()) for y in (exactly(x, w), dialect_half.half_sums(x, w)))
     assert 0.6 * real < modelled < 1.7 * real
     assert real < 1.2e-3
 
 
 def test_a_sum_beyond_the_range_is_infinite() -> None:
     x, w = torch.full((1, 40), 300.0), torch.full((1, 40), 300.0)
-    assert mixed_half.half_sums(x, w).isinf().all()
+    assert dialect_half.half_sums(x, w).isinf().all()
     assert exactly(x, w).isinf().all()

@@ -16,8 +16,8 @@ from graphwright.compiler.capture import capture, export
 from graphwright.compiler.compression.int8_budget import budget_problem, over_budget
 from graphwright.hwdb import lookup
 from graphwright.passes.assign_precision import Choice
-from graphwright.passes.int8_forms import DYNAMIC, Int8Form, is_product
-from graphwright.passes.precision_cut import Problem
+from graphwright.passes.precision.cut import Problem
+from graphwright.passes.precision.int8_forms import DYNAMIC, Int8Form, is_product
 
 HW = lookup("znver4")
 

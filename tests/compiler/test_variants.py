@@ -19,7 +19,7 @@ from graphwright.compiler import precision
 from graphwright.compiler.cli import app
 from graphwright.compiler.variants import Rule, Variants, are_finite, calibrated, scales_of
 from graphwright.errors import InputError
-from graphwright.passes import mixed
+from graphwright.passes import dialect_mixed
 from graphwright.passes.assign_precision import Choice, Plan
 
 
@@ -33,7 +33,7 @@ def halves(monkeypatch: pytest.MonkeyPatch) -> None:
         return Plan(tuple(choices)), ()
 
     monkeypatch.setattr(precision, "decide", plan)
-    monkeypatch.delitem(LOWERINGS, mixed.linear_f16)  # GPUs fall back to it, and it does not round x
+    monkeypatch.delitem(LOWERINGS, dialect_mixed.linear_f16)  # GPUs fall back to it, and it does not round x
 
 
 class Net(nn.Module):

@@ -19,9 +19,9 @@ from graphwright.compiler.build import default_passes
 from graphwright.compiler.capture import capture, export
 from graphwright.compiler.reference import relative_l2, run_eager, run_float64
 from graphwright.hwdb import Hardware, lookup
-from graphwright.passes import dialect, mixed
+from graphwright.passes import dialect, dialect_mixed
 from graphwright.passes.assign_precision import Choice, assign_precision, plan_precisions
-from graphwright.passes.precision_forms import ASKED, PRODUCTS, forms
+from graphwright.passes.precision.forms import ASKED, PRODUCTS, forms
 
 DOTS, PLAIN = "znver4", "x86-64-v3"
 
@@ -72,7 +72,9 @@ def test_products_become_bfloat16_where_dot_products_are() -> None:
     assert {dialect.conv2d, dialect.linear} <= before
     assert not {dialect.conv2d, dialect.linear} & after
     kinds = {
-        n.name: n.meta["val"].dtype for n in graph.graph.nodes if n.target in (mixed.conv2d_bf16, mixed.linear_bf16)
+        n.name: n.meta["val"].dtype
+        for n in graph.graph.nodes
+        if n.target in (dialect_mixed.conv2d_bf16, dialect_mixed.linear_bf16)
     }
     # The mean reads the last convolution, the softmax the linear; only convolutions read the other two.
     assert list(kinds.values()) == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
@@ -330,11 +332,14 @@ def test_chains_of_linears_stay_close(widths: list[int], residual: bool, machine
 
 def test_the_operators_keep_torchs_contract() -> None:
     w = torch.randn(5, 8).bfloat16()
-    torch.library.opcheck(mixed.linear_bf16, (torch.randn(3, 8), w, torch.randn(5), None, "relu", [], True, True))
+    torch.library.opcheck(
+        dialect_mixed.linear_bf16, (torch.randn(3, 8), w, torch.randn(5), None, "relu", [], True, True)
+    )
     kernel = torch.randn(4, 8, 3, 3).bfloat16()
     sizes = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
     torch.library.opcheck(
-        mixed.conv2d_bf16, (torch.randn(1, 6, 6, 8), kernel, None, None, *sizes, "none", [], "NHWC", True, False)
+        dialect_mixed.conv2d_bf16,
+        (torch.randn(1, 6, 6, 8), kernel, None, None, *sizes, "none", [], "NHWC", True, False),
     )
 
 
@@ -342,8 +347,8 @@ def test_the_operators_keep_torchs_contract() -> None:
 def test_sums_are_as_wide_as_the_operands(dtype: torch.dtype) -> None:
     w = torch.ones(1, 1, dtype=torch.bfloat16)
     x = torch.tensor([[1 + 2.0**-20]], dtype=dtype)
-    assert mixed.linear_bf16(x, w, None, None, "none", [], False, False).item() == x.item()
-    assert mixed.linear_bf16(x, w, None, None, "none", [], True, False).item() == 1.0
+    assert dialect_mixed.linear_bf16(x, w, None, None, "none", [], False, False).item() == x.item()
+    assert dialect_mixed.linear_bf16(x, w, None, None, "none", [], True, False).item() == 1.0
 
 
 def heads(queries: int = 32, keys: int = 48, depth: int = 24, groups: int = 1) -> tuple[torch.Tensor, ...]:
@@ -385,7 +390,8 @@ def test_attention_is_rounded_on_the_matrix_units_of_gpus_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("operator", "dtype"), [(mixed.attention_f16, torch.float16), (mixed.attention_bf16, torch.bfloat16)]
+    ("operator", "dtype"),
+    [(dialect_mixed.attention_f16, torch.float16), (dialect_mixed.attention_bf16, torch.bfloat16)],
 )
 def test_attention_of_16_bits_rounds_its_operands_and_the_powers_of_its_scores(operator, dtype) -> None:
     q, k, v = heads(32, 32, groups=2)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rewriting import trace, trace_core
 
-from graphwright.passes.copies import Copies, count_copies
+from graphwright.passes.moves.copies import Copies, count_copies
 
 X = torch.randn(2, 3, 4)
 BYTES = 4 * 24

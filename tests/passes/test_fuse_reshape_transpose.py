@@ -13,7 +13,7 @@ from rewriting import HW, assert_kept, assert_rewrite, assert_same_numbers, trac
 from graphwright.compiler.pipeline import copy_graph
 from graphwright.compiler.reference import run_eager
 from graphwright.passes.fuse_reshape_transpose import fuse_reshape_transpose
-from graphwright.passes.index_map import identity
+from graphwright.passes.moves.index_map import identity
 from graphwright.testing import check_pass
 
 permute = torch.ops.graphwright.permute

@@ -14,8 +14,8 @@ from graphwright.compiler.pipeline import copy_graph
 from graphwright.compiler.reference import run_eager
 from graphwright.passes import dialect
 from graphwright.passes.gather_rows import gather_rows
+from graphwright.passes.moves.row_moves import inverse, rows_moved
 from graphwright.passes.refusals import recording
-from graphwright.passes.row_moves import inverse, rows_moved
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from rewriting import HW, check_graph, check_values, trace, trace_core
 
 from graphwright.compiler.pipeline import copy_graph
 from graphwright.compiler.reference import run_eager
-from graphwright.passes.identities_cast import HOLDS
+from graphwright.passes.identities.cast import HOLDS
 from graphwright.passes.simplify import IDENTITIES, simplify
 
 aten = torch.ops.aten

@@ -12,7 +12,7 @@ from graphwright.compiler import pipeline
 from graphwright.compiler.capture import capture, export
 from graphwright.hwdb import Hardware, lookup
 from graphwright.passes.default import PASSES
-from graphwright.passes.int8_forms import GAIN, INT4_GAIN, int8_form, is_depthwise, is_product
+from graphwright.passes.precision.int8_forms import GAIN, INT4_GAIN, int8_form, is_depthwise, is_product
 
 
 @pytest.fixture(scope="module")

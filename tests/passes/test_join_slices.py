@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from rewriting import HW, assert_kept, assert_rewrite, assert_same_numbers, trace_core
 
 from graphwright.compiler.pipeline import copy_graph
-from graphwright.passes.index_map import IndexMap, factored, from_moves
 from graphwright.passes.join_slices import join_slices
+from graphwright.passes.moves.index_map import IndexMap, factored, from_moves
 
 permute = torch.ops.graphwright.permute
 X = torch.randn(2, 4, 6, 3)

@@ -13,8 +13,8 @@ from rewriting import HW, trace_core
 
 from graphwright.passes import dialect
 from graphwright.passes.assign_layout import assign_layout
-from graphwright.passes.layout_costs import node_seconds, permute_seconds
-from graphwright.passes.layout_cut import Problem, Value, assignment, minimum_cut
+from graphwright.passes.layout.costs import node_seconds, permute_seconds
+from graphwright.passes.layout.cut import Problem, Value, assignment, minimum_cut
 
 SECONDS = st.sampled_from([0.0, 1e-6, 2e-6, 5e-6, 1.7e-5])
 

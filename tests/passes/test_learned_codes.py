@@ -9,8 +9,8 @@ from rewriting import HW, assert_same_numbers, check_graph, check_values, trace_
 
 from graphwright.compiler.pipeline import copy_graph
 from graphwright.passes import dialect, dialect_int8
-from graphwright.passes.int8_scales import Scale
-from graphwright.passes.learned_codes import bounds_of, learned_scales
+from graphwright.passes.precision.int8_scales import Scale
+from graphwright.passes.precision.learned_codes import bounds_of, learned_scales
 from graphwright.passes.refusals import recording
 from graphwright.passes.requantise import requantise, requantise_alone
 from graphwright.passes.rewrite import calls

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphwright.passes.precision_cut import Cost, Problem, Value, cheapest, within
+from graphwright.passes.precision.cut import Cost, Problem, Value, cheapest, within
 
 TWO = {"float32": "float32", "bfloat16": "bfloat16"}
 MORE = {**TWO, "float16": "float16", "weights": "float32"}

@@ -23,9 +23,16 @@ from graphwright.passes import dialect, dialect_int8
 from graphwright.passes.fold_constants import fold_constants
 from graphwright.passes.fuse_matmul_bias import fuse_matmul_bias
 from graphwright.passes.hoist_quantise import hoist_quantise
-from graphwright.passes.int8_forms import int8_form, is_product, table_reason
-from graphwright.passes.int8_scales import Scale, Table, corrected_bias, quantised_weight, scale_between, weight_scales
-from graphwright.passes.precision_forms import PRODUCTS
+from graphwright.passes.precision.forms import PRODUCTS
+from graphwright.passes.precision.int8_forms import int8_form, is_product, table_reason
+from graphwright.passes.precision.int8_scales import (
+    Scale,
+    Table,
+    corrected_bias,
+    quantised_weight,
+    scale_between,
+    weight_scales,
+)
 from graphwright.passes.quantise import quantise
 from graphwright.passes.refusals import recording
 from graphwright.passes.requantise import requantise

@@ -9,7 +9,7 @@ from torch import fx
 
 from graphwright.compiler.reference import run_eager
 from graphwright.hwdb import lookup
-from graphwright.passes import dialect, mixed
+from graphwright.passes import dialect, dialect_mixed
 from graphwright.passes.assign_precision import assign_precision, plan_precisions
 from graphwright.passes.store_rounded import store_rounded
 
@@ -51,7 +51,7 @@ def stored(graph: fx.GraphModule, dtype: torch.dtype = torch.float16) -> list[st
 def test_what_only_products_read_is_stored_rounded(precision, dtype):
     graph = assigned(lambda x: linear(linear(x, NARROW)), X, precision=precision)
     assert len(stored(graph, dtype)) == 1
-    assert store_rounded(graph, [node for node in graph.graph.nodes if node.target is mixed.linear_f16]) == 0
+    assert store_rounded(graph, [node for node in graph.graph.nodes if node.target is dialect_mixed.linear_f16]) == 0
 
 
 def test_who_reads_float32_keeps_it():
@@ -88,7 +88,7 @@ def test_moves_between_move_16_bits():
     assert "attention_f16" in names
     assert names.count("linear_f16") == 1  # the last one is an output
     for node in graph.graph.nodes:
-        if node.target in (mixed.attention_f16, mixed.linear_f16):
+        if node.target in (dialect_mixed.attention_f16, dialect_mixed.linear_f16):
             operand = node.args[0]
             assert operand.op == "placeholder" or operand.meta["val"].dtype == torch.float16
 

@@ -6,8 +6,8 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
-from graphwright.passes.int8_scales import WEIGHT_LIMIT, quantised_weight, weight_scales
-from graphwright.passes.weight_grid import grid_steps, on_grid
+from graphwright.passes.precision.int8_scales import WEIGHT_LIMIT, quantised_weight, weight_scales
+from graphwright.passes.precision.weight_grid import grid_steps, on_grid
 
 
 @settings(max_examples=40, deadline=None)

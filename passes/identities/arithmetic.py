@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from . import rewrite
+from .. import rewrite
+from ..rewrite import calls
 from .identity import Identity, Site, is_number, is_power_of_two
-from .rewrite import calls
 
 aten = torch.ops.aten
 

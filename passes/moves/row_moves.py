@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from . import dialect, rewrite
+from .. import dialect, rewrite
 
 aten = torch.ops.aten
 

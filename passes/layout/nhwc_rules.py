@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import dialect, dialect_int8, rewrite
-from .fuse_reshape_transpose import map_of
-from .recognise_channel_moves import channel_digits
-from .rewrite import Operator
+from .. import dialect, dialect_int8, rewrite
+from ..fuse_reshape_transpose import map_of
+from ..recognise_channel_moves import channel_digits
+from ..rewrite import Operator
 
 aten = torch.ops.aten
 

@@ -32,12 +32,12 @@ from math import prod
 import torch
 from torch import fx
 
-from ..hwdb import Hardware
-from ..hwdb.cost import Work, predict_seconds
-from . import dialect, dialect_int8
-from .precision_forms import PRODUCTS, WINOGRAD_CHANNELS, Times
-from .rewrite import arguments, constant, other_than, shape_of
-from .skip_zero_blocks import skipping_seconds
+from ...hwdb import Hardware
+from ...hwdb.cost import Work, predict_seconds
+from .. import dialect, dialect_int8
+from ..rewrite import arguments, constant, other_than, shape_of
+from ..skip_zero_blocks import skipping_seconds
+from .forms import PRODUCTS, WINOGRAD_CHANNELS, Times
 
 DYNAMIC = "int8 dynamic"
 GAIN = 0.9  # of the float32 time: less is not worth the rounding

@@ -13,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import fx
 
-from . import dialect, rewrite
-from .fuse_reshape_transpose import map_of
+from .. import dialect, rewrite
+from ..fuse_reshape_transpose import map_of
 
 aten = torch.ops.aten
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dialect, mixed
+from . import dialect, dialect_mixed
 
 BLOCK = 32
 _STEP = 8
@@ -90,5 +90,9 @@ def _conv2d(
     return _finished(sums.view(x.shape[0], height, width, -1), bias, residual, activation, activation_args)
 
 
-linear_half: Any = dialect.define("linear_half", mixed.LINEAR, _linear, mixed.linear_fake(torch.float16))
-conv2d_half: Any = dialect.define("conv2d_half", mixed.CONV2D, _conv2d, mixed.conv2d_fake(torch.float16))
+linear_half: Any = dialect.define(
+    "linear_half", dialect_mixed.LINEAR, _linear, dialect_mixed.linear_fake(torch.float16)
+)
+conv2d_half: Any = dialect.define(
+    "conv2d_half", dialect_mixed.CONV2D, _conv2d, dialect_mixed.conv2d_fake(torch.float16)
+)

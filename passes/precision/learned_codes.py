@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from . import rewrite
-from .epilogue import activation_of
-from .hoist_quantise import moved
+from .. import rewrite
+from ..epilogue import activation_of
+from ..hoist_quantise import moved
 from .int8_scales import Scale, scale_between
 from .weight_grid import on_grid
 

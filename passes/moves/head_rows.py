@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from . import rewrite
+from .. import rewrite
 from .row_moves import inverse
 
 aten = torch.ops.aten

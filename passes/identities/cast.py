@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from . import rewrite
+from .. import rewrite
+from ..rewrite import calls
 from .identity import Identity, Site, dtype_of
-from .rewrite import calls
 
 aten = torch.ops.aten
 

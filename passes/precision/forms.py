@@ -14,7 +14,7 @@ bfloat16          both rounded, dot products       half the arithmetic, half the
 bfloat16 weights  weights rounded                  the same arithmetic, half the bytes
 float16 weights   weights rounded                  the same; an eighth of bfloat16's error, within float16's range
 float16 sums      both rounded, sums too           HALF_RATE of the arithmetic, half the bytes; on cores that multiply
-                                                   halves by element: mixed_half.py has its error
+                                                   halves by element: dialect_half.py has its error
 
 Weights come from memory where all weights of the graph are more than the last cache; a product with a few rows then
 waits for them. Sums are float32 in every other form. tf32 and fp8 are arithmetic of GPUs: no CPU here has it.
@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..hwdb import Hardware
-from ..hwdb.cost import Work, memory_bandwidth_gbs, predict_seconds
-from . import dialect
-from .dialect_joined import joined_rows
-from .mixed_half import BLOCK
-from .rewrite import Operator, arguments, constant, other_than, shape_of, value_of
+from ...hwdb import Hardware
+from ...hwdb.cost import Work, memory_bandwidth_gbs, predict_seconds
+from .. import dialect
+from ..dialect_half import BLOCK
+from ..dialect_joined import joined_rows
+from ..rewrite import Operator, arguments, constant, other_than, shape_of, value_of
 
 aten = torch.ops.aten
 
@@ -115,7 +115,7 @@ ASKED = {
 # unit roundoff (2^-8 and 2^-11 of the spacing's half, Higham, section 2.2), and two of them independently.
 UNMEASURED = {"bfloat16": 3.2e-3, "bfloat16 weights": 2.3e-3, "float16 weights": 2.8e-4}
 UNMEASURED |= {"float16 products": 4.0e-4, "bfloat16 products": UNMEASURED["bfloat16"]}
-UNMEASURED |= {"float16 sums": 9.0e-4}  # mixed_half.py
+UNMEASURED |= {"float16 sums": 9.0e-4}  # dialect_half.py
 # Products of halves in the time of one of floats: twice as many an instruction; after BLOCK of those, two
 # conversions and two additions of 4 floats add a sum to that in float32.
 HALF_RATE = 2 * BLOCK / (BLOCK + 4)

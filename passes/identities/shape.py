@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from . import rewrite
+from .. import rewrite
 from .identity import Identity, Site
 
 aten = torch.ops.aten

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from . import dialect, rewrite
-from .canonicalise import PERMUTES, permuted_dims
-from .dialect_joined import joined_rows
+from .. import dialect, rewrite
+from ..canonicalise import PERMUTES, permuted_dims
+from ..dialect_joined import joined_rows
 
 aten = torch.ops.aten
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import rewrite
-from .rewrite import Operator
+from .. import rewrite
+from ..rewrite import Operator
 
 aten = torch.ops.aten
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..hwdb import Hardware
-from ..hwdb.cost import Work, launch_seconds, predict_seconds
-from . import dialect, rewrite
+from ...hwdb import Hardware
+from ...hwdb.cost import Work, launch_seconds, predict_seconds
+from .. import dialect, rewrite
 
 aten = torch.ops.aten
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import dialect
-from .int4_groups import unpacked
+from .precision.int4_groups import unpacked
 
 
 def _widened(tensors: Sequence[Tensor | None]) -> list[Any]:

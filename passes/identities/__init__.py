@@ -1,0 +1,1 @@
+"""Identities that `simplify` applies, in tables: what equals what, and why exactly."""
