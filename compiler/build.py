@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
 from torch import fx
 
+from ..backends.aot.weights import write_tensors
 from ..backends.choices import Choices, choosing
 from ..backends.lowering.registry import KernelInfo
 from ..errors import GraphwrightError, UnsupportedOp
@@ -145,7 +145,7 @@ def _build_gpu(built: Built, hw: Hardware, directory: Path, clock: _Clock) -> Bu
 
 def _save_constants(constants: Mapping[str, torch.Tensor], directory: Path) -> None:
     if constants:
-        save_file({name: tensor.contiguous() for name, tensor in constants.items()}, directory / CONSTANTS_NAME)
+        write_tensors(directory / CONSTANTS_NAME, {name: tensor.contiguous() for name, tensor in constants.items()})
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import json
 import math
 import mmap
 import os
+import stat
 import struct
 import zlib
 from collections.abc import Mapping
@@ -86,6 +87,19 @@ class Layout:
             entries[name] = entry = Entry(dtype, tuple(shape), end)
             end += -(-entry.nbytes // ALIGNMENT) * ALIGNMENT
         return Layout(entries, end)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file without a layout, for tensors that are read, not mapped.
+
+    Whoever may read what else this process writes may read it: `save_file` leaves it to its owner alone.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path)  # in the place of the file
+    path.chmod(mode)
 
 
 def write(path: Path, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import tvm
 import tvm_ffi
-from safetensors.torch import save_file
 
 from ...errors import GraphwrightError
 from ...hwdb import Hardware, detect
 from ..aot import toolchain
+from ..aot.weights import write_tensors
 from ..lowering.registry import KernelInfo
 from . import cuda, rocm
 from .device_functions import with_functions
@@ -81,7 +81,7 @@ def build(fused: Fused, lowered: Lowered, hw: Hardware, directory: Path) -> Buil
     launches = tuple(launch for found in lowered.launches.values() for launch in found)
     described = Description(hw.llvm_cpu, lowered.target.kind.name, image, launches, tuple(fused.weights))
     described.write(directory / DEVICE_NAME)
-    save_file({name: tensor.detach().clone() for name, tensor in fused.weights.items()}, directory / WEIGHTS_NAME)
+    write_tensors(directory / WEIGHTS_NAME, {name: tensor.detach().clone() for name, tensor in fused.weights.items()})
     found = evidence(code, launches, hw)
     kernels = [_with_evidence(kernel, lowered.launches[kernel.name], found) for kernel in lowered.kernels]
     return BuildInfo(kernels, len(code), weights_bytes, lowered.storage_bytes)

@@ -80,6 +80,11 @@ def test_a_rocm_artifact_holds_a_code_object_of_every_kernel_within_its_own_limi
         assert notes[launch.name][".vgpr_spill_count"] == 0
 
 
+def test_whoever_may_read_one_file_of_an_artifact_may_read_all(saved):
+    for folder in saved.values():
+        assert len({file.stat().st_mode & 0o444 for file in folder.iterdir()}) == 1
+
+
 def test_the_report_says_what_the_machine_code_says_of_each_kernel(saved):
     for target in ("a100", "mi300x"):
         for kernel in graphwright.load(saved[target]).report().kernels:
