@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import dialect
+from .dialect_int8 import fma
 from .dialect_rows import steps_of
 
 MOST_KEYS = 1 << 16  # sum p < 2^24 and sum p * v8 < 2^31
@@ -55,7 +56,7 @@ def _scores(
 ) -> Tensor:
     scores = _exact(q, k.mT, 127 * 127) * k_unit.mT
     if mask is not None and mask.dtype != torch.bool:
-        scores = _fma(scores, q_unit, mask)
+        scores = fma(scores, q_unit, mask)
     else:
         scores = scores * q_unit
         if mask is not None:
@@ -81,7 +82,7 @@ def powers(x: Tensor) -> Tensor:
     f = (exponents - whole).float()
     y = torch.full_like(f, POWERS[-1])
     for coefficient in reversed(POWERS[:-1]):
-        y = _fma(y, f, torch.tensor(coefficient))
+        y = fma(y, f, torch.tensor(coefficient))
     powers_of_2 = ((whole.nan_to_num(0.0).int() + 127) << 23).view(torch.float32)
     return (y * powers_of_2).round()
 
@@ -91,10 +92,6 @@ def _exact(a: Tensor, b: Tensor, most: int) -> Tensor:
     if a.shape[-1] * most < _EXACT:
         return a @ b
     return (a.double() @ b.double()).float()
-
-
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    return (a.double() * b.double() + c.double()).float()
 
 
 def _attention_fake(

@@ -77,8 +77,8 @@ def _dequantize_rows_fake(input: Tensor, scales: Tensor, zeros: Tensor | None, a
     return input.new_empty(input.shape, dtype=torch.float32)
 
 
-def _fma(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
-    """a * b + c, rounded once: the product of two float32 is exact in float64."""
+def fma(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
+    """a * b + c: the product is exact in float64, the sum is rounded twice, which shows at ties alone."""
     product = a.double() * b.double()
     return (product if c is None else product + c.double()).float()
 
@@ -102,8 +102,8 @@ def _finish(
         addend = residual.float() if addend is None else addend + residual.float()
     elif residual is not None:
         steps = (residual.to(torch.int32) - residual_zero).float()
-        addend = _fma(steps, torch.tensor(residual_scale, dtype=torch.float32), addend)
-    y = _fma(sums.float(), scale.float(), addend)
+        addend = fma(steps, torch.tensor(residual_scale, dtype=torch.float32), addend)
+    y = fma(sums.float(), scale.float(), addend)
     y = dialect.ACTIVATIONS[activation](y, list(activation_args))
     return (y if dtype is None else _round(y, out_scale, out_zero, dtype)).contiguous()
 

@@ -82,11 +82,9 @@ def _finished(
     activation: str,
     activation_args: Sequence[float],
 ) -> Tensor:
-    y = (sums * scale.float()).double() * unit.double()
     addends = [t.float() for t in added if t is not None]
-    if addends:
-        y = y + sum(addends[1:], addends[0]).double()
-    return dialect.ACTIVATIONS[activation](y.float(), list(activation_args)).contiguous()
+    y = dialect_int8.fma(sums * scale.float(), unit, sum(addends[1:], addends[0]) if addends else None)
+    return dialect.ACTIVATIONS[activation](y, list(activation_args)).contiguous()
 
 
 def _linear_rows_fake(

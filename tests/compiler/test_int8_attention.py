@@ -138,6 +138,7 @@ def test_quantize_gives_the_same_numbers_and_compiles() -> None:
     assert all(c.sqnr_db > 25 for c in choices(made.report()))
     again = graphwright.compile(made, tokens(), cache=False)
     assert sum("int8 attention" in kernel.algorithm for kernel in again.report().kernels) == 2
+    # As in test_products_in_bytes: norms differ in the last bit, and at a tie a value by a step.
     torch.testing.assert_close(again(tokens()), made(tokens()), rtol=1e-4, atol=5e-3)
 
 
